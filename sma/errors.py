@@ -1,0 +1,41 @@
+"""The errors of the library. Every message names the place, the rule and the value."""
+
+
+class SMAError(Exception):
+    """Base of every error that the library raises on purpose: the user's input is at fault, not the program."""
+
+
+class ConfigError(SMAError, ValueError):
+    """A configuration value is out of range, of the wrong type, or does not fit its neighbours."""
+
+
+class SpecError(ConfigError):
+    """A spec (YAML, mapping or OmegaConf node) cannot be turned into a configuration."""
+
+
+class PluginError(SMAError):
+    """A plugin cannot be found, imported or registered."""
+
+
+class ShapeError(SMAError, ValueError):
+    """A tensor has the wrong shape, dtype or device, or holds values that are not allowed."""
+
+
+class RoutingError(SMAError, ValueError):
+    """A routing or a replayed decision does not fit the tokens it is applied to."""
+
+
+class StreamingError(SMAError):
+    """A module was asked to stream and cannot, or a state does not fit the module it is given to."""
+
+
+class BackendError(SMAError):
+    """An operation was forced onto a backend that cannot run it."""
+
+
+class CheckpointError(SMAError):
+    """A checkpoint is truncated, of another spec, or has missing or unexpected keys."""
+
+
+class DataError(SMAError):
+    """A data file is missing, empty, truncated or in the wrong encoding or format."""

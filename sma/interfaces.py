@@ -1,0 +1,220 @@
+"""The kinds of plugin. A class says what it is by the base that it derives from.
+
+All of them are ``nn.Module`` and :class:`~sma.configurable.Configurable`. What the surroundings decide (the width ``d_model``, whether the
+model is ``causal``) comes as an argument of ``build``; everything else is in the nested ``Config``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from sma.configurable import BaseConfig, Configurable
+from sma.errors import ConfigError
+from sma.routing import Packed, Routing
+from sma.state import State
+
+Layout = Literal["tokens", "packed", "padded"]
+KINDS: dict[str, type[Configurable]] = {}
+
+
+class ModuleOutput(NamedTuple):
+    """What an activatable module returns when a tensor alone does not say it all.
+
+    Attributes:
+        output: ``(K, D)``, row for row as the input.
+        state: streaming state after this chunk, or None.
+        losses: auxiliary losses by name, scalars, already weighted.
+    """
+
+    output: Tensor
+    state: State | None = None
+    losses: Mapping[str, Tensor] = {}
+
+
+@dataclass(frozen=True)
+class BlockOutput:
+    """What a block returns: ``x (B, L, D)``, its streaming state, its routings and auxiliary losses by name."""
+
+    x: Tensor
+    state: State | None = None
+    routings: Mapping[str, Routing] = field(default_factory=dict)
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Plugin(Configurable, nn.Module):
+    """Base of all kinds. ``kind`` is the name by which specs and ``sma plugins`` speak of them."""
+
+    kind: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "kind" in cls.__dict__:
+            KINDS[cls.kind] = cls
+
+
+class Configurator(Plugin):
+    """Latent configurator: turns logits into a decision and a confidence, per token and module (paper, section 3).
+
+    The three steps are separate so that a decision can be recorded and replayed: ``score`` is differentiable, ``decide`` is not,
+    ``weigh`` turns scores into the confidence of a given decision, whoever took it. ``balance`` is a bias on the logits that a
+    rate controller may move; it is no parameter.
+
+    Attributes:
+        logits_per_module: how many numbers per token and module the router has to supply; 0 when none is needed.
+        causal: True when the decision at t depends on positions up to t only. May be set by an instance.
+    """
+
+    kind: ClassVar[str] = "configurator"
+    logits_per_module: int = 1
+    causal: bool = True
+
+    @dataclass(kw_only=True, frozen=True)
+    class Config(BaseConfig):
+        pass
+
+    def __init__(self, config: Config, *, d_model: int, n_modules: int = 1) -> None:
+        super().__init__()
+        self.config = config
+        self.d_model = d_model
+        self.n_modules = n_modules
+
+    def score(self, logits: Tensor) -> Tensor:
+        """``(B, L, M, logits_per_module)`` to float32 (or wider) scores ``(B, L, M)``, differentiable."""
+        raise NotImplementedError
+
+    def decide(self, score: Tensor, position: Tensor, valid: Tensor) -> Tensor:
+        """Bool ``(B, L, M)`` from scores ``(B, L, M)``, ``position (B, L)`` and ``valid (B, L)``; padding is masked by the caller."""
+        raise NotImplementedError
+
+    def weigh(self, score: Tensor, active: Tensor) -> Tensor:
+        """Confidence ``(B, L, M)`` of the decision ``active (B, L, M)``. By default the score itself."""
+        return score
+
+    def losses(self, score: Tensor, active: Tensor, valid: Tensor) -> dict[str, Tensor]:
+        """Auxiliary losses by name; none by default."""
+        return {}
+
+
+class Module(Plugin):
+    """A module that can be sparsely activated.
+
+    ``layout`` says what ``forward`` takes: ``tokens`` (K, D), for anything that works token by token; ``packed`` (K, D) with a
+    :class:`~sma.routing.Packed` and an optional state, for sequence modules. Both return a tensor, ``(tensor, state)`` or a
+    :class:`ModuleOutput`. (``padded`` is for stock modules that know neither.)
+    """
+
+    kind: ClassVar[str] = "module"
+    layout: ClassVar[Layout] = "tokens"
+    streams: bool = True
+    """False when the module cannot run chunk by chunk, for instance because it looks ahead."""
+
+    @dataclass(kw_only=True, frozen=True)
+    class Config(BaseConfig):
+        pass
+
+    def __init__(self, config: Config, *, d_model: int, causal: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.d_model = d_model
+        self.causal = causal
+
+    def initial_state(self, batch: int, like: Tensor) -> State | None:
+        """State before the first token, on the device and in the dtype of ``like``; None for a module without memory."""
+        return None
+
+    def attention_window(self) -> int | None:
+        """How many activated tokens to each side are visible; None when the module does not attend or has no bound."""
+        return None
+
+
+class Mixer(Plugin):
+    """An always-on sequence layer: ``forward(x (B, L, D), state=None, *, lengths=None) -> (y (B, L, D), state)``.
+
+    Rows are right-padded and ``lengths (B,)`` counts their real tokens; None means that all are. Padding never changes an output
+    or a state. A causal mixer returns the state after the last real token of each row; a bidirectional one returns None.
+    """
+
+    kind: ClassVar[str] = "mixer"
+    streams: bool = True
+
+    @dataclass(kw_only=True, frozen=True)
+    class Config(BaseConfig):
+        pass
+
+    def __init__(self, config: Config, *, d_model: int, causal: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.d_model = d_model
+        self.causal = causal
+
+    def initial_state(self, batch: int, like: Tensor) -> State | None:
+        """State before the first token."""
+        return None
+
+
+class Norm(Plugin):
+    """Normalisation over the features: ``forward(x (B, L, D), *, lengths=None) -> (B, L, D)``."""
+
+    kind: ClassVar[str] = "norm"
+
+    @dataclass(kw_only=True, frozen=True)
+    class Config(BaseConfig):
+        pass
+
+    def __init__(self, config: Config, *, d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        self.d_model = d_model
+
+
+class Block(Plugin):
+    """One layer of depth: ``forward(x, state=None, *, lengths=None, replay=None) -> BlockOutput``.
+
+    ``replay`` maps names of routings (as in ``BlockOutput.routings``) to routings whose decision is taken over.
+    """
+
+    kind: ClassVar[str] = "block"
+
+    @dataclass(kw_only=True, frozen=True)
+    class Config(BaseConfig):
+        pass
+
+    def __init__(self, config: Config, *, d_model: int, causal: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.d_model = d_model
+        self.causal = causal
+
+    def initial_state(self, batch: int, like: Tensor) -> State | None:
+        """State before the first token."""
+        return None
+
+
+class Model(Plugin):
+    """A whole model, with its embedding and head; the root of a spec."""
+
+    kind: ClassVar[str] = "model"
+
+    @dataclass(kw_only=True, frozen=True)
+    class Config(BaseConfig):
+        pass
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+
+
+def kind_of(cls: type[Any]) -> str:
+    """The kind of plugin that a class is.
+
+    Raises:
+        ConfigError: the class derives from none of the kinds.
+    """
+    kind = getattr(cls, "kind", "") if isinstance(cls, type) and issubclass(cls, Plugin) else ""
+    if not kind:
+        raise ConfigError(f"{cls!r}: a plugin class derives from one of {', '.join(sorted(KINDS))} of sma.interfaces")
+    return kind

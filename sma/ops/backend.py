@@ -1,0 +1,100 @@
+"""Choice between the implementations of one operation.
+
+An operation has a reference backend (the definition), an eager backend (vectorised PyTorch) and possibly others that apply only
+to some inputs. :class:`Op` tries them in order and takes the first that applies; ``with using("reference"):`` forces one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from sma.errors import BackendError
+
+_forced: ContextVar[str | None] = ContextVar("sma_forced_backend", default=None)
+_ops: dict[str, Op] = {}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation: ``applies`` returns None, or the reason why it cannot run these arguments."""
+
+    name: str
+    run: Callable[..., Any]
+    applies: Callable[..., str | None]
+
+
+def _always(*args: Any, **kwargs: Any) -> str | None:
+    return None
+
+
+class Op:
+    """A named operation with several backends, tried in ascending ``priority`` (the default order of preference)."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.backends: dict[str, Backend] = {}
+        self._priority: dict[str, int] = {}
+        _ops[name] = self
+
+    def backend(
+        self, name: str, *, priority: int = 50, applies: Callable[..., str | None] = _always
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Register an implementation. By convention triton is 10, torch_scatter 20, eager 50 and reference 90."""
+
+        def register(run: Callable[..., Any]) -> Callable[..., Any]:
+            self.backends[name] = Backend(name, run, applies)
+            self._priority[name] = priority
+            self.backends = dict(sorted(self.backends.items(), key=lambda item: self._priority[item[0]]))
+            return run
+
+        return register
+
+    def choose(self, *args: Any, **kwargs: Any) -> Backend:
+        """The backend that would run these arguments.
+
+        Raises:
+            BackendError: a backend is forced that this operation has but that cannot run the arguments, or none applies.
+        """
+        forced = self.backends.get(_forced.get() or "")
+        if forced is not None:
+            reason = forced.applies(*args, **kwargs)
+            if reason is not None:
+                raise BackendError(f"{self.name}: backend {forced.name!r} was forced and cannot run: {reason}")
+            return forced
+        for backend in self.backends.values():
+            if backend.applies(*args, **kwargs) is None:
+                return backend
+        raise BackendError(f"{self.name}: no backend applies: {self.explain(*args, **kwargs)}")
+
+    def explain(self, *args: Any, **kwargs: Any) -> dict[str, str | None]:
+        """For every backend None when it can run these arguments, or the reason why it cannot."""
+        return {name: backend.applies(*args, **kwargs) for name, backend in self.backends.items()}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.choose(*args, **kwargs).run(*args, **kwargs)
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Force every operation that has a backend ``name`` onto it inside the ``with`` block; the others are not affected.
+
+    Raises:
+        BackendError: no loaded operation has a backend of that name.
+    """
+    known = sorted({backend for op in _ops.values() for backend in op.backends})
+    if name not in known:
+        raise BackendError(f"using({name!r}): no operation has such a backend; there are {', '.join(known)}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def operations() -> dict[str, Op]:
+    """Every operation that has been loaded, by name."""
+    return dict(_ops)

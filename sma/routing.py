@@ -1,0 +1,114 @@
+"""Routing: the frozen answer to "who is active", and the packed view that every operation works on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sma.errors import RoutingError
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The active tokens of one module, all sequences one after the other ("varlen", as in flash-attention).
+
+    Attributes:
+        index: ``(K,)`` int64, ascending: where each token lies in the flattened ``(B * L)`` input.
+        cu_seqlens: ``(B + 1,)`` int64: sequence b owns the packed rows ``cu_seqlens[b]:cu_seqlens[b + 1]``.
+        position: ``(K,)`` int64: 0-based position of each token among the real tokens of its own sequence, counted from the start
+            of the stream (padding does not count, chunks continue).
+        max_length: host-side upper bound of the longest sequence of active tokens.
+        shape: ``(B, L)`` of the input that was compressed.
+    """
+
+    index: Tensor
+    cu_seqlens: Tensor
+    position: Tensor
+    max_length: int
+    shape: tuple[int, int]
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences B."""
+        return self.shape[0]
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """``(B,)`` number of active tokens of each sequence."""
+        return self.cu_seqlens.diff()
+
+    @cached_property
+    def sequence(self) -> Tensor:
+        """``(K,)`` int64: which sequence each packed row belongs to."""
+        return self.index // max(self.shape[1], 1)
+
+    @cached_property
+    def rank(self) -> Tensor:
+        """``(K,)`` int64: 0-based position of each token among the active tokens of its sequence in this chunk."""
+        return torch.arange(self.index.numel(), device=self.index.device) - self.cu_seqlens[self.sequence]
+
+    @staticmethod
+    def from_mask(mask: Tensor, position: Tensor | None = None) -> Packed:
+        """Pack the True entries of ``mask (B, L)``.
+
+        Args:
+            mask: which tokens to keep.
+            position: ``(B, L)`` original positions; by default the column.
+        """
+        batch, length = mask.shape
+        index = mask.reshape(-1).nonzero().squeeze(-1)
+        lengths = mask.sum(1)
+        cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        position = index % max(length, 1) if position is None else position.reshape(-1)[index]
+        max_length = int(lengths.max()) if batch else 0
+        return Packed(index, cu_seqlens, position, max_length, (batch, length))
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Who is active, and with which confidence, in one sparsely activated layer.
+
+    Attributes:
+        active: ``(B, L, M)`` bool: module m runs on token (b, t). Never True at padding.
+        confidence: ``(B, L, M)``: weight of the module's output; carries the gradient to the configurator. Only read where active.
+        valid: ``(B, L)`` bool: real tokens.
+        position: ``(B, L)`` int64: 0-based position among the real tokens of the stream.
+    """
+
+    active: Tensor
+    confidence: Tensor
+    valid: Tensor
+    position: Tensor
+
+    def __post_init__(self) -> None:
+        if self.active.dim() != 3 or self.active.dtype != torch.bool:
+            raise RoutingError(
+                f"Routing.active: must be a bool tensor (B, L, M), got {self.active.dtype} {tuple(self.active.shape)}"
+            )
+        if self.confidence.shape != self.active.shape or self.valid.shape != self.active.shape[:2]:
+            raise RoutingError(
+                f"Routing: active {tuple(self.active.shape)}, confidence {tuple(self.confidence.shape)} and valid "
+                f"{tuple(self.valid.shape)} must agree on (B, L, M)"
+            )
+
+    @property
+    def n_modules(self) -> int:
+        """Number of modules M."""
+        return self.active.shape[-1]
+
+    @cached_property
+    def packed(self) -> tuple[Packed, ...]:
+        """The packed view of each module."""
+        return tuple(Packed.from_mask(self.active[..., m], self.position) for m in range(self.n_modules))
+
+    def rate(self) -> Tensor:
+        """``(B, M)`` float: share of each sequence's real tokens that activate each module; 0 for an empty sequence."""
+        count = self.valid.sum(1, keepdim=True).clamp(min=1)
+        return self.active.sum(1) / count
+
+    def detach(self) -> Routing:
+        """The same decision, cut from the autograd graph, for keeping or replaying."""
+        return Routing(self.active, self.confidence.detach(), self.valid, self.position)

@@ -1,0 +1,118 @@
+"""Streaming state: what a sequence leaves behind for its own continuation, bounded in size.
+
+A state is a frozen dataclass whose fields are tensors with the batch first, further states, or tuples, dicts and None of these.
+It is never changed in place: ``forward`` takes one and returns a new one, so keeping the old one is all that a rollback needs.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, Generic, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from sma.errors import StreamingError
+
+
+def _map(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, State):
+        return value.map(fn)
+    if isinstance(value, tuple):
+        return tuple(_map(item, fn) for item in value)
+    if isinstance(value, dict):
+        return {key: _map(item, fn) for key, item in value.items()}
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, State):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+
+
+@dataclass(frozen=True)
+class State:
+    """Base of every streaming state."""
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
+        """A new state with ``fn`` applied to every tensor."""
+        return replace(self, **{field.name: _map(getattr(self, field.name), fn) for field in fields(self)})
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the state, in the order of the fields."""
+        return list(_tensors(self))
+
+    def clone(self) -> Self:
+        """A copy that shares no memory."""
+        return self.map(torch.clone)
+
+    def detach(self) -> Self:
+        """The same values, cut from the autograd graph."""
+        return self.map(torch.Tensor.detach)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The state on another device."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def reorder(self, index: Tensor) -> Self:
+        """Rows ``index (B',)`` of the batch, as beam search asks for; a row may occur several times."""
+        return self.map(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes, counted over the elements (not over shared or over-allocated storage)."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+
+S = TypeVar("S", bound=State)
+
+
+class StateHistory(Generic[S]):
+    """The last states of a stream, so that it can be rolled back, for instance after rejected draft tokens.
+
+    Args:
+        limit: how many steps back can be reached. Memory is at most ``limit + 1`` states.
+
+    Example:
+        >>> history = StateHistory(limit=4)
+        >>> history.push(state0); history.push(state1)            # doctest: +SKIP
+        >>> state = history.rollback(1)                           # doctest: +SKIP
+    """
+
+    def __init__(self, limit: int) -> None:
+        if limit < 1:
+            raise StreamingError(f"StateHistory: limit must be at least 1, got {limit}")
+        self.limit = limit
+        self._states: deque[S] = deque(maxlen=limit + 1)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def push(self, state: S) -> None:
+        """Remember the state after one more step; the oldest is forgotten beyond ``limit``."""
+        self._states.append(state)
+
+    def rollback(self, steps: int) -> S:
+        """Forget the last ``steps`` states and return the one before them.
+
+        Raises:
+            StreamingError: fewer states are remembered.
+        """
+        if not 0 <= steps < len(self._states):
+            raise StreamingError(f"StateHistory: cannot roll back {steps} steps, {len(self._states)} states are remembered")
+        for _ in range(steps):
+            self._states.pop()
+        return self._states[-1]
