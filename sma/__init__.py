@@ -1,5 +1,6 @@
 """Sparse Modular Activation: any sub-module of a network runs only on the tokens that need it (arXiv 2306.11197)."""
 
+from sma import configurators, ops
 from sma.configurable import BaseConfig, Configurable
 from sma.errors import SMAError
 from sma.interfaces import (

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from sma.configurable import BaseConfig, Configurable
@@ -60,43 +61,48 @@ class Configurator(Plugin):
     """Latent configurator: turns logits into a decision and a confidence, per token and module (paper, section 3).
 
     The three steps are separate so that a decision can be recorded and replayed: ``score`` is differentiable, ``decide`` is not,
-    ``weigh`` turns scores into the confidence of a given decision, whoever took it. ``balance`` is a bias on the logits that a
-    rate controller may move; it is no parameter.
+    ``weigh`` turns scores into the confidence of a given decision, whoever took it.
 
     Attributes:
         logits_per_module: how many numbers per token and module the router has to supply; 0 when none is needed.
-        causal: True when the decision at t depends on positions up to t only. May be set by an instance.
+        causal: True when the decision at t depends on positions up to t only. An instance may set it.
+        balance: ``(M,)`` buffer added to the logits in favour of activation; moved by a rate controller, never by a gradient.
     """
 
     kind: ClassVar[str] = "configurator"
     logits_per_module: int = 1
     causal: bool = True
+    balance: Tensor
 
     @dataclass(kw_only=True, frozen=True)
     class Config(BaseConfig):
         pass
 
-    def __init__(self, config: Config, *, d_model: int, n_modules: int = 1) -> None:
+    def __init__(self, config: Config, *, n_modules: int = 1) -> None:
         super().__init__()
         self.config = config
-        self.d_model = d_model
         self.n_modules = n_modules
+        self.register_buffer("balance", torch.zeros(n_modules))
 
-    def score(self, logits: Tensor) -> Tensor:
-        """``(B, L, M, logits_per_module)`` to float32 (or wider) scores ``(B, L, M)``, differentiable."""
+    def reset(self, d_model: int) -> None:
+        """Initialise what depends on the width of the tokens; called once the width is known."""
+
+    def score(self, logits: Tensor, position: Tensor) -> Tensor:
+        """Differentiable scores ``(B, L, M)``, in float32 or wider, from logits ``(B, L, M, logits_per_module)``.
+
+        Args:
+            logits: what the router says.
+            position: ``(B, L)`` 0-based position in the stream.
+        """
         raise NotImplementedError
 
     def decide(self, score: Tensor, position: Tensor, valid: Tensor) -> Tensor:
-        """Bool ``(B, L, M)`` from scores ``(B, L, M)``, ``position (B, L)`` and ``valid (B, L)``; padding is masked by the caller."""
+        """Who is active, bool ``(B, L, M)``, from scores ``(B, L, M)``; the caller switches padding off afterwards."""
         raise NotImplementedError
 
     def weigh(self, score: Tensor, active: Tensor) -> Tensor:
         """Confidence ``(B, L, M)`` of the decision ``active (B, L, M)``. By default the score itself."""
         return score
-
-    def losses(self, score: Tensor, active: Tensor, valid: Tensor) -> dict[str, Tensor]:
-        """Auxiliary losses by name; none by default."""
-        return {}
 
 
 class Module(Plugin):

@@ -6,11 +6,15 @@ to some inputs. :class:`Op` tries them in order and takes the first that applies
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from sma.errors import BackendError
 
@@ -93,6 +97,30 @@ def using(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def torch_scatter() -> Any:
+    """The optional package torch-scatter.
+
+    Raises:
+        BackendError: it is not installed.
+    """
+    try:
+        import torch_scatter
+    except ImportError as error:
+        raise BackendError(f"torch_scatter: the extra 'scatter' is not installed ({error})") from error
+    return torch_scatter
+
+
+def scatter_applies(x: Tensor) -> str | None:
+    """Why torch-scatter cannot work on ``x``, or None."""
+    if importlib.util.find_spec("torch_scatter") is None:
+        return "torch-scatter is not installed (extra 'scatter')"
+    if x.dtype in (torch.bfloat16, torch.bool):
+        return f"torch-scatter has no kernels for {x.dtype}"
+    if x.device.type not in ("cpu", "cuda"):
+        return f"torch-scatter has no kernels for device {x.device.type}"
+    return None
 
 
 def operations() -> dict[str, Op]:

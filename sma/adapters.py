@@ -1,0 +1,226 @@
+"""How a module that knows nothing of packed sequences is called on the active tokens.
+
+A plain ``nn.Module`` is taken to work token by token. Stock sequence modules (attention, recurrent nets, convolutions) run on the
+``padded`` layout: the active tokens of each sequence as one row ``(B', K', D)``, right-padded, rows without active tokens left out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sma.errors import ConfigError, ShapeError
+from sma.interfaces import Layout, Module, ModuleOutput
+from sma.routing import Packed
+from sma.state import State
+
+SEQUENCE_MODULES = (
+    nn.MultiheadAttention,
+    nn.TransformerEncoderLayer,
+    nn.TransformerEncoder,
+    nn.RNNBase,
+    nn.Conv1d,
+)
+MASK_ARGUMENTS = ("src_key_padding_mask", "key_padding_mask", "padding_mask")
+WIDTH_ATTRIBUTES = ("d_model", "embed_dim", "in_features", "input_size", "in_channels")
+
+
+def infer_layout(module: nn.Module) -> Layout:
+    """The layout that a module takes, from its class or from the stock modules that it contains.
+
+    Returns:
+        ``module.layout`` of a :class:`~sma.interfaces.Module` (or of any class that states one), ``padded`` when a stock sequence
+        module is inside, else ``tokens``.
+    """
+    stated = getattr(module, "layout", None)
+    if stated is not None:
+        if stated not in ("tokens", "packed", "padded"):
+            raise ConfigError(f"{type(module).__name__}.layout: must be 'tokens', 'packed' or 'padded', got {stated!r}")
+        layout: Layout = stated
+        return layout
+    return "padded" if any(isinstance(part, SEQUENCE_MODULES) for part in module.modules()) else "tokens"
+
+
+def infer_width(module: nn.Module) -> int | None:
+    """The width of the tokens that a module takes, or None when it does not show."""
+    if isinstance(module, nn.TransformerEncoderLayer):
+        return int(module.self_attn.embed_dim)
+    if isinstance(module, nn.TransformerEncoder):
+        return infer_width(module.layers[0])
+    if isinstance(module, nn.LayerNorm):
+        return int(module.normalized_shape[-1])
+    for name in WIDTH_ATTRIBUTES:
+        width = getattr(module, name, None)
+        if isinstance(width, int) and width > 0:
+            return width
+    if isinstance(module, nn.Sequential):
+        # Activations and dropout show no width and keep it; anything else that shows none could change it.
+        for child in module:
+            width = infer_width(child)
+            if width is not None:
+                return width
+            if next(child.parameters(), None) is not None:
+                return None
+    return None
+
+
+def check_supported(module: nn.Module, layout: Layout, causal: bool) -> None:
+    """Refuse at build time what could not be run correctly on compressed sequences.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    name = type(module).__name__
+    if layout == "padded":
+        for part in module.modules():
+            if isinstance(part, nn.Conv1d):
+                _check_convolution(part)
+            if causal and isinstance(part, nn.Conv1d) and part.kernel_size != (1,):
+                raise ConfigError(f"{name}: a centred nn.Conv1d sees the future, it cannot be causal")
+            if causal and isinstance(part, nn.RNNBase) and part.bidirectional:
+                raise ConfigError(f"{name}: a bidirectional recurrent net sees the future, it cannot be causal")
+    if causal and isinstance(module, Module) and not module.causal:
+        raise ConfigError(f"{name}: was built with causal=False, it cannot be used in a causal layer")
+
+
+def _check_convolution(conv: nn.Conv1d) -> None:
+    if conv.padding_mode != "zeros":
+        raise ConfigError(f"nn.Conv1d.padding_mode: must be 'zeros', other modes would read padding, got {conv.padding_mode!r}")
+    span = conv.dilation[0] * (conv.kernel_size[0] - 1)
+    both_sides = span if conv.padding == "same" else 0 if conv.padding == "valid" else 2 * int(conv.padding[0])
+    if conv.stride != (1,) or both_sides != span:
+        raise ConfigError(
+            "nn.Conv1d: must keep the length (stride 1, padding 'same'), got "
+            f"stride {conv.stride[0]}, padding {conv.padding!r}, kernel_size {conv.kernel_size[0]}, dilation {conv.dilation[0]}"
+        )
+
+
+def call_module(module: nn.Module, layout: Layout, h: Tensor, packed: Packed, state: State | None, causal: bool) -> ModuleOutput:
+    """Run ``module`` on the active tokens ``h (K, D)``.
+
+    Returns:
+        Output ``(K, D')``, new state and auxiliary losses.
+
+    Raises:
+        ShapeError: the module did not return one row per token.
+    """
+    if layout == "packed":
+        result = module(h, packed, state)
+    elif layout == "tokens":
+        result = module(h)
+    else:
+        result = _call_padded(module, h, packed, causal)
+    if isinstance(result, Tensor):
+        result = ModuleOutput(result)
+    elif not isinstance(result, ModuleOutput):
+        result = ModuleOutput(*result)
+    if result.output.shape[:1] != h.shape[:1] or result.output.dim() != 2:
+        raise ShapeError(
+            f"{type(module).__name__}: must return one row for each of {h.shape[0]} active tokens, got {tuple(result.output.shape)}; "
+            "a module that works on whole sequences needs layout='padded'"
+        )
+    return result
+
+
+def _call_padded(module: nn.Module, h: Tensor, packed: Packed, causal: bool) -> Tensor:
+    lengths = packed.lengths
+    rows = lengths.nonzero().squeeze(-1)
+    width = max(packed.max_length, 1)
+    if rows.numel() == 0:
+        # One row of zeros keeps every parameter in the graph; nothing of it comes back.
+        return _call_rows(module, h.new_zeros(1, 1, h.shape[1]) + h.sum(), lengths.new_ones(1), causal)[0, :0]
+    row_of = torch.zeros_like(lengths).index_fill(0, rows, 1).cumsum(0) - 1
+    flat = row_of[packed.sequence] * width + packed.rank
+    padded = h.new_zeros(rows.numel() * width, h.shape[1]).index_copy(0, flat, h).view(rows.numel(), width, h.shape[1])
+    out = _call_rows(module, padded, lengths[rows], causal)
+    if out.shape[:2] != padded.shape[:2]:
+        raise ShapeError(f"{type(module).__name__}: must keep (B, L) = {tuple(padded.shape[:2])}, got {tuple(out.shape)}")
+    return out.flatten(0, 1).index_select(0, flat)
+
+
+def _call_rows(module: nn.Module, x: Tensor, lengths: Tensor, causal: bool) -> Tensor:
+    """Run on right-padded rows ``(B', K', D)`` of which none is empty."""
+    for kind, call in _CALLS.items():
+        if isinstance(module, kind):
+            return call(module, x, lengths, causal)
+    return _custom(module, x, lengths, causal)
+
+
+def _padding_mask(x: Tensor, lengths: Tensor) -> Tensor | None:
+    mask = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+    return mask if mask.any() else None
+
+
+def _causal_mask(x: Tensor) -> Tensor:
+    return torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+
+
+def _attention(module: nn.Module, x: Tensor, lengths: Tensor, causal: bool) -> Tensor:
+    assert isinstance(module, nn.MultiheadAttention)
+    seq = x if module.batch_first else x.transpose(0, 1)
+    out: Tensor = module(
+        seq,
+        seq,
+        seq,
+        key_padding_mask=_padding_mask(x, lengths),
+        need_weights=False,
+        attn_mask=_causal_mask(x) if causal else None,
+        is_causal=causal,
+    )[0]
+    return out if module.batch_first else out.transpose(0, 1)
+
+
+def _encoder(module: nn.Module, x: Tensor, lengths: Tensor, causal: bool) -> Tensor:
+    layer = module.layers[0] if isinstance(module, nn.TransformerEncoder) else module
+    batch_first = layer.self_attn.batch_first  # type: ignore[union-attr]
+    seq = x if batch_first else x.transpose(0, 1)
+    mask = _causal_mask(x) if causal else None
+    out: Tensor = module(seq, mask, src_key_padding_mask=_padding_mask(x, lengths), is_causal=causal)
+    return out if batch_first else out.transpose(0, 1)
+
+
+def _recurrent(module: nn.Module, x: Tensor, lengths: Tensor, causal: bool) -> Tensor:
+    assert isinstance(module, nn.RNNBase)
+    sequences = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+    out, _ = nn.utils.rnn.pad_packed_sequence(module(sequences)[0], batch_first=True, total_length=x.shape[1])
+    return out
+
+
+def _convolution(module: nn.Module, x: Tensor, lengths: Tensor, causal: bool) -> Tensor:
+    # Zero padding to the right is what the convolution itself would add at the end of each row.
+    out: Tensor = module(x.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+def _sequential(module: nn.Module, x: Tensor, lengths: Tensor, causal: bool) -> Tensor:
+    keep = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
+    for child in module.children():
+        if infer_layout(child) == "padded":
+            x = _call_rows(child, x.masked_fill(~keep, 0.0), lengths, causal)
+        else:
+            x = child(x)
+    return x
+
+
+def _custom(module: nn.Module, x: Tensor, lengths: Tensor, causal: bool) -> Tensor:
+    """A user's own sequence module: with a padding mask if it takes one, else sequence by sequence."""
+    parameters = inspect.signature(module.forward).parameters
+    name = next((name for name in MASK_ARGUMENTS if name in parameters), None)
+    if name is not None:
+        out: Tensor = module(x, **{name: _padding_mask(x, lengths)})
+        return out
+    rows = [module(x[row : row + 1, :length])[0] for row, length in enumerate(lengths.tolist())]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+_CALLS: dict[type[nn.Module], Callable[[nn.Module, Tensor, Tensor, bool], Tensor]] = {
+    nn.MultiheadAttention: _attention,
+    nn.TransformerEncoderLayer: _encoder,
+    nn.TransformerEncoder: _encoder,
+    nn.RNNBase: _recurrent,
+    nn.Conv1d: _convolution,
+    nn.Sequential: _sequential,
+}

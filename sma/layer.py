@@ -1,0 +1,369 @@
+"""The layers that activate modules sparsely: one module, or a sum over several.
+
+One layer does: configure -> compress -> module -> extract, weighted by the confidence. ``sum_i a_t[i] * c_t[i] * f_i`` of the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sma.adapters import call_module, check_supported, infer_layout, infer_width
+from sma.checkpointing import mark_decision
+from sma.configurable import BaseConfig
+from sma.configurators.budget import RateController, RateLoss
+from sma.configurators.tempered_softmax import TemperedSoftmax
+from sma.errors import ConfigError, RoutingError, ShapeError, StreamingError
+from sma.interfaces import Configurator, Layout, Module
+from sma.ops import compress, extract
+from sma.routing import Routing
+from sma.state import State
+
+
+class Activated(NamedTuple):
+    """What a sparsely activated layer returns.
+
+    Attributes:
+        output: ``(B, L, D)``, zero where nothing is active. Add it to whatever the block adds.
+        state: streaming state after this chunk; None unless one was passed in.
+        routing: who was active, and with which confidence.
+        losses: auxiliary losses by name, scalars, already weighted.
+    """
+
+    output: Tensor
+    state: ActivatedState | None
+    routing: Routing
+    losses: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ActivatedState(State):
+    """Streaming state of a sparsely activated layer.
+
+    Attributes:
+        seen: ``(B,)`` int64: real tokens that went by, active or not.
+        members: the state of each module, None for a module without memory.
+    """
+
+    seen: Tensor
+    members: tuple[State | None, ...]
+
+
+class _LazyRouter(nn.LazyLinear):
+    """A router that takes its width from the first tokens it sees."""
+
+    def reset_parameters(self) -> None:
+        if not self.has_uninitialized_params() and self.in_features:
+            init_router(self)
+
+
+def init_router(router: nn.Linear) -> None:
+    """Weights from N(0, 0.02) truncated at two standard deviations, bias zero."""
+    nn.init.trunc_normal_(router.weight, 0.0, 0.02, -0.04, 0.04)
+    nn.init.zeros_(router.bias)
+
+
+class SparseMixture(nn.Module):
+    """``M`` modules, each run on the tokens that activate it; the outputs add up, weighted by the confidence.
+
+    With one module and GAU this is SeqBoat's layer, with M feed-forward networks and ``top_k`` a mixture of experts, with one
+    feed-forward network a mixture-of-depths layer with a causal router.
+
+    Args:
+        modules: the modules to activate; any ``nn.Module`` that works token by token, any :class:`~sma.interfaces.Module`, and the stock
+            sequence modules of torch.
+        configurator: who decides; by default the paper's tempered softmax.
+        d_model: width of the tokens; inferred from the modules, or taken from the first input.
+        layouts: layout of each module, where it should not be inferred.
+        causal: the output at t may depend on positions up to t only; refuses what cannot keep that.
+        router: False when the caller supplies the ``logits``.
+        rate_loss: optional loss that holds the rate of activation at a target.
+
+    Raises:
+        ConfigError: the parts do not fit together.
+
+    Example:
+        >>> layer = SparseMixture([nn.Linear(8, 8), nn.Linear(8, 8)], causal=True)
+        >>> layer(torch.randn(2, 5, 8)).output.shape
+        torch.Size([2, 5, 8])
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        configurator: Configurator | None = None,
+        *,
+        d_model: int | None = None,
+        layouts: Sequence[Layout | None] | None = None,
+        causal: bool = False,
+        router: bool = True,
+        rate_loss: RateLoss | None = None,
+    ) -> None:
+        super().__init__()
+        if not modules:
+            raise ConfigError(f"{type(self).__name__}: modules must hold at least one module, got none")
+        self.causal = causal
+        self.layouts: list[Layout] = [
+            stated or infer_layout(module) for module, stated in zip(modules, layouts or [None] * len(modules), strict=True)
+        ]
+        for module, layout in zip(modules, self.layouts, strict=True):
+            check_supported(module, layout, causal)
+        self._own(modules)
+        self.configurator = configurator or TemperedSoftmax(TemperedSoftmax.Config(), n_modules=len(modules))
+        if self.configurator.n_modules != len(modules):
+            raise ConfigError(f"configurator: decides on {self.configurator.n_modules} modules, the layer has {len(modules)}")
+        if causal and not self.configurator.causal:
+            raise ConfigError(f"configurator: {type(self.configurator).__name__} looks ahead, it is refused in a causal layer")
+        self.rate_loss = rate_loss
+        self.d_model = d_model or next((width for width in map(infer_width, modules) if width), None)
+        self._width_known = False
+        self.router = self._make_router() if router and self.configurator.logits_per_module else None
+        if self.d_model is not None:
+            self._know_width(self.d_model)
+
+    def _own(self, modules: Sequence[nn.Module]) -> None:
+        self.members = nn.ModuleList(modules)
+
+    @property
+    def _members(self) -> list[nn.Module]:
+        return list(self.members)
+
+    def _make_router(self) -> nn.Linear:
+        out_features = self.configurator.n_modules * self.configurator.logits_per_module
+        if self.d_model is None:
+            return _LazyRouter(out_features)
+        router = nn.Linear(self.d_model, out_features)
+        init_router(router)
+        return router
+
+    def _know_width(self, d_model: int) -> None:
+        if not self._width_known:
+            self.d_model = d_model
+            self._width_known = True
+            self.configurator.reset(d_model)
+
+    def why_not_streaming(self) -> str | None:
+        """The reason why the layer cannot run chunk by chunk, or None when it can."""
+        if not self.configurator.causal:
+            return f"configurator {type(self.configurator).__name__} looks ahead"
+        for module, layout in zip(self._members, self.layouts, strict=True):
+            name = type(module).__name__
+            if layout == "padded":
+                return f"{name} keeps no bounded working memory (layout 'padded')"
+            if isinstance(module, Module) and layout == "packed" and not (module.causal and module.streams):
+                return f"{name} {'has no bounded memory' if module.causal else 'looks ahead'}"
+        return None
+
+    def initial_state(self, batch: int, like: Tensor) -> ActivatedState:
+        """The state before the first token.
+
+        Args:
+            batch: number of sequences.
+            like: a tensor on the device and in the dtype of the tokens.
+
+        Raises:
+            StreamingError: the layer cannot stream; the message says why.
+        """
+        reason = self.why_not_streaming()
+        if reason is not None:
+            raise StreamingError(f"{type(self).__name__}: cannot stream: {reason}")
+        members = tuple(m.initial_state(batch, like) if isinstance(m, Module) else None for m in self._members)
+        return ActivatedState(torch.zeros(batch, dtype=torch.int64, device=like.device), members)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: ActivatedState | None = None,
+        *,
+        valid: Tensor | None = None,
+        logits: Tensor | None = None,
+        replay: Routing | None = None,
+    ) -> Activated:
+        """Run the modules on the tokens that activate them.
+
+        Args:
+            x: ``(B, L, D)`` floating point.
+            state: from :meth:`initial_state` or the previous chunk; None runs whole sequences and returns no state.
+            valid: ``(B, L)`` bool, True on real tokens; None means all.
+            logits: ``(B, L, M * logits_per_module)``, instead of the layer's own router.
+            replay: a routing whose decision is taken over; the confidence is computed anew.
+
+        Raises:
+            ShapeError: ``x``, ``valid`` or ``logits`` have the wrong shape or dtype, or are not finite.
+            StreamingError: a state was passed and the layer cannot stream, or the state is of another batch.
+            RoutingError: ``replay`` does not fit the input.
+        """
+        self._check(x, valid, state)
+        valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
+        position = (valid.cumsum(1) - 1).clamp(min=0)
+        if state is not None:
+            position = position + state.seen[:, None]
+        routing, losses = self._route(x, logits, valid, position, replay)
+        output, members, module_losses = self._run(x, routing, state)
+        losses.update(module_losses)
+        after = None if state is None else ActivatedState(state.seen + valid.sum(1), members)
+        return Activated(output, after, routing, losses)
+
+    def _check(self, x: Tensor, valid: Tensor | None, state: ActivatedState | None) -> None:
+        name = type(self).__name__
+        if x.dim() != 3 or not x.is_floating_point():
+            raise ShapeError(f"{name}: x must be floating point with shape (B, L, D), got {x.dtype} {tuple(x.shape)}")
+        if self.d_model is not None and x.shape[-1] != self.d_model:
+            raise ShapeError(f"{name}: x must have d_model = {self.d_model} features, got {tuple(x.shape)}")
+        if valid is not None and (valid.dtype != torch.bool or valid.shape != x.shape[:2]):
+            raise ShapeError(f"{name}: valid must be bool of shape {tuple(x.shape[:2])}, got {valid.dtype} {tuple(valid.shape)}")
+        if valid is not None and valid.device != x.device:
+            raise ShapeError(f"{name}: valid must be on the device of x, {x.device}, got {valid.device}")
+        if state is not None:
+            reason = self.why_not_streaming()
+            if reason is not None:
+                raise StreamingError(f"{name}: cannot stream: {reason}")
+            if state.seen.shape[0] != x.shape[0]:
+                raise StreamingError(f"{name}: the state is of a batch of {state.seen.shape[0]}, x of {x.shape[0]}")
+
+    def _route(
+        self, x: Tensor, logits: Tensor | None, valid: Tensor, position: Tensor, replay: Routing | None
+    ) -> tuple[Routing, dict[str, Tensor]]:
+        configurator = self.configurator
+        self._know_width(x.shape[-1])
+        shape = (*x.shape[:2], configurator.n_modules, configurator.logits_per_module)
+        if logits is None and configurator.logits_per_module:
+            if self.router is None:
+                raise ShapeError(f"{type(self).__name__}: has no router of its own, logits must be given")
+            logits = self.router(x)
+        elif logits is None:
+            logits = x.new_empty(shape)
+        if logits.numel() != x.shape[0] * x.shape[1] * shape[2] * shape[3]:
+            raise ShapeError(f"{type(self).__name__}: logits must hold (B, L, M, C) = {shape}, got {tuple(logits.shape)}")
+        score = configurator.score(logits.reshape(shape), position)
+        if score.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(score[valid].isfinite().all()):
+            raise ShapeError(f"{type(self).__name__}: x must be finite, its routing scores hold NaN or Inf at real tokens")
+        if replay is None:
+            active = mark_decision(configurator.decide(score.detach(), position, valid) & valid[..., None])
+        else:
+            active = self._replayed(replay, valid)
+        confidence = configurator.weigh(score, active)
+        losses = {} if self.rate_loss is None else {"rate": self.rate_loss(score, active, valid)}
+        return Routing(active, confidence, valid, position), losses
+
+    def _replayed(self, replay: Routing, valid: Tensor) -> Tensor:
+        expected = (*valid.shape, self.configurator.n_modules)
+        if replay.active.shape != expected:
+            raise RoutingError(f"replay: must be of shape (B, L, M) = {expected}, got {tuple(replay.active.shape)}")
+        return replay.active & valid[..., None]
+
+    def _run(
+        self, x: Tensor, routing: Routing, state: ActivatedState | None
+    ) -> tuple[Tensor, tuple[State | None, ...], dict[str, Tensor]]:
+        total: Tensor | None = None
+        members: list[State | None] = []
+        losses: dict[str, Tensor] = {}
+        for m, (module, layout) in enumerate(zip(self._members, self.layouts, strict=True)):
+            packed = routing.packed[m]
+            before = state.members[m] if state is not None else None
+            result = call_module(module, layout, compress(x, packed), packed, before, self.causal)
+            weight = compress(routing.confidence[..., m], packed).to(result.output.dtype)
+            part = extract(result.output * weight[:, None], packed)
+            total = part if total is None else total + part
+            members.append(result.state)
+            prefix = f"{m}." if len(self._members) > 1 else ""
+            losses.update({prefix + name: loss for name, loss in result.losses.items()})
+        assert total is not None
+        return total, tuple(members), losses
+
+    def extra_repr(self) -> str:
+        return f"d_model={self.d_model}, layouts={self.layouts}, causal={self.causal}"
+
+
+class SparselyActivated(SparseMixture):
+    """One module that runs only on the tokens that activate it. Wrap any module; nothing else is needed.
+
+    Args:
+        module: the module.
+        configurator: who decides; by default the paper's tempered softmax.
+        layout: where it should not be inferred: ``tokens``, ``packed`` or ``padded``.
+        **options: as for :class:`SparseMixture`.
+
+    Example:
+        >>> ffn = SparselyActivated(nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)))
+        >>> x = torch.randn(2, 10, 16)
+        >>> y = x + ffn(x).output
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        configurator: Configurator | None = None,
+        *,
+        layout: Layout | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__([module], configurator, layouts=[layout], **options)
+
+    def _own(self, modules: Sequence[nn.Module]) -> None:
+        self.module = modules[0]
+
+    @property
+    def _members(self) -> list[nn.Module]:
+        return [self.module]
+
+
+@dataclass(kw_only=True, frozen=True)
+class ActivatedConfig(BaseConfig):
+    """A sparsely activated module in a spec.
+
+    Attributes:
+        module: what to activate.
+        configurator: who decides.
+        rate_loss: optional loss towards a target rate.
+        controller: optional controller of the rate, applied by the training loop.
+    """
+
+    module: Module.Config
+    configurator: Configurator.Config = field(default_factory=TemperedSoftmax.Config)
+    rate_loss: RateLoss.Config | None = None
+    controller: RateController.Config | None = None
+
+    def build(self, *, d_model: int, causal: bool = False, router: bool = True) -> SparselyActivated:
+        """Construct the layer for tokens of width ``d_model``."""
+        return SparselyActivated(
+            self.module.build(d_model=d_model, causal=causal),
+            self.configurator.build(n_modules=1),
+            d_model=d_model,
+            causal=causal,
+            router=router,
+            rate_loss=self.rate_loss.build() if self.rate_loss else None,
+        )
+
+
+@dataclass(kw_only=True, frozen=True)
+class MixtureConfig(BaseConfig):
+    """Several modules under one configurator in a spec; the fields as in :class:`ActivatedConfig`."""
+
+    modules: tuple[Module.Config, ...]
+    configurator: Configurator.Config = field(default_factory=TemperedSoftmax.Config)
+    rate_loss: RateLoss.Config | None = None
+    controller: RateController.Config | None = None
+
+    def __post_init__(self) -> None:
+        self.require(len(self.modules) > 0, "modules", "must not be empty")
+
+    def build(self, *, d_model: int, causal: bool = False, router: bool = True) -> SparseMixture:
+        """Construct the layer for tokens of width ``d_model``."""
+        return SparseMixture(
+            [module.build(d_model=d_model, causal=causal) for module in self.modules],
+            self.configurator.build(n_modules=len(self.modules)),
+            d_model=d_model,
+            causal=causal,
+            router=router,
+            rate_loss=self.rate_loss.build() if self.rate_loss else None,
+        )
+
+
+def prefixed(prefix: str, items: Mapping[str, Any]) -> dict[str, Any]:
+    """``items`` with ``prefix.`` before every name."""
+    return {f"{prefix}.{name}" if name else prefix: value for name, value in items.items()}

@@ -1,0 +1,14 @@
+"""compress through torch-scatter (extra ``scatter``), imported at the first use only."""
+
+from torch import Tensor
+
+from sma.ops.backend import scatter_applies, torch_scatter
+from sma.ops.compress import OP
+from sma.routing import Packed
+
+
+@OP.backend("torch_scatter", priority=60, applies=lambda x, packed: scatter_applies(x))
+def compress(x: Tensor, packed: Packed) -> Tensor:
+    """``gather_coo``: the index is sorted, as it needs."""
+    out: Tensor = torch_scatter().gather_coo(x.flatten(0, 1), packed.index)
+    return out

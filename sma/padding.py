@@ -1,0 +1,69 @@
+"""Between the public doors, which take any boolean ``valid (B, L)``, and the inside, where rows are right-padded and counted.
+
+Padding that lies to the left or in the middle is moved to the right once, at the door, and back at the end. Inside, a row is described
+by its length alone, so no layer needs a mask, a search or a synchronisation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sma.errors import ShapeError
+
+
+def valid_of(lengths: Tensor | None, x: Tensor) -> Tensor:
+    """``(B, L)`` bool: the first ``lengths[b]`` tokens of each row of ``x (B, L, ...)``; all of them when lengths is None."""
+    if lengths is None:
+        return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    return torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How the rows of a batch were moved to the left.
+
+    Attributes:
+        lengths: ``(B,)`` real tokens of each row, or None when there is no padding.
+        order: ``(B, L)`` column that each aligned token came from, or None when nothing moved.
+    """
+
+    lengths: Tensor | None
+    order: Tensor | None
+
+    @staticmethod
+    def of(valid: Tensor | None, shape: tuple[int, int]) -> Alignment:
+        """The alignment of a mask.
+
+        Args:
+            valid: ``(B, L)`` bool, True on real tokens, or None when all are.
+            shape: ``(B, L)`` of the input.
+
+        Raises:
+            ShapeError: the mask has another shape or dtype.
+        """
+        if valid is None:
+            return Alignment(None, None)
+        if valid.dtype != torch.bool or tuple(valid.shape) != tuple(shape):
+            raise ShapeError(f"valid: must be bool of shape {tuple(shape)}, got {valid.dtype} {tuple(valid.shape)}")
+        if bool(valid.all()):
+            return Alignment(None, None)
+        lengths = valid.sum(1)
+        if bool((valid[:, 1:] & ~valid[:, :-1]).any()):
+            return Alignment(lengths, valid.to(torch.int8).argsort(dim=1, descending=True, stable=True))
+        return Alignment(lengths, None)
+
+    def align(self, x: Tensor) -> Tensor:
+        """Move the real tokens of ``x (B, L, ...)`` to the left, in order."""
+        return x if self.order is None else _gather(x, self.order)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """The inverse of :meth:`align`."""
+        return x if self.order is None else _gather(x, self.order.argsort(dim=1))
+
+
+def _gather(x: Tensor, order: Tensor) -> Tensor:
+    index = order.reshape(*order.shape, *(1,) * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
+    return x.gather(1, index)
