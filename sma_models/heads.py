@@ -1,0 +1,285 @@
+"""Whole models: a stack of blocks between an embedding and a head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sma.errors import ShapeError
+from sma.interfaces import Model
+from sma.routing import Routing
+from sma_models.stack import Stack, StackConfig, StackState
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What every model returns.
+
+    Attributes:
+        logits: ``(B, L, vocab_size)`` of a language model, ``(B, n_classes)`` of a classifier.
+        state: streaming state, None unless one was passed in.
+        routings: who was active, by the name of the layer.
+        losses: auxiliary losses by name, scalars, already weighted; add them to the loss.
+    """
+
+    logits: Tensor
+    state: StackState | None = None
+    routings: Mapping[str, Routing] = field(default_factory=dict)
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def check_tokens(name: str, tokens: Tensor, vocab_size: int) -> None:
+    """Refuse what is not a batch of token numbers.
+
+    Raises:
+        ShapeError: wrong shape or dtype, an empty batch, or (checked on the CPU) a number outside the vocabulary.
+    """
+    if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise ShapeError(f"{name}: tokens must be integers of shape (B, L), got {tokens.dtype} {tuple(tokens.shape)}")
+    if tokens.shape[0] == 0:
+        raise ShapeError(f"{name}: the batch must hold at least one sequence, got {tuple(tokens.shape)}")
+    if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= vocab_size:
+            raise ShapeError(f"{name}: tokens must lie in 0..{vocab_size - 1}, got {low if low < 0 else high}")
+
+
+class ValueEmbedding(nn.Module):
+    """``x_t * w + b`` for a real number ``x_t``: pixels, samples of sound. ``w`` ~ N(0, 1), ``b`` ~ N(0, 0.1)."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(d_model))
+        self.bias = nn.Parameter(torch.randn(d_model) * 0.1)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """``(B, L)`` to ``(B, L, D)``."""
+        return values.unsqueeze(-1) * self.weight + self.bias
+
+
+class SinusoidalPositions(nn.Module):
+    """Sines and cosines of the position, theta 10000, times a learned scale that starts at ``d_model ** -0.5``."""
+
+    frequency: Tensor
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((1,), d_model**-0.5))
+        self.register_buffer("frequency", 10000.0 ** (-torch.arange(0, d_model, 2).float() / d_model), persistent=False)
+
+    def forward(self, position: Tensor) -> Tensor:
+        """``(B, L)`` positions to ``(B, L, D)``."""
+        angle = position.unsqueeze(-1) * self.frequency
+        return torch.cat([angle.sin(), angle.cos()], -1)[..., : 2 * self.frequency.numel()] * self.scale
+
+
+class LanguageModel(Model):
+    """Causal language model over token numbers.
+
+    The embedding ~ N(0, D^-0.5) is multiplied by ``sqrt(D)`` and, with ``tie_embeddings``, also turns features into logits.
+    """
+
+    @dataclass(kw_only=True, frozen=True)
+    class Config(StackConfig):
+        vocab_size: int
+        tie_embeddings: bool = True
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self.require(self.vocab_size >= 2, "vocab_size", "must be at least 2")
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.vocab_size = config.vocab_size
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        nn.init.normal_(self.embedding.weight, 0.0, config.d_model**-0.5)
+        self.stack = Stack(config, causal=True)
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if self.head is not None:
+            nn.init.normal_(self.head.weight, 0.0, config.d_model**-0.5)
+
+    def initial_state(self, batch: int) -> StackState:
+        """The state before the first token of ``batch`` sequences.
+
+        Raises:
+            StreamingError: a part of the model cannot stream; the message says why.
+        """
+        return self.stack.initial_state(batch, self.embedding.weight)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: StackState | None = None,
+        *,
+        valid: Tensor | None = None,
+        replay: Mapping[str, Routing] | None = None,
+    ) -> ModelOutput:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens: ``(B, L)`` integers; any L, also 1 or 0.
+            state: from :meth:`initial_state` or the previous chunk; None runs whole sequences.
+            valid: ``(B, L)`` bool, True on real tokens; prompts may be padded on either side.
+            replay: routings whose decisions are taken over, by name.
+
+        Raises:
+            ShapeError: tokens of the wrong shape, dtype or range.
+        """
+        check_tokens("language_model", tokens, self.vocab_size)
+        x = self.embedding(tokens) * math.sqrt(self.stack.d_model)
+        out = self.stack(x, state, valid=valid, replay=replay)
+        logits = F.linear(out.x, self.embedding.weight) if self.head is None else self.head(out.x)
+        return ModelOutput(logits, out.state, out.routings, out.losses)
+
+
+@dataclass(kw_only=True, frozen=True)
+class EncoderConfig(StackConfig):
+    """What the models that read a whole sequence share.
+
+    Attributes:
+        vocab_size: number of tokens, or None when the input is real numbers.
+        n_classes: number of classes.
+        d_hidden: width of the classifier's hidden layer; None means 2 * d_model.
+        positions: ``sinusoidal`` adds absolute positions to the embedding.
+        pool: ``mean`` over the real tokens, or the ``first`` token.
+        head_activation: of the hidden layer.
+    """
+
+    n_classes: int
+    vocab_size: int | None = None
+    d_hidden: int | None = None
+    positions: Literal["none", "sinusoidal"] = "none"
+    pool: Literal["mean", "first"] = "mean"
+    head_dropout: float = 0.0
+    causal: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.n_classes >= 2, "n_classes", "must be at least 2")
+        self.require(self.vocab_size is None or self.vocab_size >= 2, "vocab_size", "must be at least 2, or null for real numbers")
+        self.require(self.positions != "sinusoidal" or self.d_model % 2 == 0, "d_model", "must be even for sinusoidal positions")
+        self.require(0 <= self.head_dropout < 1, "head_dropout", "must lie in [0, 1)")
+
+
+class _Encoder(Model):
+    """Embedding, stack and pooling, and the classifier's two layers over ``n_inputs`` pooled vectors."""
+
+    def __init__(self, config: EncoderConfig, n_inputs: int) -> None:
+        super().__init__(config)
+        self.vocab_size = config.vocab_size
+        self.pool = config.pool
+        if config.vocab_size is None:
+            self.embedding: nn.Module = ValueEmbedding(config.d_model)
+        else:
+            self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+            nn.init.normal_(self.embedding.weight, 0.0, config.d_model**-0.5)
+        self.positions = SinusoidalPositions(config.d_model) if config.positions == "sinusoidal" else None
+        self.stack = Stack(config, causal=config.causal)
+        d_hidden = config.d_hidden or 2 * config.d_model
+        self.hidden = nn.Linear(n_inputs * config.d_model, d_hidden)
+        self.head_dropout = nn.Dropout(config.head_dropout)
+        self.head = nn.Linear(d_hidden, config.n_classes, bias=False)
+        nn.init.xavier_uniform_(self.hidden.weight)
+        nn.init.zeros_(self.hidden.bias)
+        nn.init.xavier_uniform_(self.head.weight)
+
+    def _encode(
+        self, inputs: Tensor, valid: Tensor | None, replay: Mapping[str, Routing] | None
+    ) -> tuple[Tensor, dict[str, Routing], dict[str, Tensor]]:
+        """Pooled features ``(B, D)``, routings and losses."""
+        self._check(inputs)
+        x = self.embedding(inputs)
+        if self.positions is not None:
+            column = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape)
+            position = column if valid is None else (valid.cumsum(1) - 1).clamp(min=0)
+            x = x + self.positions(position).to(x.dtype)
+        out = self.stack(x, valid=valid, replay=replay)
+        if valid is None:
+            pooled = out.x.mean(1) if self.pool == "mean" else out.x[:, 0]
+        elif self.pool == "mean":
+            pooled = out.x.sum(1) / valid.sum(1, keepdim=True).clamp(min=1)
+        else:
+            pooled = out.x[torch.arange(x.shape[0], device=x.device), valid.int().argmax(1)]
+        return pooled, dict(out.routings), dict(out.losses)
+
+    def _check(self, inputs: Tensor) -> None:
+        kind = type(self).__name__
+        if self.vocab_size is not None:
+            check_tokens(kind, inputs, self.vocab_size)
+        elif inputs.dim() != 2 or not inputs.is_floating_point() or inputs.shape[0] == 0:
+            raise ShapeError(f"{kind}: values must be floating point of shape (B, L), B > 0, got {inputs.dtype} {tuple(inputs.shape)}")
+        elif inputs.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(inputs.isfinite().all()):
+            raise ShapeError(f"{kind}: values must be finite, got NaN or Inf")
+        if inputs.shape[1] == 0:
+            raise ShapeError(f"{kind}: sequences must hold at least one token, got {tuple(inputs.shape)}")
+
+    def _classify(self, pooled: Tensor) -> Tensor:
+        logits: Tensor = self.head(F.gelu(self.head_dropout(self.hidden(pooled))))
+        return logits
+
+
+class Classifier(_Encoder):
+    """Sequence classification: the mean over the real tokens, one hidden layer with GELU, and a linear layer without bias."""
+
+    @dataclass(kw_only=True, frozen=True)
+    class Config(EncoderConfig):
+        pass
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, n_inputs=1)
+
+    def forward(self, inputs: Tensor, *, valid: Tensor | None = None, replay: Mapping[str, Routing] | None = None) -> ModelOutput:
+        """Logits ``(B, n_classes)``.
+
+        Args:
+            inputs: ``(B, L)`` token numbers, or real numbers when ``vocab_size`` is None.
+            valid: ``(B, L)`` bool, True on real tokens. A row without any is pooled to zeros.
+            replay: routings whose decisions are taken over, by name.
+
+        Raises:
+            ShapeError: inputs of the wrong shape, dtype or range, or not finite.
+        """
+        pooled, routings, losses = self._encode(inputs, valid, replay)
+        return ModelOutput(self._classify(pooled), None, routings, losses)
+
+
+class Retrieval(_Encoder):
+    """Two texts through one encoder; the classifier reads ``[a, b, a * b, a - b]`` (LRA's matching task)."""
+
+    @dataclass(kw_only=True, frozen=True)
+    class Config(EncoderConfig):
+        n_classes: int = 2
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, n_inputs=4)
+
+    def forward(
+        self,
+        first: Tensor,
+        second: Tensor,
+        *,
+        valid: tuple[Tensor | None, Tensor | None] = (None, None),
+        replay: Mapping[str, Routing] | None = None,
+    ) -> ModelOutput:
+        """Logits ``(B, n_classes)`` for pairs of sequences ``(B, L1)`` and ``(B, L2)``.
+
+        Routings and losses are named ``first.layers...`` and ``second.layers...``.
+        """
+        pooled: list[Tensor] = []
+        routings: dict[str, Routing] = {}
+        losses: dict[str, Tensor] = {}
+        for side, inputs, mask in (("first", first, valid[0]), ("second", second, valid[1])):
+            prefix = f"{side}."
+            own = {name.removeprefix(prefix): r for name, r in (replay or {}).items() if name.startswith(prefix)}
+            vector, side_routings, side_losses = self._encode(inputs, mask, own or None)
+            pooled.append(vector)
+            routings.update({prefix + name: routing for name, routing in side_routings.items()})
+            losses.update({prefix + name: loss for name, loss in side_losses.items()})
+        a, b = pooled
+        return ModelOutput(self._classify(torch.cat([a, b, a * b, a - b], -1)), None, routings, losses)

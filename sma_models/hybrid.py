@@ -1,0 +1,152 @@
+"""A general residual block: any mixers and modules, always on or sparsely activated, in any order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from sma.configurable import BaseConfig
+from sma.configurators import Always
+from sma.interfaces import Block, BlockOutput, Mixer, Module, Norm
+from sma.layer import ActivatedConfig, MixtureConfig, SparselyActivated, SparseMixture
+from sma.padding import valid_of
+from sma.routing import Routing
+from sma.state import State
+from sma_modules.norms import LayerNorm
+
+ROLES = ("mixer", "module", "activate", "mixture")
+
+
+@dataclass(kw_only=True, frozen=True)
+class SublayerConfig(BaseConfig):
+    """One residual step ``x + dropout(f(norm(x)))``, where f is exactly one of the four.
+
+    Attributes:
+        mixer: an always-on sequence layer.
+        module: an activatable module, run on every token.
+        activate: a sparsely activated module.
+        mixture: several modules under one configurator.
+        norm: normalisation in front (``prenorm`` of the block) or behind.
+        dropout: on the output, before the residual is added.
+        residual: False replaces x instead of adding to it.
+    """
+
+    mixer: Mixer.Config | None = None
+    module: Module.Config | None = None
+    activate: ActivatedConfig | None = None
+    mixture: MixtureConfig | None = None
+    norm: Norm.Config | None = field(default_factory=LayerNorm.Config)
+    dropout: float = 0.0
+    residual: bool = True
+
+    def __post_init__(self) -> None:
+        given = [role for role in ROLES if getattr(self, role) is not None]
+        self.require(len(given) == 1, given[1] if len(given) > 1 else "mixer", f"exactly one of {', '.join(ROLES)} must be given")
+        self.require(0 <= self.dropout < 1, "dropout", "must lie in [0, 1)")
+
+    @property
+    def role(self) -> str:
+        """Which of the four it is."""
+        return next(role for role in ROLES if getattr(self, role) is not None)
+
+    def build(self, *, d_model: int, causal: bool = False, prenorm: bool = True) -> Sublayer:
+        """Construct the sublayer for tokens of width ``d_model``."""
+        return Sublayer(self, d_model=d_model, causal=causal, prenorm=prenorm)
+
+
+class Sublayer(nn.Module):
+    """One residual step of a hybrid block. The submodule is called by its role, so the state dict reads like the spec."""
+
+    def __init__(self, config: SublayerConfig, *, d_model: int, causal: bool, prenorm: bool) -> None:
+        super().__init__()
+        self.role = config.role
+        self.prenorm = prenorm
+        self.residual = config.residual
+        self.norm = config.norm.build(d_model=d_model) if config.norm else None
+        if self.role == "module":
+            assert config.module is not None
+            module = config.module.build(d_model=d_model, causal=causal)
+            self.module = SparselyActivated(module, Always(Always.Config()), d_model=d_model, causal=causal, router=False)
+        else:
+            setattr(self, self.role, getattr(config, self.role).build(d_model=d_model, causal=causal))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def initial_state(self, batch: int, like: Tensor) -> State | None:
+        """State before the first token."""
+        state: State | None = getattr(self, self.role).initial_state(batch, like)
+        return state
+
+    def forward(self, x: Tensor, state: Any, lengths: Tensor | None, replay: Routing | None) -> BlockOutput:
+        """``x (B, L, D)``, right-padded; the routing is named by the role."""
+        y = self.norm(x, lengths=lengths) if self.norm is not None and self.prenorm else x
+        routings: dict[str, Routing] = {}
+        losses: dict[str, Tensor] = {}
+        inner = getattr(self, self.role)
+        if isinstance(inner, SparseMixture):
+            valid = None if lengths is None else valid_of(lengths, y)
+            y, state, routing, losses = inner(y, state, valid=valid, replay=replay)
+            if self.role != "module":
+                routings[self.role] = routing
+        else:
+            y, state = inner(y, state, lengths=lengths)
+        y = self.dropout(y)
+        y = x + y if self.residual else y
+        if self.norm is not None and not self.prenorm:
+            y = self.norm(y, lengths=lengths)
+        return BlockOutput(y, state, routings, {f"{self.role}.{name}": loss for name, loss in losses.items()})
+
+
+@dataclass(frozen=True)
+class HybridState(State):
+    """The state of each sublayer."""
+
+    sublayers: tuple[State | None, ...]
+
+
+class Hybrid(Block):
+    """Sublayers one after the other, each with its own norm and residual.
+
+    A Transformer is ``[module: attention, module: ffn]``; a mixture-of-depths Transformer activates the second; an EMA hybrid with three
+    sparse modules is ``[mixer: ema, activate: gau, activate: ffn, activate: moe]``.
+    """
+
+    @dataclass(kw_only=True, frozen=True)
+    class Config(Block.Config):
+        sublayers: tuple[SublayerConfig, ...]
+        prenorm: bool = True
+
+        def __post_init__(self) -> None:
+            self.require(len(self.sublayers) > 0, "sublayers", "must not be empty")
+
+    def __init__(self, config: Config, *, d_model: int, causal: bool = False) -> None:
+        super().__init__(config, d_model=d_model, causal=causal)
+        self.sublayers = nn.ModuleList(
+            sublayer.build(d_model=d_model, causal=causal, prenorm=config.prenorm) for sublayer in config.sublayers
+        )
+
+    def initial_state(self, batch: int, like: Tensor) -> HybridState:
+        return HybridState(tuple(sublayer.initial_state(batch, like) for sublayer in self.sublayers))  # type: ignore[operator]
+
+    def forward(
+        self,
+        x: Tensor,
+        state: HybridState | None = None,
+        *,
+        lengths: Tensor | None = None,
+        replay: Mapping[str, Routing] | None = None,
+    ) -> BlockOutput:
+        """One block; routings are named ``sublayers.<i>.<role>``. See :class:`sma.interfaces.Block`."""
+        states: list[State | None] = []
+        routings: dict[str, Routing] = {}
+        losses: dict[str, Tensor] = {}
+        for i, sublayer in enumerate(self.sublayers):
+            name = f"sublayers.{i}.{sublayer.role}"
+            out = sublayer(x, state.sublayers[i] if state else None, lengths, replay.get(name) if replay else None)
+            x = out.x
+            states.append(out.state)
+            routings.update({f"sublayers.{i}.{key}": routing for key, routing in out.routings.items()})
+            losses.update({f"sublayers.{i}.{key}": loss for key, loss in out.losses.items()})
+        return BlockOutput(x, None if state is None else HybridState(tuple(states)), routings, losses)

@@ -1,0 +1,93 @@
+"""The SeqBoat layer (arXiv 2306.11197, section 4): an always-on EMA, and a gated attention unit on the tokens that ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sma.interfaces import Block, BlockOutput, Mixer, Norm
+from sma.layer import ActivatedConfig, ActivatedState, init_router
+from sma.padding import valid_of
+from sma.routing import Routing
+from sma.state import State
+from sma_modules.ema import EMA
+from sma_modules.gau import GAU
+from sma_modules.norms import LayerNorm
+
+
+@dataclass(frozen=True)
+class SeqBoatState(State):
+    """The state of the mixer and of the activated module."""
+
+    mixer: State | None
+    activate: ActivatedState
+
+
+class SeqBoat(Block):
+    """``m = SiLU(mixer(norm(x))); [u | s] = W m; y = SiLU(s + c * f(compress(m)) + x)``.
+
+    The logits ``u`` and the skip path ``s`` come from one projection (``hx_proj`` of the published code). Dropout acts on ``m``, and
+    on the module's output (bidirectional) or on the sum of skip and module (causal).
+    """
+
+    @dataclass(kw_only=True, frozen=True)
+    class Config(Block.Config):
+        mixer: Mixer.Config = field(default_factory=EMA.Config)
+        activate: ActivatedConfig = field(default_factory=lambda: ActivatedConfig(module=GAU.Config()))
+        norm: Norm.Config = field(default_factory=LayerNorm.Config)
+        prenorm: bool = True
+        dropout: float = 0.0
+
+        def __post_init__(self) -> None:
+            self.require(0 <= self.dropout < 1, "dropout", "must lie in [0, 1)")
+
+    def __init__(self, config: Config, *, d_model: int, causal: bool = False) -> None:
+        super().__init__(config, d_model=d_model, causal=causal)
+        self.prenorm = config.prenorm
+        self.norm = config.norm.build(d_model=d_model)
+        self.mixer = config.mixer.build(d_model=d_model, causal=causal)
+        self.activate = config.activate.build(d_model=d_model, causal=causal, router=False)
+        configurator = self.activate.configurator
+        self.n_logits = configurator.n_modules * configurator.logits_per_module
+        self.skip_proj = nn.Linear(d_model, self.n_logits + d_model)
+        init_router(self.skip_proj)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def initial_state(self, batch: int, like: Tensor) -> SeqBoatState:
+        return SeqBoatState(self.mixer.initial_state(batch, like), self.activate.initial_state(batch, like))
+
+    def forward(
+        self,
+        x: Tensor,
+        state: SeqBoatState | None = None,
+        *,
+        lengths: Tensor | None = None,
+        replay: Mapping[str, Routing] | None = None,
+    ) -> BlockOutput:
+        """One layer; see :class:`sma.interfaces.Block`."""
+        residual = x
+        if self.prenorm:
+            x = self.norm(x, lengths=lengths)
+        m, mixer_state = self.mixer(x, state.mixer if state else None, lengths=lengths)
+        m = self.dropout(F.silu(m))
+        logits, skip = self.skip_proj(m).split([self.n_logits, self.d_model], -1)
+        activated = self.activate(
+            m,
+            state.activate if state else None,
+            valid=None if lengths is None else valid_of(lengths, m),
+            logits=logits,
+            replay=replay.get("activate") if replay else None,
+        )
+        if self.causal:
+            y = self.dropout(skip + activated.output)
+        else:
+            y = skip + self.dropout(activated.output)
+        y = F.silu(y + residual)
+        if not self.prenorm:
+            y = self.norm(y, lengths=lengths)
+        after = None if activated.state is None else SeqBoatState(mixer_state, activated.state)
+        losses = {f"activate.{name}": loss for name, loss in activated.losses.items()}
+        return BlockOutput(y, after, {"activate": activated.routing}, losses)

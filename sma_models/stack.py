@@ -1,0 +1,125 @@
+"""Depth: a pattern of blocks, repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from sma.checkpointing import checkpoint
+from sma.interfaces import Block, BlockOutput, Model, Norm
+from sma.padding import Alignment, valid_of
+from sma.routing import Routing
+from sma.state import State
+
+
+@dataclass(kw_only=True, frozen=True)
+class StackConfig(Model.Config):
+    """What every model has.
+
+    Attributes:
+        d_model: width.
+        n_layers: number of blocks.
+        blocks: the pattern over depth, repeated until there are ``n_layers``.
+        final_norm: normalisation after the last block, or None.
+        dropout: on the embedding.
+        checkpoint: recompute each block in the backward pass instead of keeping its activations; routing decisions are kept.
+    """
+
+    d_model: int
+    n_layers: int
+    blocks: tuple[Block.Config, ...]
+    final_norm: Norm.Config | None = None
+    dropout: float = 0.0
+    checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        self.require(self.d_model >= 1, "d_model", "must be at least 1")
+        self.require(self.n_layers >= 1, "n_layers", "must be at least 1")
+        self.require(0 < len(self.blocks) <= self.n_layers, "blocks", f"must hold 1 to n_layers = {self.n_layers} blocks")
+        self.require(0 <= self.dropout < 1, "dropout", "must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class StackState(State):
+    """The state of each block."""
+
+    layers: tuple[State | None, ...]
+
+
+class Stack(nn.Module):
+    """The blocks of a model, its final norm and the dropout of its embedding.
+
+    Everything public that the models share is here: masks are aligned, routings and losses are gathered by the name of their layer.
+    """
+
+    def __init__(self, config: StackConfig, *, causal: bool) -> None:
+        super().__init__()
+        self.d_model = config.d_model
+        self.causal = causal
+        self.checkpoint = config.checkpoint
+        pattern = [config.blocks[i % len(config.blocks)] for i in range(config.n_layers)]
+        self.layers = nn.ModuleList(block.build(d_model=config.d_model, causal=causal) for block in pattern)
+        self.final_norm = config.final_norm.build(d_model=config.d_model) if config.final_norm else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def initial_state(self, batch: int, like: Tensor) -> StackState:
+        """State before the first token.
+
+        Raises:
+            StreamingError: a block cannot stream; the message says why.
+        """
+        return StackState(tuple(layer.initial_state(batch, like) for layer in self.layers))  # type: ignore[operator]
+
+    def forward(
+        self,
+        x: Tensor,
+        state: StackState | None = None,
+        *,
+        valid: Tensor | None = None,
+        replay: Mapping[str, Routing] | None = None,
+    ) -> BlockOutput:
+        """Run ``x (B, L, D)`` through the blocks.
+
+        Args:
+            x: embedded tokens.
+            state: from :meth:`initial_state` or the previous chunk.
+            valid: ``(B, L)`` bool, True on real tokens; padding may lie anywhere.
+            replay: routings to take the decisions from, by name.
+
+        Returns:
+            Features ``(B, L, D)`` (padding holds zeros), state, and routings and losses named ``layers.<i>.<...>``, in the columns of ``x``.
+        """
+        alignment = Alignment.of(valid, (x.shape[0], x.shape[1]))
+        lengths = alignment.lengths
+        x = self.dropout(alignment.align(x))
+        states: list[State | None] = []
+        routings: dict[str, Routing] = {}
+        losses: dict[str, Tensor] = {}
+        for i, layer in enumerate(self.layers):
+            own = _replay_of(replay, f"layers.{i}.", alignment)
+            arguments: dict[str, Any] = {"lengths": lengths, "replay": own}
+            before = state.layers[i] if state else None
+            out = checkpoint(layer, x, before, **arguments) if self.checkpoint and self.training else layer(x, before, **arguments)
+            x = out.x
+            states.append(out.state)
+            routings.update({f"layers.{i}.{name}": _moved(r, alignment.restore) for name, r in out.routings.items()})
+            losses.update({f"layers.{i}.{name}": loss for name, loss in out.losses.items()})
+        if self.final_norm is not None:
+            x = self.final_norm(x, lengths=lengths)
+        if lengths is not None:
+            x = alignment.restore(x.masked_fill(~valid_of(lengths, x)[..., None], 0.0))
+        return BlockOutput(x, None if state is None else replace(state, layers=tuple(states)), routings, losses)
+
+
+def _moved(routing: Routing, move: Any) -> Routing:
+    return Routing(move(routing.active), move(routing.confidence), move(routing.valid), move(routing.position))
+
+
+def _replay_of(replay: Mapping[str, Routing] | None, prefix: str, alignment: Alignment) -> dict[str, Routing] | None:
+    if replay is None:
+        return None
+    own = {name.removeprefix(prefix): routing for name, routing in replay.items() if name.startswith(prefix)}
+    return {name: _moved(routing, alignment.align) for name, routing in own.items()}
