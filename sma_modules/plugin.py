@@ -1,0 +1,23 @@
+"""The modules, mixers and norms that ship with sma_modules, registered through the same door as anyone's."""
+
+from collections.abc import Callable
+from typing import Any
+
+from sma.plugins import hookimpl
+
+
+@hookimpl
+def sma_register(register: Callable[[str, Any], None]) -> None:
+    """Register every module, mixer and norm."""
+    from sma_modules import attention, ema, ffn, gau, moe, norms
+
+    register("gau", gau.GAU)
+    register("attention", attention.Attention)
+    register("ffn", ffn.FFN)
+    register("moe", moe.MoE)
+    register("ema", ema.EMA)
+    register("layernorm", norms.LayerNorm)
+    register("rmsnorm", norms.RMSNorm)
+    register("scalenorm", norms.ScaleNorm)
+    register("batchnorm", norms.BatchNorm)
+    register("syncbatchnorm", norms.SyncBatchNorm)
