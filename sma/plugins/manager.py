@@ -45,7 +45,9 @@ def registry() -> Registry:
     with _Process.lock:
         if _Process.registry is None:
             if _Process.loading:
-                raise PluginError("the registry was used while plugins are loading; a plugin registers in its sma_register hook")
+                raise PluginError(
+                    "the registry was used while plugins are loading; a plugin registers in its sma_register hook"
+                )
             _Process.loading = True
             try:
                 _Process.registry = load_plugins()
@@ -162,6 +164,8 @@ def _check_hooks(manager: pluggy.PluginManager, module: ModuleType) -> None:
     for caller in callers:
         if not caller.has_spec():
             manager.unregister(module)
-            raise PluginError(f"there is no hook {caller.name!r}{did_you_mean(caller.name, known)} (hooks: {', '.join(known)})")
+            raise PluginError(
+                f"there is no hook {caller.name!r}{did_you_mean(caller.name, known)} (hooks: {', '.join(known)})"
+            )
     if not callers:
         raise PluginError(f"it implements no hook: {module.__name__} needs '@sma.hookimpl def sma_register(register)'")

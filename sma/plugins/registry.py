@@ -87,7 +87,9 @@ def make_entry(name: str, target: Any, provider: Provider) -> Entry:
 
 def _check_class(name: str, cls: type[Any], kind: str) -> None:
     if KINDS[kind] is cls:
-        raise PluginError(f"{name!r}: {cls.__qualname__} is the abstract base of its kind, register a class derived from it")
+        raise PluginError(
+            f"{name!r}: {cls.__qualname__} is the abstract base of its kind, register a class derived from it"
+        )
     config = cls.Config
     if "__dataclass_fields__" not in config.__dict__:
         raise PluginError(f"{name!r}: {config.__qualname__} lacks @dataclass(kw_only=True, frozen=True)")

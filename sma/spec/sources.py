@@ -46,7 +46,9 @@ class Reader:
         tree = self.expand(document.tree, document, (document.label,))
         return Document(tree, document.label, document.folder)
 
-    def expand(self, node: Any, document: Document, chain: tuple[str, ...] = (), path: Path = (), depth: int = 0) -> Any:
+    def expand(
+        self, node: Any, document: Document, chain: tuple[str, ...] = (), path: Path = (), depth: int = 0
+    ) -> Any:
         """``node`` of ``document`` with every ``extends`` in it replaced by what it names.
 
         Args:
@@ -63,7 +65,9 @@ class Reader:
         if not isinstance(node, dict):
             return node
         own = {
-            key: self.expand(item, document, chain, (*path, key), depth) for key, item in node.items() if key != "extends"
+            key: self.expand(item, document, chain, (*path, key), depth)
+            for key, item in node.items()
+            if key != "extends"
         }
         if "extends" not in node:
             return own

@@ -110,7 +110,9 @@ def override(tree: Any, assignment: str, open_up: Callable[[Any], Any]) -> Any:
     key, equals, text = assignment.partition("=")
     key = key.strip()
     if not equals or not _REFERENCE.fullmatch(key) or key.startswith("."):
-        raise SpecError(f"override {assignment!r}: must be of the form key=value, as in 'n_layers=6' or 'blocks[0].norm.eps=1e-6'")
+        raise SpecError(
+            f"override {assignment!r}: must be of the form key=value, as in 'n_layers=6' or 'blocks[0].norm.eps=1e-6'"
+        )
     value = normalise(parse(text, f"override {assignment!r}"), Budget())
     return _set(tree, split(key), value, open_up, (), assignment)
 
@@ -123,7 +125,9 @@ def _set(node: Any, steps: Path, value: Any, open_up: Callable[[Any], Any], path
         if isinstance(step, str) and step.isdigit():
             step = int(step)
         if not isinstance(step, int) or step >= len(node):
-            raise SpecError(f"override {assignment!r}: {show(path)} is a list of {len(node)}, there is no {show((*path, step))}")
+            raise SpecError(
+                f"override {assignment!r}: {show(path)} is a list of {len(node)}, there is no {show((*path, step))}"
+            )
         node[step] = _set(node[step], rest, value, open_up, (*path, step), assignment)
         return node
     if not isinstance(node, dict):
@@ -219,7 +223,9 @@ class _Resolver:
             if match[0] == text:
                 return value
             if isinstance(value, dict | list) or is_leaf_object(value):
-                raise SpecError(f"{show(path)}: ${{{match[2]}}} is {type(value).__name__} and cannot be part of a string")
+                raise SpecError(
+                    f"{show(path)}: ${{{match[2]}}} is {type(value).__name__} and cannot be part of a string"
+                )
             pieces.append(str(value))
         result = "".join([*pieces, text[end:]])
         if len(result) > MAX_BYTES:
@@ -231,7 +237,9 @@ class _Resolver:
         match = _REFERENCE.fullmatch(reference)
         if match is None:
             rule = "resolvers are not allowed, a reference" if ":" in reference else "a reference"
-            raise SpecError(f"{show(path)}: {rule} names another value of the spec (${{a.b[0].c}}), got '${{{reference}}}'")
+            raise SpecError(
+                f"{show(path)}: {rule} names another value of the spec (${{a.b[0].c}}), got '${{{reference}}}'"
+            )
         dots = len(match[1])
         if dots > len(path):
             raise SpecError(f"{show(path)}: '${{{reference}}}' leads out of the spec")
@@ -244,9 +252,13 @@ class _Resolver:
                 resolved = True
             if isinstance(node, list) and isinstance(step, str) and step.isdigit():
                 step = int(step)
-            found = (isinstance(node, dict) and step in node) or (isinstance(node, list) and isinstance(step, int) and step < len(node))
+            found = (isinstance(node, dict) and step in node) or (
+                isinstance(node, list) and isinstance(step, int) and step < len(node)
+            )
             if not found:
-                raise SpecError(f"{show(path)}: '${{{reference}}}' refers to nothing: there is no {show((*target, step))}")
+                raise SpecError(
+                    f"{show(path)}: '${{{reference}}}' refers to nothing: there is no {show((*target, step))}"
+                )
             node = node[step]
             target = (*target, step)
         return node if resolved else self.node(node, target)

@@ -44,7 +44,9 @@ def describe(annotation: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(repr(each) for each in arguments)
     if annotation in _LISTS or origin in _LISTS:
-        return "a list of " + ", ".join(describe(each) for each in arguments if each is not ...) if arguments else "a list"
+        return (
+            "a list of " + ", ".join(describe(each) for each in arguments if each is not ...) if arguments else "a list"
+        )
     if annotation in _DICTS or origin in _DICTS:
         return f"a mapping to {describe(arguments[1])}" if arguments else "a mapping"
     if annotation is None or annotation is type(None):
@@ -85,7 +87,9 @@ class Converter:
         """
         if isinstance(expect, str):
             if expect not in KINDS:
-                raise SpecError(f"no kind of plugin is named {expect!r}{did_you_mean(expect, KINDS)} (known: {', '.join(sorted(KINDS))})")
+                raise SpecError(
+                    f"no kind of plugin is named {expect!r}{did_you_mean(expect, KINDS)} (known: {', '.join(sorted(KINDS))})"
+                )
             expect = KINDS[expect].Config
         if expect is None:
             expect = self._kind_of_root(tree).Config
@@ -132,7 +136,11 @@ class Converter:
 
     def _scalar(self, annotation: Any, value: Any, path: Path, finite: bool) -> Any:
         if isinstance(annotation, type) and issubclass(annotation, Enum):
-            return value if isinstance(value, annotation) else annotation(self._choice([each.value for each in annotation], value, path))
+            return (
+                value
+                if isinstance(value, annotation)
+                else annotation(self._choice([each.value for each in annotation], value, path))
+            )
         if annotation is None or annotation is type(None):
             if value is None:
                 return None
@@ -150,20 +158,31 @@ class Converter:
         for choice in choices:
             if type(choice) is type(value) and choice == value:
                 return choice
-        hint = did_you_mean(value, [each for each in choices if isinstance(each, str)]) if isinstance(value, str) else ""
-        raise SpecError(f"{show(path)}: expected one of {', '.join(repr(each) for each in choices)}, got {shown(value)}{hint}")
+        hint = (
+            did_you_mean(value, [each for each in choices if isinstance(each, str)]) if isinstance(value, str) else ""
+        )
+        raise SpecError(
+            f"{show(path)}: expected one of {', '.join(repr(each) for each in choices)}, got {shown(value)}{hint}"
+        )
 
-    def _list(self, annotation: Any, origin: Any, arguments: tuple[Any, ...], value: Any, path: Path, finite: bool) -> Any:
+    def _list(
+        self, annotation: Any, origin: Any, arguments: tuple[Any, ...], value: Any, path: Path, finite: bool
+    ) -> Any:
         if not isinstance(value, list | tuple):
             raise SpecError(f"{show(path)}: expected {describe(annotation)}, got {shown(value)}")
         make = list if list in (annotation, origin) else tuple
         if make is tuple and tuple in (annotation, origin) and arguments and arguments[-1] is not ...:
             if len(value) != len(arguments):
-                raise SpecError(f"{show(path)}: expected {len(arguments)} items ({describe(annotation)}), got {len(value)}")
+                raise SpecError(
+                    f"{show(path)}: expected {len(arguments)} items ({describe(annotation)}), got {len(value)}"
+                )
             items: Sequence[Any] = arguments
         else:
             items = [arguments[0] if arguments else Any] * len(value)
-        return make(self.convert(item, each, (*path, index), finite) for index, (item, each) in enumerate(zip(items, value, strict=True)))
+        return make(
+            self.convert(item, each, (*path, index), finite)
+            for index, (item, each) in enumerate(zip(items, value, strict=True))
+        )
 
     def _union(self, members: tuple[Any, ...], annotation: Any, value: Any, path: Path, finite: bool) -> Any:
         exact = [each for each in members if each is type(value)]
@@ -246,13 +265,17 @@ class Converter:
         from sma.spec import load  # a spec within a spec is loaded as any other
 
         if len(value) > 1:
-            raise SpecError(f"{show(path)}: {name!r} is a spec; to change parts of it write 'extends: {name}' instead of 'type'")
+            raise SpecError(
+                f"{show(path)}: {name!r} is a spec; to change parts of it write 'extends: {name}' instead of 'type'"
+            )
         try:
             config = load(name)
         except SpecError as error:
             raise SpecError(f"{show(path)}: spec {name!r}: {error}") from error
         if not isinstance(config, annotation):
-            raise SpecError(f"{show(path)}: the spec {name!r} describes {a(config.owner.kind)}, expected {describe(annotation)}")
+            raise SpecError(
+                f"{show(path)}: the spec {name!r} describes {a(config.owner.kind)}, expected {describe(annotation)}"
+            )
         return config
 
     def _dataclass(self, cls: type[Any], value: Any, path: Path, name: str | None = None) -> Any:
@@ -270,10 +293,14 @@ class Converter:
         missing = [
             each.name
             for each in fields.values()
-            if each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING and value.get(each.name, "???") == "???"
+            if each.default is dataclasses.MISSING
+            and each.default_factory is dataclasses.MISSING
+            and value.get(each.name, "???") == "???"
         ]
         if missing:
-            raise SpecError(f"{place}: missing {'key' if len(missing) == 1 else 'keys'} {', '.join(map(repr, missing))}")
+            raise SpecError(
+                f"{place}: missing {'key' if len(missing) == 1 else 'keys'} {', '.join(map(repr, missing))}"
+            )
         given = {
             key: self.convert(hints[key], each, (*path, key), not fields[key].metadata.get("allow_nonfinite", False))
             for key, each in value.items()
@@ -282,7 +309,10 @@ class Converter:
             return cls(**given)
         except SpecError:
             raise
-        except (ValueError, TypeError) as error:  # a ConfigError, or what a stranger's __post_init__ raises for a bad value
+        except (
+            ValueError,
+            TypeError,
+        ) as error:  # a ConfigError, or what a stranger's __post_init__ raises for a bad value
             raise SpecError(f"{place}: {error}") from error
 
 
@@ -307,7 +337,9 @@ def unload(value: Any, registry: Registry, declared: Any = None) -> Any:
             if name is not None:
                 tree["type"] = name
             elif not _mentions(declared, type(value)):
-                raise SpecError(f"{plugin.__module__}.{plugin.__qualname__} is not registered, so no spec can name it; see sma.register")
+                raise SpecError(
+                    f"{plugin.__module__}.{plugin.__qualname__} is not registered, so no spec can name it; see sma.register"
+                )
         hints = hints_of(type(value))
         return tree | {key: unload(getattr(value, key), registry, hint) for key, hint in hints.items()}
     if isinstance(value, Mapping):
