@@ -1,0 +1,56 @@
+"""Settings of every test: one thread, fixed seeds, repeatable hypothesis, shapes in annotations checked."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from jaxtyping import install_import_hook
+
+# Before the first import of these packages: their annotated shapes and dtypes are checked at every call. Only the
+# operations: classes refuse bad input themselves, with the library's own errors, and the tests have to see those.
+install_import_hook(["sma.ops", "sma_modules.ops"], "beartype.beartype")
+
+settings.register_profile(
+    "ci", derandomize=True, deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("thorough", deadline=None, max_examples=500, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("SMA_HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread for each process: the tests are small, and pytest-xdist already uses the cores."""
+    torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test marked ``scatter`` is skipped without torch-scatter, or fails where torch-scatter is required."""
+    if item.get_closest_marker("scatter") is None or importlib.util.find_spec("torch_scatter") is not None:
+        return
+    if os.environ.get("SMA_REQUIRE_SCATTER") == "1":
+        pytest.fail("torch_scatter is not installed, and SMA_REQUIRE_SCATTER=1 asks for it", pytrace=False)
+    pytest.skip("torch_scatter is not installed; `make test-scatter` builds it and runs this test")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """The same random numbers in every test, whatever ran before it; global switches are put back."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    dtype, deterministic = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_default_dtype(dtype)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A seeded generator, for tests that draw their own data."""
+    return torch.Generator().manual_seed(0)
