@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from jaxtyping import install_import_hook
 
-# Before the first import of these packages: their annotated shapes and dtypes are checked at every call. Only the
-# operations: classes refuse bad input themselves, with the library's own errors, and the tests have to see those.
-install_import_hook(["sma.ops", "sma_modules.ops"], "beartype.beartype")
+from tests.shapes import check_annotated_shapes
+
+# Before the first import of these packages. Only the operations: their annotations say every shape.
+check_annotated_shapes("sma.ops", "sma_modules.ops")
 
 settings.register_profile(
     "ci", derandomize=True, deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
