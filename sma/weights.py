@@ -1,0 +1,124 @@
+"""Weights and spec of a model in one safetensors file. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sma.errors import CheckpointError
+from sma.interfaces import Model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+SPEC_KEY = "sma_spec"
+
+
+def save(model: Model, path: str | PathLike[str]) -> None:
+    """Write a model's weights and its spec; the file appears complete or not at all.
+
+    Args:
+        model: any registered model.
+        path: the file to write, by custom ``*.safetensors``.
+    """
+    from sma.spec import to_yaml
+
+    write_tensors(model.state_dict(), path, {SPEC_KEY: to_yaml(model.config)})
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: str | PathLike[str], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors to a safetensors file atomically: a temporary file beside it, synced to disk, then renamed."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(temporary), metadata)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def read_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or not a safetensors file.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a complete safetensors file ({error})") from error
+
+
+def load(path: str | PathLike[str]) -> Model:
+    """Build the model that :func:`save` wrote, with its weights, in evaluation mode.
+
+    Raises:
+        CheckpointError: the file is broken, holds no spec, or its weights do not fit the spec.
+    """
+    from sma.spec import build
+
+    tensors, metadata = read_tensors(path)
+    if SPEC_KEY not in metadata:
+        raise CheckpointError(f"{path}: holds no spec; build the model and use load_into")
+    model: Model = build(metadata[SPEC_KEY])
+    _assign(model, tensors, str(path))
+    return model.eval()
+
+
+def load_into(model: nn.Module, path: str | PathLike[str]) -> None:
+    """Load weights into a model that stands already; every key and shape must match.
+
+    Raises:
+        CheckpointError: keys are missing or unexpected, or a shape differs; the message lists them. The model is not changed.
+    """
+    tensors, _ = read_tensors(path)
+    _assign(model, tensors, str(path))
+
+
+def _assign(model: nn.Module, tensors: Mapping[str, Tensor], place: str) -> None:
+    check_keys(model, tensors, place)
+    model.load_state_dict(dict(tensors))
+
+
+def check_keys(model: nn.Module, tensors: Mapping[str, Tensor], place: str) -> None:
+    """Refuse weights whose names or shapes are not the model's.
+
+    Raises:
+        CheckpointError: listing what is missing, unexpected and of another shape.
+    """
+    own = model.state_dict()
+    problems = [
+        _listed("missing", sorted(own.keys() - tensors.keys())),
+        _listed("unexpected", sorted(tensors.keys() - own.keys())),
+        _listed(
+            "of another shape",
+            [
+                f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
+                for name in sorted(own.keys() & tensors.keys())
+                if own[name].shape != tensors[name].shape
+            ],
+        ),
+    ]
+    found = [problem for problem in problems if problem]
+    if found:
+        raise CheckpointError(f"{place}: does not fit the model: {'; '.join(found)}")
+
+
+def _listed(what: str, names: Iterable[str], most: int = 8) -> str:
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{what}: {', '.join(names[:most])}{more}" if names else ""
