@@ -39,3 +39,7 @@ class CheckpointError(SMAError):
 
 class DataError(SMAError):
     """A data file is missing, empty, truncated or in the wrong encoding or format."""
+
+
+class MissingExtraError(SMAError, ImportError):
+    """Something was asked for that needs an optional extra which is not installed; the message says how to install it."""
