@@ -1,7 +1,8 @@
 """The kinds of plugin. A class says what it is by the base that it derives from.
 
-All of them are ``nn.Module`` and :class:`~sma.configurable.Configurable`. What the surroundings decide (the width ``d_model``, whether the
-model is ``causal``) comes as an argument of ``build``; everything else is in the nested ``Config``.
+All of them are :class:`~sma.configurable.Configurable`, and those of this file are ``nn.Module``. What the surroundings decide
+(the width ``d_model``, whether the model is ``causal``) comes as an argument of ``build``; everything else is in the nested
+``Config``.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class BlockOutput:
     losses: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Plugin(Configurable, nn.Module):
+class Plugin(Configurable):
     """Base of all kinds. ``kind`` is the name by which specs and ``sma plugins`` speak of them."""
 
     kind: ClassVar[str] = ""
@@ -57,7 +58,11 @@ class Plugin(Configurable, nn.Module):
             KINDS[cls.kind] = cls
 
 
-class Configurator(Plugin):
+class Part(Plugin, nn.Module):
+    """Base of the kinds that are parts of a network."""
+
+
+class Configurator(Part):
     """Latent configurator: turns logits into a decision and a confidence, per token and module (paper, section 3).
 
     The three steps are separate so that a decision can be recorded and replayed: ``score`` is differentiable, ``decide`` is not,
@@ -105,7 +110,7 @@ class Configurator(Plugin):
         return score
 
 
-class Module(Plugin):
+class Module(Part):
     """A module that can be sparsely activated.
 
     ``layout`` says what ``forward`` takes: ``tokens`` (K, D), for anything that works token by token; ``packed`` (K, D) with a
@@ -137,7 +142,7 @@ class Module(Plugin):
         return None
 
 
-class Mixer(Plugin):
+class Mixer(Part):
     """An always-on sequence layer: ``forward(x (B, L, D), state=None, *, lengths=None) -> (y (B, L, D), state)``.
 
     Rows are right-padded and ``lengths (B,)`` counts their real tokens; None means that all are. Padding never changes an output
@@ -162,7 +167,7 @@ class Mixer(Plugin):
         return None
 
 
-class Norm(Plugin):
+class Norm(Part):
     """Normalisation over the features: ``forward(x (B, L, D), *, lengths=None) -> (B, L, D)``."""
 
     kind: ClassVar[str] = "norm"
@@ -177,7 +182,7 @@ class Norm(Plugin):
         self.d_model = d_model
 
 
-class Block(Plugin):
+class Block(Part):
     """One layer of depth: ``forward(x, state=None, *, lengths=None, replay=None) -> BlockOutput``.
 
     ``replay`` maps names of routings (as in ``BlockOutput.routings``) to routings whose decision is taken over.
@@ -200,7 +205,7 @@ class Block(Plugin):
         return None
 
 
-class Model(Plugin):
+class Model(Part):
     """A whole model, with its embedding and head; the root of a spec."""
 
     kind: ClassVar[str] = "model"

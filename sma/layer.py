@@ -82,6 +82,7 @@ class SparseMixture(nn.Module):
         causal: the output at t may depend on positions up to t only; refuses what cannot keep that.
         router: False when the caller supplies the ``logits``.
         rate_loss: optional loss that holds the rate of activation at a target.
+        controller: optional controller that holds it instead; the layer only keeps it, the training loop calls its ``update``.
 
     Raises:
         ConfigError: the parts do not fit together.
@@ -102,6 +103,7 @@ class SparseMixture(nn.Module):
         causal: bool = False,
         router: bool = True,
         rate_loss: RateLoss | None = None,
+        controller: RateController | None = None,
     ) -> None:
         super().__init__()
         if not modules:
@@ -119,6 +121,7 @@ class SparseMixture(nn.Module):
         if causal and not self.configurator.causal:
             raise ConfigError(f"configurator: {type(self.configurator).__name__} looks ahead, it is refused in a causal layer")
         self.rate_loss = rate_loss
+        self.controller = controller
         self.d_model = d_model or next((width for width in map(infer_width, modules) if width), None)
         self._width_known = False
         self.router = self._make_router() if router and self.configurator.logits_per_module else None
@@ -337,6 +340,7 @@ class ActivatedConfig(BaseConfig):
             causal=causal,
             router=router,
             rate_loss=self.rate_loss.build() if self.rate_loss else None,
+            controller=self.controller.build() if self.controller else None,
         )
 
 
@@ -361,6 +365,7 @@ class MixtureConfig(BaseConfig):
             causal=causal,
             router=router,
             rate_loss=self.rate_loss.build() if self.rate_loss else None,
+            controller=self.controller.build() if self.controller else None,
         )
 
 

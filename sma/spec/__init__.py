@@ -26,7 +26,6 @@ from typing import Any, TypeVar
 
 from sma.configurable import BaseConfig
 from sma.errors import ConfigError, SpecError
-from sma.interfaces import Plugin
 from sma.plugins import registry
 from sma.spec.sources import Document, Reader
 from sma.spec.text import render
@@ -91,7 +90,7 @@ def loads(text: str, *overrides: str, name: str = "text", kind: str | None = Non
     return config
 
 
-def build(source: Any, *overrides: str, kind: str | None = None, **context: Any) -> Plugin:
+def build(source: Any, *overrides: str, kind: str | None = None, **context: Any) -> Any:
     """Load a spec and construct what it describes.
 
     Args:
@@ -116,9 +115,7 @@ def build(source: Any, *overrides: str, kind: str | None = None, **context: Any)
     except TypeError as error:
         hint = "; changes of the spec are written as strings, as in 'n_layers=6'" if plugin.kind == "model" else ""
         raise ConfigError(f"{registry().name_of(plugin) or plugin.__name__} ({plugin.kind}): {error}{hint}") from error
-    built = config.build(**context)
-    assert isinstance(built, Plugin)
-    return built
+    return config.build(**context)
 
 
 def dump(config: BaseConfig) -> dict[str, Any]:
