@@ -1,7 +1,7 @@
 """Wrap any module: it then runs only on the tokens that ask for it, and learns which those are.
 
-The task: sequences of random vectors in which some tokens carry a mark. Marked tokens need a non-linear function, the others need
-nothing. The configurator is told none of this; a loss on the rate makes activation a scarce good.
+The task: sequences of random vectors in which some tokens carry a mark. Marked tokens need a non-linear function, the
+others need nothing. The configurator is told none of this; a loss on the rate makes activation a scarce good.
 """
 
 import torch

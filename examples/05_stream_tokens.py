@@ -23,6 +23,8 @@ print(f"largest difference between chunks and the whole: {error:.1e}; state: {si
 assert error < 1e-3
 assert len(set(sizes)) == 1
 
-text = generate(model, torch.tensor([list(b"import ")]), 20, temperature=0.8, generator=torch.Generator().manual_seed(0))
+text = generate(
+    model, torch.tensor([list(b"import ")]), 20, temperature=0.8, generator=torch.Generator().manual_seed(0)
+)
 print("an untrained model says:", bytes(text[0].tolist()))
 assert text.shape == (1, 20)

@@ -1,6 +1,7 @@
 """Sparse Modular Activation: any sub-module of a network runs only on the tokens that need it (arXiv 2306.11197)."""
 
-from sma import configurators, ops, plugins, spec
+from sma import configurators, ops, plugins, spec, statistics
+from sma.checkpointing import checkpoint
 from sma.configurable import BaseConfig, Configurable
 from sma.errors import SMAError
 from sma.interfaces import (
@@ -13,20 +14,25 @@ from sma.interfaces import (
     ModuleOutput,
     Norm,
 )
+from sma.layer import Activated, ActivatedConfig, MixtureConfig, SparselyActivated, SparseMixture
 from sma.plugins import hookimpl, register
 from sma.routing import Packed, Routing
 from sma.spec import build
 from sma.spec import dump as dump_spec
 from sma.spec import load as load_spec
 from sma.state import State, StateHistory
+from sma.weights import load, load_into, save
 
 __all__ = [
+    "Activated",
+    "ActivatedConfig",
     "BaseConfig",
     "Block",
     "BlockOutput",
     "Configurable",
     "Configurator",
     "Mixer",
+    "MixtureConfig",
     "Model",
     "Module",
     "ModuleOutput",
@@ -34,16 +40,23 @@ __all__ = [
     "Packed",
     "Routing",
     "SMAError",
+    "SparseMixture",
+    "SparselyActivated",
     "State",
     "StateHistory",
     "build",
+    "checkpoint",
     "configurators",
     "dump_spec",
     "hookimpl",
+    "load",
+    "load_into",
     "load_spec",
     "ops",
     "plugins",
     "register",
+    "save",
     "spec",
+    "statistics",
 ]
 __version__ = "0.1.0"

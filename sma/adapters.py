@@ -1,7 +1,8 @@
 """How a module that knows nothing of packed sequences is called on the active tokens.
 
-A plain ``nn.Module`` is taken to work token by token. Stock sequence modules (attention, recurrent nets, convolutions) run on the
-``padded`` layout: the active tokens of each sequence as one row ``(B', K', D)``, right-padded, rows without active tokens left out.
+A plain ``nn.Module`` is taken to work token by token. Stock sequence modules (attention, recurrent nets, convolutions)
+run on the ``padded`` layout: the active tokens of each sequence as one row ``(B', K', D)``, right-padded, rows without
+active tokens left out.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def infer_layout(module: nn.Module) -> Layout:
     """The layout that a module takes, from its class or from the stock modules that it contains.
 
     Returns:
-        ``module.layout`` of a :class:`~sma.interfaces.Module` (or of any class that states one), ``padded`` when a stock sequence
-        module is inside, else ``tokens``.
+        ``module.layout`` of a :class:`~sma.interfaces.Module` (or of any class that states one), ``padded`` when a
+        stock sequence module is inside, else ``tokens``.
     """
     stated = getattr(module, "layout", None)
     if stated is not None:
@@ -88,17 +89,22 @@ def check_supported(module: nn.Module, layout: Layout, causal: bool) -> None:
 
 def _check_convolution(conv: nn.Conv1d) -> None:
     if conv.padding_mode != "zeros":
-        raise ConfigError(f"nn.Conv1d.padding_mode: must be 'zeros', other modes would read padding, got {conv.padding_mode!r}")
+        raise ConfigError(
+            f"nn.Conv1d.padding_mode: must be 'zeros', other modes would read padding, got {conv.padding_mode!r}"
+        )
     span = conv.dilation[0] * (conv.kernel_size[0] - 1)
     both_sides = span if conv.padding == "same" else 0 if conv.padding == "valid" else 2 * int(conv.padding[0])
     if conv.stride != (1,) or both_sides != span:
         raise ConfigError(
             "nn.Conv1d: must keep the length (stride 1, padding 'same'), got "
-            f"stride {conv.stride[0]}, padding {conv.padding!r}, kernel_size {conv.kernel_size[0]}, dilation {conv.dilation[0]}"
+            f"stride {conv.stride[0]}, padding {conv.padding!r}, kernel_size {conv.kernel_size[0]}, "
+            f"dilation {conv.dilation[0]}"
         )
 
 
-def call_module(module: nn.Module, layout: Layout, h: Tensor, packed: Packed, state: State | None, causal: bool) -> ModuleOutput:
+def call_module(
+    module: nn.Module, layout: Layout, h: Tensor, packed: Packed, state: State | None, causal: bool
+) -> ModuleOutput:
     """Run ``module`` on the active tokens ``h (K, D)``.
 
     Returns:
@@ -119,8 +125,8 @@ def call_module(module: nn.Module, layout: Layout, h: Tensor, packed: Packed, st
         result = ModuleOutput(*result)
     if result.output.shape[:1] != h.shape[:1] or result.output.dim() != 2:
         raise ShapeError(
-            f"{type(module).__name__}: must return one row for each of {h.shape[0]} active tokens, got {tuple(result.output.shape)}; "
-            "a module that works on whole sequences needs layout='padded'"
+            f"{type(module).__name__}: must return one row for each of {h.shape[0]} active tokens, "
+            f"got {tuple(result.output.shape)}; a module that works on whole sequences needs layout='padded'"
         )
     return result
 
@@ -137,7 +143,9 @@ def _call_padded(module: nn.Module, h: Tensor, packed: Packed, causal: bool) -> 
     padded = h.new_zeros(rows.numel() * width, h.shape[1]).index_copy(0, flat, h).view(rows.numel(), width, h.shape[1])
     out = _call_rows(module, padded, lengths[rows], causal)
     if out.shape[:2] != padded.shape[:2]:
-        raise ShapeError(f"{type(module).__name__}: must keep (B, L) = {tuple(padded.shape[:2])}, got {tuple(out.shape)}")
+        raise ShapeError(
+            f"{type(module).__name__}: must keep (B, L) = {tuple(padded.shape[:2])}, got {tuple(out.shape)}"
+        )
     return out.flatten(0, 1).index_select(0, flat)
 
 

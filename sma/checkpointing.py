@@ -1,7 +1,7 @@
 """Activation checkpointing that keeps the routing: a decision is saved, never taken a second time.
 
-Recomputing a decision can flip it (a different kernel, noise), and then the recomputed activations have other shapes than the
-saved gradients. :func:`checkpoint` saves the few bits of every decision and recomputes everything else.
+Recomputing a decision can flip it (a different kernel, noise), and then the recomputed activations have other shapes
+than the saved gradients. :func:`checkpoint` saves the few bits of every decision and recomputes everything else.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Classes that are built from a typed, frozen configuration of their own.
 
-Every plugin class nests a frozen dataclass ``Config``; the tree of configurations, the tree of modules and the keys of the state
-dict are one tree. ``Config.build`` finds its class by itself::
+Every plugin class nests a frozen dataclass ``Config``; the tree of configurations, the tree of modules and the keys of
+the state dict are one tree. ``Config.build`` finds its class by itself::
 
     gau = GAU.Config(d_qk=64, window=128).build(d_model=128, causal=True)
 """
@@ -56,7 +56,9 @@ class Configurable:
         super().__init_subclass__(**kwargs)
         if "Config" not in cls.__dict__:
             parent = cls.Config
-            empty = type("Config", (parent,), {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.Config"})
+            empty = type(
+                "Config", (parent,), {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.Config"}
+            )
             cls.Config = dataclass(kw_only=True, frozen=True)(empty)
         if not issubclass(cls.Config, BaseConfig):
             raise ConfigError(f"{cls.__qualname__}.Config: must derive from sma.BaseConfig or a parent's Config")

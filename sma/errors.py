@@ -42,4 +42,6 @@ class DataError(SMAError):
 
 
 class MissingExtraError(SMAError, ImportError):
-    """Something was asked for that needs an optional extra which is not installed; the message says how to install it."""
+    """Something was asked for that needs an optional extra which is not installed; the message says how to install
+    it.
+    """

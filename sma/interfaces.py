@@ -1,8 +1,8 @@
 """The kinds of plugin. A class says what it is by the base that it derives from.
 
-All of them are :class:`~sma.configurable.Configurable`, and those of this file are ``nn.Module``. What the surroundings decide
-(the width ``d_model``, whether the model is ``causal``) comes as an argument of ``build``; everything else is in the nested
-``Config``.
+All of them are :class:`~sma.configurable.Configurable`, and those of this file are ``nn.Module``. What the surroundings
+decide (the width ``d_model``, whether the model is ``causal``) comes as an argument of ``build``; everything else is in
+the nested ``Config``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sma.configurable import BaseConfig, Configurable
 from sma.errors import ConfigError
-from sma.routing import Packed, Routing
+from sma.routing import Routing
 from sma.state import State
 
 Layout = Literal["tokens", "packed", "padded"]
@@ -65,13 +65,14 @@ class Part(Plugin, nn.Module):
 class Configurator(Part):
     """Latent configurator: turns logits into a decision and a confidence, per token and module (paper, section 3).
 
-    The three steps are separate so that a decision can be recorded and replayed: ``score`` is differentiable, ``decide`` is not,
-    ``weigh`` turns scores into the confidence of a given decision, whoever took it.
+    The three steps are separate so that a decision can be recorded and replayed: ``score`` is differentiable,
+    ``decide`` is not, ``weigh`` turns scores into the confidence of a given decision, whoever took it.
 
     Attributes:
         logits_per_module: how many numbers per token and module the router has to supply; 0 when none is needed.
         causal: True when the decision at t depends on positions up to t only. An instance may set it.
-        balance: ``(M,)`` buffer added to the logits in favour of activation; moved by a rate controller, never by a gradient.
+        balance: ``(M,)`` buffer added to the logits in favour of activation; moved by a rate controller, never by a
+            gradient.
     """
 
     kind: ClassVar[str] = "configurator"
@@ -113,9 +114,9 @@ class Configurator(Part):
 class Module(Part):
     """A module that can be sparsely activated.
 
-    ``layout`` says what ``forward`` takes: ``tokens`` (K, D), for anything that works token by token; ``packed`` (K, D) with a
-    :class:`~sma.routing.Packed` and an optional state, for sequence modules. Both return a tensor, ``(tensor, state)`` or a
-    :class:`ModuleOutput`. (``padded`` is for stock modules that know neither.)
+    ``layout`` says what ``forward`` takes: ``tokens`` (K, D), for anything that works token by token; ``packed`` (K, D)
+    with a :class:`~sma.routing.Packed` and an optional state, for sequence modules. Both return a tensor, ``(tensor,
+    state)`` or a :class:`ModuleOutput`. (``padded`` is for stock modules that know neither.)
     """
 
     kind: ClassVar[str] = "module"
@@ -134,7 +135,9 @@ class Module(Part):
         self.causal = causal
 
     def initial_state(self, batch: int, like: Tensor) -> State | None:
-        """State before the first token, on the device and in the dtype of ``like``; None for a module without memory."""
+        """State before the first token, on the device and in the dtype of ``like``; None for a module without
+        memory.
+        """
         return None
 
     def attention_window(self) -> int | None:
@@ -145,8 +148,9 @@ class Module(Part):
 class Mixer(Part):
     """An always-on sequence layer: ``forward(x (B, L, D), state=None, *, lengths=None) -> (y (B, L, D), state)``.
 
-    Rows are right-padded and ``lengths (B,)`` counts their real tokens; None means that all are. Padding never changes an output
-    or a state. A causal mixer returns the state after the last real token of each row; a bidirectional one returns None.
+    Rows are right-padded and ``lengths (B,)`` counts their real tokens; None means that all are. Padding never changes
+    an output or a state. A causal mixer returns the state after the last real token of each row; a bidirectional one
+    returns None.
     """
 
     kind: ClassVar[str] = "mixer"

@@ -1,6 +1,7 @@
 """The layers that activate modules sparsely: one module, or a sum over several.
 
-One layer does: configure -> compress -> module -> extract, weighted by the confidence. ``sum_i a_t[i] * c_t[i] * f_i`` of the paper.
+One layer does: configure -> compress -> module -> extract, weighted by the confidence. ``sum_i a_t[i] * c_t[i] * f_i``
+of the paper.
 """
 
 from __future__ import annotations
@@ -70,19 +71,20 @@ def init_router(router: nn.Linear) -> None:
 class SparseMixture(nn.Module):
     """``M`` modules, each run on the tokens that activate it; the outputs add up, weighted by the confidence.
 
-    With one module and GAU this is SeqBoat's layer, with M feed-forward networks and ``top_k`` a mixture of experts, with one
-    feed-forward network a mixture-of-depths layer with a causal router.
+    With one module and GAU this is SeqBoat's layer, with M feed-forward networks and ``top_k`` a mixture of experts,
+    with one feed-forward network a mixture-of-depths layer with a causal router.
 
     Args:
-        modules: the modules to activate; any ``nn.Module`` that works token by token, any :class:`~sma.interfaces.Module`, and the stock
-            sequence modules of torch.
+        modules: the modules to activate; any ``nn.Module`` that works token by token, any
+            :class:`~sma.interfaces.Module`, and the stock sequence modules of torch.
         configurator: who decides; by default the paper's tempered softmax.
         d_model: width of the tokens; inferred from the modules, or taken from the first input.
         layouts: layout of each module, where it should not be inferred.
         causal: the output at t may depend on positions up to t only; refuses what cannot keep that.
         router: False when the caller supplies the ``logits``.
         rate_loss: optional loss that holds the rate of activation at a target.
-        controller: optional controller that holds it instead; the layer only keeps it, the training loop calls its ``update``.
+        controller: optional controller that holds it instead; the layer only keeps it, the training loop calls its
+            ``update``.
 
     Raises:
         ConfigError: the parts do not fit together.
@@ -110,16 +112,21 @@ class SparseMixture(nn.Module):
             raise ConfigError(f"{type(self).__name__}: modules must hold at least one module, got none")
         self.causal = causal
         self.layouts: list[Layout] = [
-            stated or infer_layout(module) for module, stated in zip(modules, layouts or [None] * len(modules), strict=True)
+            stated or infer_layout(module)
+            for module, stated in zip(modules, layouts or [None] * len(modules), strict=True)
         ]
         for module, layout in zip(modules, self.layouts, strict=True):
             check_supported(module, layout, causal)
         self._own(modules)
         self.configurator = configurator or TemperedSoftmax(TemperedSoftmax.Config(), n_modules=len(modules))
         if self.configurator.n_modules != len(modules):
-            raise ConfigError(f"configurator: decides on {self.configurator.n_modules} modules, the layer has {len(modules)}")
+            raise ConfigError(
+                f"configurator: decides on {self.configurator.n_modules} modules, the layer has {len(modules)}"
+            )
         if causal and not self.configurator.causal:
-            raise ConfigError(f"configurator: {type(self.configurator).__name__} looks ahead, it is refused in a causal layer")
+            raise ConfigError(
+                f"configurator: {type(self.configurator).__name__} looks ahead, it is refused in a causal layer"
+            )
         self.rate_loss = rate_loss
         self.controller = controller
         self.d_model = d_model or next((width for width in map(infer_width, modules) if width), None)
@@ -218,7 +225,9 @@ class SparseMixture(nn.Module):
         if self.d_model is not None and x.shape[-1] != self.d_model:
             raise ShapeError(f"{name}: x must have d_model = {self.d_model} features, got {tuple(x.shape)}")
         if valid is not None and (valid.dtype != torch.bool or valid.shape != x.shape[:2]):
-            raise ShapeError(f"{name}: valid must be bool of shape {tuple(x.shape[:2])}, got {valid.dtype} {tuple(valid.shape)}")
+            raise ShapeError(
+                f"{name}: valid must be bool of shape {tuple(x.shape[:2])}, got {valid.dtype} {tuple(valid.shape)}"
+            )
         if valid is not None and valid.device != x.device:
             raise ShapeError(f"{name}: valid must be on the device of x, {x.device}, got {valid.device}")
         if state is not None:
@@ -241,10 +250,14 @@ class SparseMixture(nn.Module):
         elif logits is None:
             logits = x.new_empty(shape)
         if logits.numel() != x.shape[0] * x.shape[1] * shape[2] * shape[3]:
-            raise ShapeError(f"{type(self).__name__}: logits must hold (B, L, M, C) = {shape}, got {tuple(logits.shape)}")
+            raise ShapeError(
+                f"{type(self).__name__}: logits must hold (B, L, M, C) = {shape}, got {tuple(logits.shape)}"
+            )
         score = configurator.score(logits.reshape(shape), position)
         if score.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(score[valid].isfinite().all()):
-            raise ShapeError(f"{type(self).__name__}: x must be finite, its routing scores hold NaN or Inf at real tokens")
+            raise ShapeError(
+                f"{type(self).__name__}: x must be finite, its routing scores hold NaN or Inf at real tokens"
+            )
         if replay is None:
             active = mark_decision(configurator.decide(score.detach(), position, valid) & valid[..., None])
         else:
@@ -331,7 +344,7 @@ class ActivatedConfig(BaseConfig):
     rate_loss: RateLoss.Config | None = None
     controller: RateController.Config | None = None
 
-    def build(self, *, d_model: int, causal: bool = False, router: bool = True) -> SparselyActivated:
+    def build(self, *, d_model: int, causal: bool = False, router: bool = True) -> SparselyActivated:  # type: ignore[override]  # says what it needs
         """Construct the layer for tokens of width ``d_model``."""
         return SparselyActivated(
             self.module.build(d_model=d_model, causal=causal),
@@ -356,7 +369,7 @@ class MixtureConfig(BaseConfig):
     def __post_init__(self) -> None:
         self.require(len(self.modules) > 0, "modules", "must not be empty")
 
-    def build(self, *, d_model: int, causal: bool = False, router: bool = True) -> SparseMixture:
+    def build(self, *, d_model: int, causal: bool = False, router: bool = True) -> SparseMixture:  # type: ignore[override]  # says what it needs
         """Construct the layer for tokens of width ``d_model``."""
         return SparseMixture(
             [module.build(d_model=d_model, causal=causal) for module in self.modules],

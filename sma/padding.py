@@ -1,7 +1,8 @@
-"""Between the public doors, which take any boolean ``valid (B, L)``, and the inside, where rows are right-padded and counted.
+"""Between the public doors, which take any boolean ``valid (B, L)``, and the inside, where rows are right-padded and
+counted.
 
-Padding that lies to the left or in the middle is moved to the right once, at the door, and back at the end. Inside, a row is described
-by its length alone, so no layer needs a mask, a search or a synchronisation.
+Padding that lies to the left or in the middle is moved to the right once, at the door, and back at the end. Inside, a
+row is described by its length alone, so no layer needs a mask, a search or a synchronisation.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from sma.errors import ShapeError
 
 
 def valid_of(lengths: Tensor | None, x: Tensor) -> Tensor:
-    """``(B, L)`` bool: the first ``lengths[b]`` tokens of each row of ``x (B, L, ...)``; all of them when lengths is None."""
+    """``(B, L)`` bool: the first ``lengths[b]`` tokens of each row of ``x (B, L, ...)``; all of them when lengths is
+    None.
+    """
     if lengths is None:
         return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     return torch.arange(x.shape[1], device=x.device) < lengths[:, None]

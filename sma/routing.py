@@ -18,8 +18,8 @@ class Packed:
     Attributes:
         index: ``(K,)`` int64, ascending: where each token lies in the flattened ``(B * L)`` input.
         cu_seqlens: ``(B + 1,)`` int64: sequence b owns the packed rows ``cu_seqlens[b]:cu_seqlens[b + 1]``.
-        position: ``(K,)`` int64: 0-based position of each token among the real tokens of its own sequence, counted from the start
-            of the stream (padding does not count, chunks continue).
+        position: ``(K,)`` int64: 0-based position of each token among the real tokens of its own sequence, counted from
+            the start of the stream (padding does not count, chunks continue).
         max_length: host-side upper bound of the longest sequence of active tokens.
         shape: ``(B, L)`` of the input that was compressed.
     """
@@ -73,7 +73,8 @@ class Routing:
 
     Attributes:
         active: ``(B, L, M)`` bool: module m runs on token (b, t). Never True at padding.
-        confidence: ``(B, L, M)``: weight of the module's output; carries the gradient to the configurator. Only read where active.
+        confidence: ``(B, L, M)``: weight of the module's output; carries the gradient to the configurator. Only read
+            where active.
         valid: ``(B, L)`` bool: real tokens.
         position: ``(B, L)`` int64: 0-based position among the real tokens of the stream.
     """

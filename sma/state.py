@@ -1,7 +1,8 @@
 """Streaming state: what a sequence leaves behind for its own continuation, bounded in size.
 
-A state is a frozen dataclass whose fields are tensors with the batch first, further states, or tuples, dicts and None of these.
-It is never changed in place: ``forward`` takes one and returns a new one, so keeping the old one is all that a rollback needs.
+A state is a frozen dataclass whose fields are tensors with the batch first, further states, or tuples, dicts and None
+of these. It is never changed in place: ``forward`` takes one and returns a new one, so keeping the old one is all that
+a rollback needs.
 """
 
 from __future__ import annotations
@@ -112,7 +113,9 @@ class StateHistory(Generic[S]):
             StreamingError: fewer states are remembered.
         """
         if not 0 <= steps < len(self._states):
-            raise StreamingError(f"StateHistory: cannot roll back {steps} steps, {len(self._states)} states are remembered")
+            raise StreamingError(
+                f"StateHistory: cannot roll back {steps} steps, {len(self._states)} states are remembered"
+            )
         for _ in range(steps):
             self._states.pop()
         return self._states[-1]

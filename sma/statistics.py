@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ def activation_rate(routings: Mapping[str, Routing]) -> dict[str, Tensor]:
 def attention_span(packed: Packed, window: int | None, *, causal: bool) -> Tensor:
     """Mean distance in the input between an active token and the active tokens that it sees.
 
-    Two tokens that are ``window`` apart after compression can be any distance apart in the input; this is the unbounded span of
-    the paper. A token does not count itself; a token that sees no other counts as 0.
+    Two tokens that are ``window`` apart after compression can be any distance apart in the input; this is the unbounded
+    span of the paper. A token does not count itself; a token that sees no other counts as 0.
 
     Args:
         packed: the active tokens.
@@ -35,7 +36,7 @@ def attention_span(packed: Packed, window: int | None, *, causal: bool) -> Tenso
     """
     spans = packed.position.new_zeros(packed.position.shape, dtype=torch.float64)
     bounds = packed.cu_seqlens.tolist()
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(bounds):
         spans[start:stop] = _mean_distance(packed.position[start:stop].double(), window, causal)
     return segment_sum(spans, packed.cu_seqlens) / packed.lengths.clamp(min=1)
 
@@ -75,7 +76,8 @@ class OperationCount:
 
 
 def _fft_flops(x_shape: Any, *args: Any, **kwargs: Any) -> int:
-    # 5 N log2 N for a complex transform of length N (Cooley-Tukey), half of it for real data; the last axis is the transformed one.
+    # 5 N log2 N for a complex transform of length N (Cooley-Tukey), half of it for real data; the last axis is the
+    # transformed one.
     elements = 1
     for size in x_shape:
         elements *= size
@@ -101,7 +103,9 @@ def count_flops(run: Callable[[], Any]) -> int:
 
 def all_active(routing: Routing) -> Routing:
     """The routing of the same tokens with every module active at every real token."""
-    return Routing(routing.valid[..., None].expand_as(routing.active), routing.confidence, routing.valid, routing.position)
+    return Routing(
+        routing.valid[..., None].expand_as(routing.active), routing.confidence, routing.valid, routing.position
+    )
 
 
 def operations(run: Callable[[Mapping[str, Routing] | None], Any]) -> OperationCount:

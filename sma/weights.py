@@ -34,12 +34,16 @@ def save(model: Model, path: str | PathLike[str]) -> None:
     write_tensors(model.state_dict(), path, {SPEC_KEY: to_yaml(model.config)})
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: str | PathLike[str], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(
+    tensors: Mapping[str, Tensor], path: str | PathLike[str], metadata: dict[str, str] | None = None
+) -> None:
     """Write tensors to a safetensors file atomically: a temporary file beside it, synced to disk, then renamed."""
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(temporary), metadata)
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(temporary), metadata
+        )
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(target)
@@ -69,12 +73,12 @@ def load(path: str | PathLike[str]) -> Model:
     Raises:
         CheckpointError: the file is broken, holds no spec, or its weights do not fit the spec.
     """
-    from sma.spec import build
+    from sma.spec import loads
 
     tensors, metadata = read_tensors(path)
     if SPEC_KEY not in metadata:
         raise CheckpointError(f"{path}: holds no spec; build the model and use load_into")
-    model: Model = build(metadata[SPEC_KEY])
+    model: Model = loads(metadata[SPEC_KEY], name=str(path), kind="model").build()
     _assign(model, tensors, str(path))
     return model.eval()
 
@@ -83,7 +87,8 @@ def load_into(model: nn.Module, path: str | PathLike[str]) -> None:
     """Load weights into a model that stands already; every key and shape must match.
 
     Raises:
-        CheckpointError: keys are missing or unexpected, or a shape differs; the message lists them. The model is not changed.
+        CheckpointError: keys are missing or unexpected, or a shape differs; the message lists them. The model is not
+            changed.
     """
     tensors, _ = read_tensors(path)
     _assign(model, tensors, str(path))

@@ -1,1 +1,3 @@
-"""Models assembled from sma's parts: SeqBoat, MEGA and hybrids, with heads for classification, language modelling and retrieval."""
+"""Models assembled from sma's parts: SeqBoat, MEGA and hybrids, with heads for classification, language modelling and
+retrieval.
+"""

@@ -1,7 +1,7 @@
 """Weights of the published SeqBoat code (github.com/renll/SeqBoat) brought into this library's names.
 
-Its layers are called ``mega_layer`` (Long Range Arena, speech) or ``slag_layer`` (language model) and its EMA ``move`` or, in the
-standalone file, ``ssm``. Every tensor is taken over as it is; nothing is transposed or scaled.
+Its layers are called ``mega_layer`` (Long Range Arena, speech) or ``slag_layer`` (language model) and its EMA ``move``
+or, in the standalone file, ``ssm``. Every tensor is taken over as it is; nothing is transposed or scaled.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def convert(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weights: the ``model`` entry of a published checkpoint.
 
     Raises:
-        CheckpointError: a name is unknown, or an output projection is not tied to the embedding although it has its shape.
+        CheckpointError: a name is unknown, or an output projection is not tied to the embedding although it has its
+            shape.
     """
     converted: dict[str, Tensor] = {}
     layers: dict[str, dict[str, Tensor]] = {}
@@ -92,7 +93,9 @@ def convert(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise CheckpointError(f"{name}: not a weight of a published SeqBoat model")
         converted[ours] = tensor
     for number, layer_weights in layers.items():
-        converted.update({f"stack.layers.{number}.{name}": tensor for name, tensor in convert_layer(layer_weights).items()})
+        converted.update(
+            {f"stack.layers.{number}.{name}": tensor for name, tensor in convert_layer(layer_weights).items()}
+        )
     projection = weights.get("decoder.output_projection.weight")
     if projection is not None and not torch.equal(projection, weights["decoder.embed_tokens.weight"]):
         converted["head.weight"] = projection

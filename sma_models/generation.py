@@ -11,7 +11,14 @@ from sma.errors import ConfigError
 from sma_models.heads import LanguageModel
 
 
-def sample(logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, generator: torch.Generator | None = None) -> Tensor:
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """Draw one token per row.
 
     Args:
@@ -36,7 +43,7 @@ def sample(logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None
     if temperature == 0:
         return logits.argmax(-1)
     probability = torch.softmax(logits.float() / temperature, -1)
-    ranked, order = probability.sort(-1, descending=True, stable=True)
+    ranked, order = torch.sort(probability, dim=-1, descending=True, stable=True)
     keep = torch.ones_like(ranked, dtype=torch.bool)
     if top_k is not None:
         keep[:, top_k:] = False

@@ -82,7 +82,8 @@ class SinusoidalPositions(nn.Module):
 class LanguageModel(Model):
     """Causal language model over token numbers.
 
-    The embedding ~ N(0, D^-0.5) is multiplied by ``sqrt(D)`` and, with ``tie_embeddings``, also turns features into logits.
+    The embedding ~ N(0, D^-0.5) is multiplied by ``sqrt(D)`` and, with ``tie_embeddings``, also turns features into
+    logits.
     """
 
     @dataclass(kw_only=True, frozen=True)
@@ -162,8 +163,14 @@ class EncoderConfig(StackConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.n_classes >= 2, "n_classes", "must be at least 2")
-        self.require(self.vocab_size is None or self.vocab_size >= 2, "vocab_size", "must be at least 2, or null for real numbers")
-        self.require(self.positions != "sinusoidal" or self.d_model % 2 == 0, "d_model", "must be even for sinusoidal positions")
+        self.require(
+            self.vocab_size is None or self.vocab_size >= 2,
+            "vocab_size",
+            "must be at least 2, or null for real numbers",
+        )
+        self.require(
+            self.positions != "sinusoidal" or self.d_model % 2 == 0, "d_model", "must be even for sinusoidal positions"
+        )
         self.require(0 <= self.head_dropout < 1, "head_dropout", "must lie in [0, 1)")
 
 
@@ -213,7 +220,9 @@ class _Encoder(Model):
         if self.vocab_size is not None:
             check_tokens(kind, inputs, self.vocab_size)
         elif inputs.dim() != 2 or not inputs.is_floating_point() or inputs.shape[0] == 0:
-            raise ShapeError(f"{kind}: values must be floating point of shape (B, L), B > 0, got {inputs.dtype} {tuple(inputs.shape)}")
+            raise ShapeError(
+                f"{kind}: values must be floats of shape (B, L), B > 0, got {inputs.dtype} {tuple(inputs.shape)}"
+            )
         elif inputs.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(inputs.isfinite().all()):
             raise ShapeError(f"{kind}: values must be finite, got NaN or Inf")
         if inputs.shape[1] == 0:
@@ -225,7 +234,9 @@ class _Encoder(Model):
 
 
 class Classifier(_Encoder):
-    """Sequence classification: the mean over the real tokens, one hidden layer with GELU, and a linear layer without bias."""
+    """Sequence classification: the mean over the real tokens, one hidden layer with GELU, and a linear layer without
+    bias.
+    """
 
     @dataclass(kw_only=True, frozen=True)
     class Config(EncoderConfig):
@@ -234,7 +245,9 @@ class Classifier(_Encoder):
     def __init__(self, config: Config) -> None:
         super().__init__(config, n_inputs=1)
 
-    def forward(self, inputs: Tensor, *, valid: Tensor | None = None, replay: Mapping[str, Routing] | None = None) -> ModelOutput:
+    def forward(
+        self, inputs: Tensor, *, valid: Tensor | None = None, replay: Mapping[str, Routing] | None = None
+    ) -> ModelOutput:
         """Logits ``(B, n_classes)``.
 
         Args:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sma_modules.norms import LayerNorm
 from torch import Tensor, nn
 
 from sma.configurable import BaseConfig
@@ -15,7 +16,6 @@ from sma.layer import ActivatedConfig, MixtureConfig, SparselyActivated, SparseM
 from sma.padding import valid_of
 from sma.routing import Routing
 from sma.state import State
-from sma_modules.norms import LayerNorm
 
 ROLES = ("mixer", "module", "activate", "mixture")
 
@@ -44,7 +44,9 @@ class SublayerConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         given = [role for role in ROLES if getattr(self, role) is not None]
-        self.require(len(given) == 1, given[1] if len(given) > 1 else "mixer", f"exactly one of {', '.join(ROLES)} must be given")
+        self.require(
+            len(given) == 1, given[1] if len(given) > 1 else "mixer", f"exactly one of {', '.join(ROLES)} must be given"
+        )
         self.require(0 <= self.dropout < 1, "dropout", "must lie in [0, 1)")
 
     @property
@@ -52,13 +54,16 @@ class SublayerConfig(BaseConfig):
         """Which of the four it is."""
         return next(role for role in ROLES if getattr(self, role) is not None)
 
-    def build(self, *, d_model: int, causal: bool = False, prenorm: bool = True) -> Sublayer:
+    def build(self, *, d_model: int, causal: bool = False, prenorm: bool = True) -> Sublayer:  # type: ignore[override]  # says what it needs
         """Construct the sublayer for tokens of width ``d_model``."""
         return Sublayer(self, d_model=d_model, causal=causal, prenorm=prenorm)
 
 
 class Sublayer(nn.Module):
-    """One residual step of a hybrid block. The submodule is called by its role, so the state dict reads like the spec."""
+    """One residual step of a hybrid block.
+
+    The submodule is called by its role, so the state dict reads like the spec.
+    """
 
     def __init__(self, config: SublayerConfig, *, d_model: int, causal: bool, prenorm: bool) -> None:
         super().__init__()
@@ -69,7 +74,9 @@ class Sublayer(nn.Module):
         if self.role == "module":
             assert config.module is not None
             module = config.module.build(d_model=d_model, causal=causal)
-            self.module = SparselyActivated(module, Always(Always.Config()), d_model=d_model, causal=causal, router=False)
+            self.module = SparselyActivated(
+                module, Always(Always.Config()), d_model=d_model, causal=causal, router=False
+            )
         else:
             setattr(self, self.role, getattr(config, self.role).build(d_model=d_model, causal=causal))
         self.dropout = nn.Dropout(config.dropout)
@@ -109,8 +116,8 @@ class HybridState(State):
 class Hybrid(Block):
     """Sublayers one after the other, each with its own norm and residual.
 
-    A Transformer is ``[module: attention, module: ffn]``; a mixture-of-depths Transformer activates the second; an EMA hybrid with three
-    sparse modules is ``[mixer: ema, activate: gau, activate: ffn, activate: moe]``.
+    A Transformer is ``[module: attention, module: ffn]``; a mixture-of-depths Transformer activates the second; an EMA
+    hybrid with three sparse modules is ``[mixer: ema, activate: gau, activate: ffn, activate: moe]``.
     """
 
     @dataclass(kw_only=True, frozen=True)

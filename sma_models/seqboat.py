@@ -1,4 +1,6 @@
-"""The SeqBoat layer (arXiv 2306.11197, section 4): an always-on EMA, and a gated attention unit on the tokens that ask for it."""
+"""The SeqBoat layer (arXiv 2306.11197, section 4): an always-on EMA, and a gated attention unit on the tokens that
+ask for it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch.nn.functional as F
+from sma_modules.ema import EMA
+from sma_modules.gau import GAU
+from sma_modules.norms import LayerNorm
 from torch import Tensor, nn
 
 from sma.interfaces import Block, BlockOutput, Mixer, Norm
@@ -13,9 +18,6 @@ from sma.layer import ActivatedConfig, ActivatedState, init_router
 from sma.padding import valid_of
 from sma.routing import Routing
 from sma.state import State
-from sma_modules.ema import EMA
-from sma_modules.gau import GAU
-from sma_modules.norms import LayerNorm
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class SeqBoatState(State):
 class SeqBoat(Block):
     """``m = SiLU(mixer(norm(x))); [u | s] = W m; y = SiLU(s + c * f(compress(m)) + x)``.
 
-    The logits ``u`` and the skip path ``s`` come from one projection (``hx_proj`` of the published code). Dropout acts on ``m``, and
-    on the module's output (bidirectional) or on the sum of skip and module (causal).
+    The logits ``u`` and the skip path ``s`` come from one projection (``hx_proj`` of the published code). Dropout acts
+    on ``m``, and on the module's output (bidirectional) or on the sum of skip and module (causal).
     """
 
     @dataclass(kw_only=True, frozen=True)
@@ -81,10 +83,8 @@ class SeqBoat(Block):
             logits=logits,
             replay=replay.get("activate") if replay else None,
         )
-        if self.causal:
-            y = self.dropout(skip + activated.output)
-        else:
-            y = skip + self.dropout(activated.output)
+        h = activated.output
+        y = self.dropout(skip + h) if self.causal else skip + self.dropout(h)
         y = F.silu(y + residual)
         if not self.prenorm:
             y = self.norm(y, lengths=lengths)

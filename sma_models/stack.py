@@ -25,7 +25,8 @@ class StackConfig(Model.Config):
         blocks: the pattern over depth, repeated until there are ``n_layers``.
         final_norm: normalisation after the last block, or None.
         dropout: on the embedding.
-        checkpoint: recompute each block in the backward pass instead of keeping its activations; routing decisions are kept.
+        checkpoint: recompute each block in the backward pass instead of keeping its activations; routing decisions are
+            kept.
     """
 
     d_model: int
@@ -38,7 +39,9 @@ class StackConfig(Model.Config):
     def __post_init__(self) -> None:
         self.require(self.d_model >= 1, "d_model", "must be at least 1")
         self.require(self.n_layers >= 1, "n_layers", "must be at least 1")
-        self.require(0 < len(self.blocks) <= self.n_layers, "blocks", f"must hold 1 to n_layers = {self.n_layers} blocks")
+        self.require(
+            0 < len(self.blocks) <= self.n_layers, "blocks", f"must hold 1 to n_layers = {self.n_layers} blocks"
+        )
         self.require(0 <= self.dropout < 1, "dropout", "must lie in [0, 1)")
 
 
@@ -52,7 +55,8 @@ class StackState(State):
 class Stack(nn.Module):
     """The blocks of a model, its final norm and the dropout of its embedding.
 
-    Everything public that the models share is here: masks are aligned, routings and losses are gathered by the name of their layer.
+    Everything public that the models share is here: masks are aligned, routings and losses are gathered by the name of
+    their layer.
     """
 
     def __init__(self, config: StackConfig, *, causal: bool) -> None:
@@ -90,7 +94,8 @@ class Stack(nn.Module):
             replay: routings to take the decisions from, by name.
 
         Returns:
-            Features ``(B, L, D)`` (padding holds zeros), state, and routings and losses named ``layers.<i>.<...>``, in the columns of ``x``.
+            Features ``(B, L, D)`` (padding holds zeros), state, and routings and losses named ``layers.<i>.<...>``, in
+            the columns of ``x``.
         """
         alignment = Alignment.of(valid, (x.shape[0], x.shape[1]))
         lengths = alignment.lengths
@@ -102,7 +107,11 @@ class Stack(nn.Module):
             own = _replay_of(replay, f"layers.{i}.", alignment)
             arguments: dict[str, Any] = {"lengths": lengths, "replay": own}
             before = state.layers[i] if state else None
-            out = checkpoint(layer, x, before, **arguments) if self.checkpoint and self.training else layer(x, before, **arguments)
+            out = (
+                checkpoint(layer, x, before, **arguments)
+                if self.checkpoint and self.training
+                else layer(x, before, **arguments)
+            )
             x = out.x
             states.append(out.state)
             routings.update({f"layers.{i}.{name}": _moved(r, alignment.restore) for name, r in out.routings.items()})

@@ -3,8 +3,8 @@
     python tests/golden.py FILE...            # prints the largest errors per file and backend; exit code 1 above 1e-9
     python tests/golden.py --make FOLDER      # writes small files of our own, computed by the reference backend
 
-A file holds ``x, y, grad_y, grad_x`` (B, L, D), ``valid`` (B, L) where there is padding, ``param.*`` and ``grad.*`` under the names of
-the published SeqBoat code, and ``meta``, a JSON string with the sizes and options.
+A file holds ``x, y, grad_y, grad_x`` (B, L, D), ``valid`` (B, L) where there is padding, ``param.*`` and ``grad.*``
+under the names of the published SeqBoat code, and ``meta``, a JSON string with the sizes and options.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from sma_modules.ema import EMA
+from sma_modules.gau import GAU
+from sma_modules.norms import BatchNorm, LayerNorm, RMSNorm, ScaleNorm
 from torch import Tensor, nn
 
 import sma
@@ -25,9 +28,6 @@ from sma.layer import ActivatedConfig
 from sma.ops import using
 from sma_models.convert import LAYER_RULES, _translate, convert_layer
 from sma_models.seqboat import SeqBoat
-from sma_modules.ema import EMA
-from sma_modules.gau import GAU
-from sma_modules.norms import BatchNorm, LayerNorm, RMSNorm, ScaleNorm
 
 TOLERANCE = 1e-9
 BACKENDS = ("reference", "eager")
@@ -128,25 +128,54 @@ def errors(content: dict[str, Any], backend: str) -> Iterator[tuple[str, float]]
 
 def make(folder: Path) -> None:
     """Write one small causal and one bidirectional, padded file of our own."""
-    common = {"kind": "seqboat_layer", "batch": 2, "length": 12, "dim": 6, "zdim": 4, "hdim": 8, "ndim": 3, "eval_mode": True}
-    causal = {"bidirectional": False, "window_size": 3, "norm_type": "layernorm", "prenorm": True, "rel_pos_bias": "rotary"}
-    centred = {"bidirectional": True, "window_size": 2, "norm_type": "scalenorm", "prenorm": False, "rel_pos_bias": "simple"}
+    common = {
+        "kind": "seqboat_layer",
+        "batch": 2,
+        "length": 12,
+        "dim": 6,
+        "zdim": 4,
+        "hdim": 8,
+        "ndim": 3,
+        "eval_mode": True,
+    }
+    causal = {
+        "bidirectional": False,
+        "window_size": 3,
+        "norm_type": "layernorm",
+        "prenorm": True,
+        "rel_pos_bias": "rotary",
+    }
+    centred = {
+        "bidirectional": True,
+        "window_size": 2,
+        "norm_type": "scalenorm",
+        "prenorm": False,
+        "rel_pos_bias": "simple",
+    }
     rest = {"attention_activation": "softmax", "max_positions": 8, "truncation": None}
     folder.mkdir(parents=True, exist_ok=True)
     for name, meta in {
         "own_causal": common | causal | rest | {"local_pos": False},
-        "own_bidirectional": common | centred | rest | {"local_pos": True, "attention_activation": "relu2", "truncation": 5},
+        "own_bidirectional": common
+        | centred
+        | rest
+        | {"local_pos": True, "attention_activation": "relu2", "truncation": 5},
     }.items():
         torch.manual_seed(0)
         layer = build_layer(meta)
         ours = {**{n: 0.3 * torch.randn_like(p) for n, p in layer.named_parameters()}, **dict(layer.named_buffers())}
         params = {theirs: ours[_translate(theirs, LAYER_RULES)] for theirs in _published_names(meta)}
         shape = (meta["batch"], meta["length"], meta["dim"])
-        content: dict[str, Any] = {"x": torch.randn(shape, dtype=torch.float64), "grad_y": torch.randn(shape, dtype=torch.float64)}
+        content: dict[str, Any] = {
+            "x": torch.randn(shape, dtype=torch.float64),
+            "grad_y": torch.randn(shape, dtype=torch.float64),
+        }
         if meta["bidirectional"]:
             content["valid"] = torch.arange(meta["length"]) < torch.tensor([[meta["length"]], [7]])
             content["grad_y"] = content["grad_y"] * content["valid"][..., None]
-        content |= {f"param.{n}": p for n, p in params.items()} | {f"grad.{n}": p for n, p in params.items()} | {"meta": meta}
+        content |= (
+            {f"param.{n}": p for n, p in params.items()} | {f"grad.{n}": p for n, p in params.items()} | {"meta": meta}
+        )
         content |= run(content, "reference")
         arrays = {n: v.numpy() for n, v in content.items() if n != "meta"}
         np.savez(folder / f"{name}.npz", meta=np.array(json.dumps(meta)), **arrays)
@@ -175,7 +204,8 @@ def main(arguments: list[str]) -> int:
             found = dict(errors(content, backend))
             worst = max(worst, *(error if error == error else float("inf") for error in found.values()))
             print(f"{path.name} [{backend}] " + " ".join(f"{name} {error:.1e}" for name, error in found.items()))
-    print(f"largest error {worst:.1e} (sma {sma.__version__}, torch {torch.__version__}): {'ok' if worst <= TOLERANCE else 'TOO LARGE'}")
+    verdict = "ok" if worst <= TOLERANCE else "TOO LARGE"
+    print(f"largest error {worst:.1e} (sma {sma.__version__}, torch {torch.__version__}): {verdict}")
     return 0 if worst <= TOLERANCE else 1
 
 

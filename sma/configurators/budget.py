@@ -17,9 +17,10 @@ from sma.routing import Routing
 class RateLoss(Configurable):
     """A loss on the distance of the activation rate from ``target``.
 
-    The rate is the share of active (token, module) pairs in the batch; its gradient is that of the mean score (straight-through).
-    ``squared``: ``(rate - target)^2``; ``hinge``: ``max(0, rate - target)``, which only punishes too much; ``cross_entropy``: the
-    binary cross-entropy of the rate against the target, less its minimum, so that 0 means on target.
+    The rate is the share of active (token, module) pairs in the batch; its gradient is that of the mean score
+    (straight-through). ``squared``: ``(rate - target)^2``; ``hinge``: ``max(0, rate - target)``, which only punishes
+    too much; ``cross_entropy``: the binary cross-entropy of the rate against the target, less its minimum, so that 0
+    means on target.
     """
 
     @dataclass(kw_only=True, frozen=True)
@@ -30,7 +31,9 @@ class RateLoss(Configurable):
 
         def __post_init__(self) -> None:
             self.require(0 < self.target < 1, "target", "must lie strictly between 0 and 1")
-            self.require(self.kind in ("squared", "hinge", "cross_entropy"), "kind", "must be squared, hinge or cross_entropy")
+            self.require(
+                self.kind in ("squared", "hinge", "cross_entropy"), "kind", "must be squared, hinge or cross_entropy"
+            )
             self.require(self.weight >= 0, "weight", "must not be negative")
 
     def __init__(self, config: Config) -> None:
@@ -66,9 +69,11 @@ def _cross_entropy(rate: Tensor, target: float) -> Tensor:
 
 
 class RateController(Configurable):
-    """Moves a configurator's ``balance`` towards a target rate, once per optimiser step; no loss and no gradient involved.
+    """Moves a configurator's ``balance`` towards a target rate, once per optimiser step; no loss and no gradient
+    involved.
 
-    ``balance += gain * (target - rate)`` per module, with the rate averaged over all ranks when training is distributed.
+    ``balance += gain * (target - rate)`` per module, with the rate averaged over all ranks when training is
+    distributed.
     """
 
     @dataclass(kw_only=True, frozen=True)

@@ -24,7 +24,9 @@ def top_of_sequence(score: Tensor, valid: Tensor, rate: float) -> Tensor:
     """
     masked = score.detach().masked_fill(~valid[..., None], float("-inf"))
     order = masked.sort(dim=1, descending=True, stable=True).indices
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(score.shape[1], device=score.device)[None, :, None].expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(score.shape[1], device=score.device)[None, :, None].expand_as(order)
+    )
     # The tolerance keeps 0.1 * 30 at 3 tokens.
     quota = (valid.sum(1).double() * rate - 1e-9).ceil().long()
     return rank < quota[:, None, None]

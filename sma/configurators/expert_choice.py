@@ -11,10 +11,11 @@ from sma.interfaces import Configurator
 
 
 class ExpertChoice(Configurator):
-    """Each module takes the ``rate`` of a sequence's tokens with the highest affinity ``softmax(u)`` over the modules (arXiv 2202.09368).
+    """Each module takes the ``rate`` of a sequence's tokens with the highest affinity ``softmax(u)`` over the modules
+    (arXiv 2202.09368).
 
-    The choice is made within each sequence, so that a sequence never depends on its batch mates. It looks at the whole sequence:
-    not causal. The confidence is the affinity. With a single module the affinity is ``sigmoid(u)``.
+    The choice is made within each sequence, so that a sequence never depends on its batch mates. It looks at the whole
+    sequence: not causal. The confidence is the affinity. With a single module the affinity is ``sigmoid(u)``.
     """
 
     causal = False

@@ -12,7 +12,10 @@ from sma.interfaces import Configurator
 
 
 class FixedRate(Configurator):
-    """Position t is active iff ``floor((t + 1) * rate) > floor(t * rate)``; the confidence is 1. Depends on nothing that is learned."""
+    """Position t is active iff ``floor((t + 1) * rate) > floor(t * rate)``; the confidence is 1.
+
+    Depends on nothing that is learned.
+    """
 
     logits_per_module = 0
 

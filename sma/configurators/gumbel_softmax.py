@@ -14,7 +14,8 @@ from sma.interfaces import Configurator
 class GumbelSoftmax(Configurator):
     """``p = softmax((u + g) / temperature)`` with Gumbel noise g while training (Jang et al., arXiv 1611.01144).
 
-    Active iff ``p[1] > p[0]``. The confidence is ``p[1]``, or with ``hard`` the straight-through one: 1, with the gradient of ``p[1]``.
+    Active iff ``p[1] > p[0]``. The confidence is ``p[1]``, or with ``hard`` the straight-through one: 1, with the
+    gradient of ``p[1]``.
     """
 
     logits_per_module = 2

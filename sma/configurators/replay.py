@@ -55,7 +55,8 @@ def load_routings(path: str | PathLike[str]) -> dict[str, Routing]:
 class Replay(Configurator):
     """Repeats a recorded routing, token by token of the stream.
 
-    The batch must be the recorded one (same rows); chunks may be cut differently, since tokens are found by their position.
+    The batch must be the recorded one (same rows); chunks may be cut differently, since tokens are found by their
+    position.
     """
 
     logits_per_module = 0

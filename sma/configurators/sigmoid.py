@@ -12,7 +12,9 @@ from sma.interfaces import Configurator
 
 
 class Sigmoid(Configurator):
-    """``p = sigmoid(u / temperature)``; active iff ``p > threshold``; the confidence is ``p`` (the paper's sigmoid variant)."""
+    """``p = sigmoid(u / temperature)``; active iff ``p > threshold``; the confidence is ``p`` (the paper's sigmoid
+    variant).
+    """
 
     @dataclass(kw_only=True, frozen=True)
     class Config(Configurator.Config):

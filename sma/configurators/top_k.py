@@ -14,11 +14,13 @@ from sma.interfaces import Configurator
 
 
 class TopK(Configurator):
-    """Top-k, over the modules (a mixture of experts, arXiv 1701.06538) or over the sequence (a mixture of depths, arXiv 2404.02258).
+    """Top-k, over the modules (a mixture of experts, arXiv 1701.06538) or over the sequence (a mixture of depths, arXiv
+    2404.02258).
 
-    ``over: modules`` gives every token its ``k`` modules of highest probability ``softmax(u)``; the confidence is that probability,
-    divided by the sum over the chosen modules when ``renormalise`` is set. ``over: sequence`` gives every module the ``rate`` of the
-    sequence's tokens with the highest ``sigmoid(u)``; that looks at the whole sequence and is refused in a causal model.
+    ``over: modules`` gives every token its ``k`` modules of highest probability ``softmax(u)``; the confidence is that
+    probability, divided by the sum over the chosen modules when ``renormalise`` is set. ``over: sequence`` gives every
+    module the ``rate`` of the sequence's tokens with the highest ``sigmoid(u)``; that looks at the whole sequence and
+    is refused in a causal model.
     """
 
     @dataclass(kw_only=True, frozen=True)

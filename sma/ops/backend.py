@@ -1,7 +1,8 @@
 """Choice between the implementations of one operation.
 
-An operation has a reference backend (the definition), an eager backend (vectorised PyTorch) and possibly others that apply only
-to some inputs. :class:`Op` tries them in order and takes the first that applies; ``with using("reference"):`` forces one.
+An operation has a reference backend (the definition), an eager backend (vectorised PyTorch) and possibly others that
+apply only to some inputs. :class:`Op` tries them in order and takes the first that applies; ``with
+using("reference"):`` forces one.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Op:
         """The backend that would run these arguments.
 
         Raises:
-            BackendError: a backend is forced that this operation has but that cannot run the arguments, or none applies.
+            BackendError: a backend is forced that this operation has but that cannot run the arguments, or none
+                applies.
         """
         forced = self.backends.get(_forced.get() or "")
         if forced is not None:
@@ -106,7 +108,7 @@ def torch_scatter() -> Any:
         BackendError: it is not installed.
     """
     try:
-        import torch_scatter
+        import torch_scatter  # type: ignore[import-not-found,unused-ignore]  # an optional extra
     except ImportError as error:
         raise BackendError(f"torch_scatter: the extra 'scatter' is not installed ({error})") from error
     return torch_scatter

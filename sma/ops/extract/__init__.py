@@ -33,7 +33,9 @@ def extract(h: Float[Tensor, "active *features"], packed: Packed) -> Float[Tenso
                  [1., 1.]]])
     """
     if h.shape[0] != packed.index.numel():
-        raise ShapeError(f"extract: h must have one row for each of {packed.index.numel()} active tokens, got {h.shape[0]}")
+        raise ShapeError(
+            f"extract: h must have one row for each of {packed.index.numel()} active tokens, got {h.shape[0]}"
+        )
     out: Tensor = OP(h, packed)
     return out
 

@@ -1,4 +1,7 @@
-"""extract as one indexed copy into zeros. The rows are distinct, so there is nothing to add up and the bits are the same each time."""
+"""extract as one indexed copy into zeros.
+
+The rows are distinct, so there is nothing to add up and the bits are the same each time.
+"""
 
 from torch import Tensor
 

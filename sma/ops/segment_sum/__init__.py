@@ -11,7 +11,9 @@ from sma.ops.backend import Op
 OP = Op("segment_sum")
 
 
-def segment_sum(x: Float[Tensor, "rows *features"], cu_seqlens: Int[Tensor, " bounds"]) -> Float[Tensor, "batch *features"]:
+def segment_sum(
+    x: Float[Tensor, "rows *features"], cu_seqlens: Int[Tensor, " bounds"]
+) -> Float[Tensor, "batch *features"]:
     """Sum of the rows ``cu_seqlens[b]:cu_seqlens[b + 1]`` for each b; zeros for an empty sequence.
 
     Args:

@@ -1,5 +1,7 @@
 """The definition of segment_sum, sequence by sequence."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -10,5 +12,5 @@ from sma.ops.segment_sum import OP
 def segment_sum(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Slice and sum."""
     bounds = cu_seqlens.tolist()
-    sums = [x[start:stop].sum(0) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    sums = [x[start:stop].sum(0) for start, stop in pairwise(bounds)]
     return torch.stack(sums) if sums else x.new_zeros(0, *x.shape[1:])
