@@ -1,7 +1,9 @@
 """Configuration of the documentation. No network is needed: references into other projects are left as plain text."""
 
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -27,10 +29,36 @@ napoleon_numpy_docstring = False
 # Otherwise the fields of a dataclass would be described twice: by its docstring and as its attributes.
 napoleon_use_ivar = True
 
-# Names of other projects, and of type variables, have no page here. Everything else must resolve.
+# Names of other projects, private names and type variables have no page here. Everything else must resolve.
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn|np|numpy|lightning|omegaconf|pluggy|pathlib|importlib|collections|typing|types)\..*"),
-    (r"py:.*", r"(Tensor|Module|Parameter|Traversable|PathLike|os\.PathLike|Path|Generator|Iterator|Iterable)"),
-    (r"py:.*", r"(Callable|Mapping|Sequence|Any|Self|Literal.*|ClassVar|Final|NamedTuple|Protocol|T|S|optional)"),
+    (r"py:.*", r"(Tensor|Parameter|Traversable|PathLike|os\.PathLike|Path|Generator|Iterator|Iterable|ModuleType)"),
+    (r"py:.*", r"(Callable|Mapping|Sequence|Any|Self|Literal.*|ClassVar|Final|NamedTuple|Protocol|optional)"),
     (r"py:.*", r"(Float|Int|Bool|jaxtyping)(\..*|\[.*)?"),
+    (r"py:.*", r"(sma\w*\..*\.)?(_\w+|[A-Z])"),
 ]
+
+
+def _name_the_config(app: Any, what: str, name: str, obj: Any, options: Any, signature: str | None, result: Any) -> Any:
+    """``config: Config`` means the Config of the class itself."""
+    if what == "class" and signature:
+        signature = re.sub(r"(?<![\w.])Config(?![\w.])", f"{name}.Config", signature)
+    return signature, result
+
+
+def _resolve_short_name(app: Any, env: Any, node: Any, content: Any) -> Any:
+    """A bare name in a docstring (``:class:`Routing```) refers to the one object of the library that is called so."""
+    target = node.get("reftarget", "")
+    domain = env.domains["py"] if node.get("refdomain") == "py" else None
+    if domain is None or target.endswith("Config"):
+        return None
+    found = [name for name in domain.objects if name.endswith(f".{target}")]
+    if len(found) != 1:
+        return None
+    return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", found[0], node, content)
+
+
+def setup(app: Any) -> None:
+    """Called by Sphinx."""
+    app.connect("autodoc-process-signature", _name_the_config)
+    app.connect("missing-reference", _resolve_short_name)

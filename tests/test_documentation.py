@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+from sma.plugins import isolated_registry
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -17,11 +21,13 @@ WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = page.read_text(encoding="utf-8")
-    namespace: dict[str, object] = {"__name__": "__page__"}
-    for block in BLOCK.finditer(text):
-        # Blank lines in front make the line numbers of a traceback those of the page.
-        line = text.count("\n", 0, block.start(1))
-        exec(compile("\n" * line + block[1], str(page), "exec"), namespace)
+    module = ModuleType("page")  # importable, so that annotations of the classes in it can be resolved
+    monkeypatch.setitem(sys.modules, "page", module)
+    with isolated_registry():  # what a page registers is gone after it
+        for block in BLOCK.finditer(text):
+            # Blank lines in front make the line numbers of a traceback those of the page.
+            line = text.count("\n", 0, block.start(1))
+            exec(compile("\n" * line + block[1], str(page), "exec"), module.__dict__)
 
 
 def test_pages_with_code_are_found() -> None:
