@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ def infer_layout(module: nn.Module) -> Layout:
 
     Returns:
         ``module.layout`` of a :class:`~sma.interfaces.Module` (or of any class that states one), ``padded`` when a
-        stock sequence module is inside, else ``tokens``.
+        stock sequence module is inside or a part of an ``nn.Sequential`` takes sequences, else ``tokens``.
     """
     stated = getattr(module, "layout", None)
     if stated is not None:
@@ -42,7 +43,14 @@ def infer_layout(module: nn.Module) -> Layout:
             raise ConfigError(f"{type(module).__name__}.layout: must be 'tokens', 'packed' or 'padded', got {stated!r}")
         layout: Layout = stated
         return layout
+    if _is_chain(module):
+        return "padded" if any(infer_layout(child) != "tokens" for child in module.children()) else "tokens"
     return "padded" if any(isinstance(part, SEQUENCE_MODULES) for part in module.modules()) else "tokens"
+
+
+def _is_chain(module: nn.Module) -> bool:
+    """True for an ``nn.Sequential``, also of a derived class as long as it does not run its parts in its own way."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
 def infer_width(module: nn.Module) -> int | None:
@@ -71,20 +79,35 @@ def infer_width(module: nn.Module) -> int | None:
 def check_supported(module: nn.Module, layout: Layout, causal: bool) -> None:
     """Refuse at build time what could not be run correctly on compressed sequences.
 
+    A user's own sequence module can be used in a causal layer only if it says by an attribute ``causal = True`` that it
+    is: nothing else could tell, and a module that sees the future gives no error, only results that are too good.
+
     Raises:
         ConfigError: with the reason.
     """
     name = type(module).__name__
-    if layout == "padded":
-        for part in module.modules():
-            if isinstance(part, nn.Conv1d):
-                _check_convolution(part)
-            if causal and isinstance(part, nn.Conv1d) and part.kernel_size != (1,):
-                raise ConfigError(f"{name}: a centred nn.Conv1d sees the future, it cannot be causal")
-            if causal and isinstance(part, nn.RNNBase) and part.bidirectional:
-                raise ConfigError(f"{name}: a bidirectional recurrent net sees the future, it cannot be causal")
-    if causal and isinstance(module, Module) and not module.causal:
-        raise ConfigError(f"{name}: was built with causal=False, it cannot be used in a causal layer")
+    if isinstance(module, Module):
+        if causal and not module.causal:
+            raise ConfigError(f"{name}: was built with causal=False, it cannot be used in a causal layer")
+    elif layout == "padded" and (_is_chain(module) or isinstance(module, SEQUENCE_MODULES)):
+        _check_stock(module, causal)
+    elif layout != "tokens" and causal and getattr(module, "causal", False) is not True:
+        raise ConfigError(
+            f"{name}: cannot be used in a causal layer unless it is causal; if it is, say so: {name}.causal = True"
+        )
+
+
+def _check_stock(module: nn.Module, causal: bool) -> None:
+    if _is_chain(module):
+        for child in module.children():
+            check_supported(child, infer_layout(child), causal)
+    elif isinstance(module, nn.Conv1d):
+        _check_convolution(module)
+        if causal and module.kernel_size != (1,):
+            raise ConfigError("nn.Conv1d: a centred convolution sees the future, it cannot be causal")
+    elif isinstance(module, nn.RNNBase) and causal and module.bidirectional:
+        name = type(module).__name__
+        raise ConfigError(f"nn.{name}: a bidirectional recurrent net sees the future, it cannot be causal")
 
 
 def _check_convolution(conv: nn.Conv1d) -> None:
@@ -114,16 +137,12 @@ def call_module(
         ShapeError: the module did not return one row per token.
     """
     if layout == "packed":
-        result = module(h, packed, state)
+        result = _as_output(module, module(h, packed, state))
     elif layout == "tokens":
-        result = module(h)
+        result = _as_output(module, module(h))
     else:
         result = _call_padded(module, h, packed, causal)
-    if isinstance(result, Tensor):
-        result = ModuleOutput(result)
-    elif not isinstance(result, ModuleOutput):
-        result = ModuleOutput(*result)
-    if result.output.shape[:1] != h.shape[:1] or result.output.dim() != 2:
+    if result.output.dim() != 2 or result.output.shape[0] != h.shape[0]:
         raise ShapeError(
             f"{type(module).__name__}: must return one row for each of {h.shape[0]} active tokens, "
             f"got {tuple(result.output.shape)}; a module that works on whole sequences needs layout='padded'"
@@ -131,22 +150,50 @@ def call_module(
     return result
 
 
-def _call_padded(module: nn.Module, h: Tensor, packed: Packed, causal: bool) -> Tensor:
+def _as_output(module: nn.Module, result: Any) -> ModuleOutput:
+    if isinstance(result, Tensor):
+        return ModuleOutput(result)
+    if isinstance(result, tuple) and 1 <= len(result) <= 3:
+        output = ModuleOutput(*result)
+        if isinstance(output.output, Tensor) and (output.state is None or isinstance(output.state, State)):
+            return output
+    raise ShapeError(
+        f"{type(module).__name__}: must return a tensor, (tensor, sma.State or None) or a sma.ModuleOutput, "
+        f"got {_describe(result)}; a module that returns something else needs a wrapper"
+    )
+
+
+def _describe(result: Any) -> str:
+    if isinstance(result, tuple):
+        return f"({', '.join(type(part).__name__ for part in result)})"
+    return type(result).__name__
+
+
+def _call_padded(module: nn.Module, h: Tensor, packed: Packed, causal: bool) -> ModuleOutput:
+    if _is_chain(module):
+        # Part by part, so that a part that works token by token (a batch norm, say) sees tokens and never padding.
+        losses: dict[str, Tensor] = {}
+        for i, child in enumerate(module.children()):
+            h, _, more = call_module(child, infer_layout(child), h, packed, None, causal)
+            losses.update({f"{i}.{name}": loss for name, loss in more.items()})
+        return ModuleOutput(h, None, losses)
     lengths = packed.lengths
     rows = lengths.nonzero().squeeze(-1)
-    width = max(packed.max_length, 1)
     if rows.numel() == 0:
-        # One row of zeros keeps every parameter in the graph; nothing of it comes back.
-        return _call_rows(module, h.new_zeros(1, 1, h.shape[1]) + h.sum(), lengths.new_ones(1), causal)[0, :0]
+        # One row of any one token keeps every parameter in the graph; nothing of it comes back. It is not zero, where a
+        # norm may have no derivative.
+        token = torch.linspace(-1, 1, h.shape[1], dtype=h.dtype, device=h.device) + h.sum()
+        return ModuleOutput(_call_rows(module, token.view(1, 1, -1), lengths.new_ones(1), causal)[0, :0])
+    width = packed.max_length
     row_of = torch.zeros_like(lengths).index_fill(0, rows, 1).cumsum(0) - 1
     flat = row_of[packed.sequence] * width + packed.rank
     padded = h.new_zeros(rows.numel() * width, h.shape[1]).index_copy(0, flat, h).view(rows.numel(), width, h.shape[1])
     out = _call_rows(module, padded, lengths[rows], causal)
-    if out.shape[:2] != padded.shape[:2]:
+    if out.dim() != 3 or out.shape[:2] != padded.shape[:2]:
         raise ShapeError(
             f"{type(module).__name__}: must keep (B, L) = {tuple(padded.shape[:2])}, got {tuple(out.shape)}"
         )
-    return out.flatten(0, 1).index_select(0, flat)
+    return ModuleOutput(out.flatten(0, 1).index_select(0, flat))
 
 
 def _call_rows(module: nn.Module, x: Tensor, lengths: Tensor, causal: bool) -> Tensor:
@@ -154,7 +201,7 @@ def _call_rows(module: nn.Module, x: Tensor, lengths: Tensor, causal: bool) -> T
     for kind, call in _CALLS.items():
         if isinstance(module, kind):
             return call(module, x, lengths, causal)
-    return _custom(module, x, lengths, causal)
+    return _custom(module, x, lengths)
 
 
 def _padding_mask(x: Tensor, lengths: Tensor) -> Tensor | None:
@@ -203,25 +250,22 @@ def _convolution(module: nn.Module, x: Tensor, lengths: Tensor, causal: bool) ->
     return out.transpose(1, 2)
 
 
-def _sequential(module: nn.Module, x: Tensor, lengths: Tensor, causal: bool) -> Tensor:
-    keep = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
-    for child in module.children():
-        if infer_layout(child) == "padded":
-            x = _call_rows(child, x.masked_fill(~keep, 0.0), lengths, causal)
-        else:
-            x = child(x)
-    return x
-
-
-def _custom(module: nn.Module, x: Tensor, lengths: Tensor, causal: bool) -> Tensor:
-    """A user's own sequence module: with a padding mask if it takes one, else sequence by sequence."""
+def _custom(module: nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
+    """A user's own sequence module: with a padding mask (True on padding) if it takes one, else row by row."""
     parameters = inspect.signature(module.forward).parameters
     name = next((name for name in MASK_ARGUMENTS if name in parameters), None)
     if name is not None:
-        out: Tensor = module(x, **{name: _padding_mask(x, lengths)})
-        return out
-    rows = [module(x[row : row + 1, :length])[0] for row, length in enumerate(lengths.tolist())]
+        return _tensor(module, module(x, **{name: _padding_mask(x, lengths)}))
+    rows = [_tensor(module, module(x[row : row + 1, :length]))[0] for row, length in enumerate(lengths.tolist())]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def _tensor(module: nn.Module, out: Any) -> Tensor:
+    if not isinstance(out, Tensor):
+        raise ShapeError(
+            f"{type(module).__name__}: must return a tensor (B, L, D), got {_describe(out)}; a wrapper can pick it out"
+        )
+    return out
 
 
 _CALLS: dict[type[nn.Module], Callable[[nn.Module, Tensor, Tensor, bool], Tensor]] = {
@@ -230,5 +274,4 @@ _CALLS: dict[type[nn.Module], Callable[[nn.Module, Tensor, Tensor, bool], Tensor
     nn.TransformerEncoder: _encoder,
     nn.RNNBase: _recurrent,
     nn.Conv1d: _convolution,
-    nn.Sequential: _sequential,
 }

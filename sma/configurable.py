@@ -62,4 +62,9 @@ class Configurable:
             cls.Config = dataclass(kw_only=True, frozen=True)(empty)
         if not issubclass(cls.Config, BaseConfig):
             raise ConfigError(f"{cls.__qualname__}.Config: must derive from sma.BaseConfig or a parent's Config")
+        owner = cls.Config.__dict__.get("owner")
+        if owner is not None:
+            raise ConfigError(
+                f"{cls.__qualname__}.Config: belongs to {owner.__qualname__}; derive one of its own from it"
+            )
         cls.Config.owner = cls

@@ -110,6 +110,9 @@ class SparseMixture(nn.Module):
         super().__init__()
         if not modules:
             raise ConfigError(f"{type(self).__name__}: modules must hold at least one module, got none")
+        for module in modules:
+            if not isinstance(module, nn.Module):
+                raise ConfigError(f"{type(self).__name__}: a module must be an nn.Module, got {module!r}")
         self.causal = causal
         self.layouts: list[Layout] = [
             stated or infer_layout(module)
@@ -156,14 +159,21 @@ class SparseMixture(nn.Module):
             self._width_known = True
             self.configurator.reset(d_model)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # What is loaded before the width is known must not be initialised again once it is.
+        weight = state_dict.get(f"{prefix}router.weight")
+        if not self._width_known and weight is not None and not nn.parameter.is_lazy(weight):
+            self.d_model, self._width_known = weight.shape[1], True
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def why_not_streaming(self) -> str | None:
         """The reason why the layer cannot run chunk by chunk, or None when it can."""
         if not self.configurator.causal:
             return f"configurator {type(self.configurator).__name__} looks ahead"
         for module, layout in zip(self._members, self.layouts, strict=True):
             name = type(module).__name__
-            if layout == "padded":
-                return f"{name} keeps no bounded working memory (layout 'padded')"
+            if layout == "padded" or (layout == "packed" and not isinstance(module, Module)):
+                return f"{name} keeps no bounded working memory (it is no sma.Module, layout {layout!r})"
             if isinstance(module, Module) and layout == "packed" and not (module.causal and module.streams):
                 return f"{name} {'has no bounded memory' if module.causal else 'looks ahead'}"
         return None
@@ -246,18 +256,17 @@ class SparseMixture(nn.Module):
         if logits is None and configurator.logits_per_module:
             if self.router is None:
                 raise ShapeError(f"{type(self).__name__}: has no router of its own, logits must be given")
-            logits = self.router(x)
+            # Padding may hold anything, also NaN, which the gradient of the router's weights would meet.
+            logits = self.router(x.masked_fill(~valid[..., None], 0.0))
         elif logits is None:
             logits = x.new_empty(shape)
         if logits.numel() != x.shape[0] * x.shape[1] * shape[2] * shape[3]:
             raise ShapeError(
                 f"{type(self).__name__}: logits must hold (B, L, M, C) = {shape}, got {tuple(logits.shape)}"
             )
-        score = configurator.score(logits.reshape(shape), position)
-        if score.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(score[valid].isfinite().all()):
-            raise ShapeError(
-                f"{type(self).__name__}: x must be finite, its routing scores hold NaN or Inf at real tokens"
-            )
+        logits = logits.reshape(shape)
+        self._check_finite(logits if configurator.logits_per_module else x, valid)
+        score = configurator.score(logits, position)
         if replay is None:
             active = mark_decision(configurator.decide(score.detach(), position, valid) & valid[..., None])
         else:
@@ -265,6 +274,17 @@ class SparseMixture(nn.Module):
         confidence = configurator.weigh(score, active)
         losses = {} if self.rate_loss is None else {"rate": self.rate_loss(score, active, valid)}
         return Routing(active, confidence, valid, position), losses
+
+    def _check_finite(self, values: Tensor, valid: Tensor) -> None:
+        # Only on the CPU: elsewhere the answer would have to be waited for.
+        if (
+            values.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and not bool(values[valid].isfinite().all())
+        ):
+            raise ShapeError(
+                f"{type(self).__name__}: x must be finite, it (or its logits) hold NaN or Inf at real tokens"
+            )
 
     def _replayed(self, replay: Routing, valid: Tensor) -> Tensor:
         expected = (*valid.shape, self.configurator.n_modules)

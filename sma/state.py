@@ -64,9 +64,9 @@ class State:
         """The same values, cut from the autograd graph."""
         return self.map(torch.Tensor.detach)
 
-    def to(self, device: torch.device | str) -> Self:
-        """The state on another device."""
-        return self.map(lambda tensor: tensor.to(device))
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """The state on another device, and its floating-point tensors in another dtype."""
+        return self.map(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
 
     def reorder(self, index: Tensor) -> Self:
         """Rows ``index (B',)`` of the batch, as beam search asks for; a row may occur several times."""

@@ -49,10 +49,9 @@ class RateLoss(Configurable):
             active: ``(B, L, M)`` the decision.
             valid: ``(B, L)`` real tokens; the others do not count.
         """
-        mask = valid[..., None].to(score.dtype)
-        pairs = (mask.sum() * score.shape[-1]).clamp(min=1)
-        mean_score = (score * mask).sum() / pairs
-        rate = (active.to(score.dtype) * mask).sum() / pairs + mean_score - mean_score.detach()
+        pairs = (valid.sum() * score.shape[-1]).clamp(min=1)
+        mean_score = score.masked_fill(~valid[..., None], 0.0).sum() / pairs
+        rate = (active & valid[..., None]).sum() / pairs + mean_score - mean_score.detach()
         if self.kind == "squared":
             loss = (rate - self.target).square()
         elif self.kind == "hinge":
