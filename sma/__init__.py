@@ -16,6 +16,7 @@ from sma.interfaces import (
 )
 from sma.layer import Activated, ActivatedConfig, MixtureConfig, SparselyActivated, SparseMixture
 from sma.plugins import hookimpl, register
+from sma.memory import WorkingMemory
 from sma.routing import Packed, Routing
 from sma.spec import build
 from sma.spec import dump as dump_spec
@@ -44,6 +45,7 @@ __all__ = [
     "SparselyActivated",
     "State",
     "StateHistory",
+    "WorkingMemory",
     "build",
     "checkpoint",
     "configurators",

@@ -1,0 +1,146 @@
+"""How the eager backend cuts packed sequences into blocks of queries, each with one span of keys.
+
+Both tilings use the same picture. Query rows go to a buffer of ``n_blocks`` blocks of ``block`` rows; key rows to a
+buffer that is read in spans of ``span`` rows. Row t of a block and row s of its span are at distance ``s - left - t``
+(key index minus query index), whatever the block: windows and local biases are one ``(block, span)`` matrix for all.
+
+* whole: one block per sequence, its span holds all its keys. For unbounded attention, steps, and short sequences.
+* strided: several blocks per sequence; spans overlap, and are a strided view of the buffer, not a copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sma_modules.ops.window_attention.rule import Layout, Rule
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Where the rows of one head go. Heads follow one another, each with the same number of rows.
+
+    Attributes:
+        block: queries per block.
+        span: keys per block.
+        left: row of the span at the index of the block's first query.
+        n_blocks: blocks per head.
+        q_rows: ``(Q,)`` row of each query, in ``[0, n_blocks * block)``.
+        k_rows: ``(K,)`` row of each key, in ``[0, n_blocks * stride + span - stride)``; -1 if no query can reach it.
+        stride: rows from one span to the next.
+        chunked: the blocks are the chunks.
+        spare: rows at the end of the key buffer for keys that no query can reach, 0 or 1.
+        q_sequence: ``(Q,)`` which sequence each query belongs to.
+        k_sequence: ``(K,)`` the same for keys.
+    """
+
+    block: int
+    span: int
+    left: int
+    n_blocks: int
+    stride: int
+    q_rows: Tensor
+    k_rows: Tensor
+    q_sequence: Tensor
+    k_sequence: Tensor
+    chunked: bool = False
+    spare: int = 0
+
+    def key_rows(self, heads: int = 1) -> int:
+        """Rows of a key buffer."""
+        return heads * self.n_blocks * self.stride + self.span - self.stride + self.spare
+
+    def spread(self, rows: Tensor, heads: int, rows_per_head: int) -> Tensor:
+        """``(R * heads,)`` rows in a buffer of all heads, ordered as packed ``(R, heads)``; -1 is the spare row."""
+        if heads > 1:
+            offset = torch.arange(heads, device=rows.device) * rows_per_head
+            spread = (rows[:, None] + offset).reshape(-1)
+            rows = rows[:, None].expand(-1, heads).reshape(-1) if self.spare else rows
+        else:
+            spread = rows
+        return torch.where(rows < 0, self.key_rows(heads) - 1, spread) if self.spare else spread
+
+
+def spans(buffer: Tensor, n: int, span: int, stride: int) -> Tensor:
+    """View of a contiguous buffer ``(rows, ...)`` as ``(n, span, ...)``: span i starts at row ``i * stride``."""
+    return buffer.as_strided((n, span, *buffer.shape[1:]), (stride * buffer.stride(0), *buffer.stride()))
+
+
+def overlap_add(grad: Tensor, rows: int, stride: int) -> Tensor:
+    """Transpose of :func:`spans`: sum ``(n, span, f)`` back into a buffer ``(rows, f)``."""
+    n, span, width = grad.shape
+    pieces = -(-span // stride)
+    if pieces == 1 and n * stride == rows:
+        return grad.reshape(rows, width)
+    total = grad.new_zeros(max(n + pieces, -(-rows // stride)), stride, width)
+    for piece in range(pieces):
+        part = grad[:, piece * stride : (piece + 1) * stride]
+        total[piece : piece + n, : part.shape[1]] += part
+    return total.view(-1, width)[:rows]
+
+
+def _sequence(cu: Tensor, rows: int) -> Tensor:
+    ids = torch.arange(cu.numel() - 1, device=cu.device)
+    return torch.repeat_interleave(ids, cu.diff(), output_size=rows)
+
+
+def _rank(cu: Tensor, sequence: Tensor) -> Tensor:
+    return torch.arange(sequence.numel(), device=cu.device) - cu[sequence]
+
+
+def _concrete(tensor: Tensor) -> bool:
+    """True where looking at a value costs no wait for a device and breaks no compiled graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def block_size(reach: int) -> int:
+    """Queries per block for a window, from measurements on a CPU (see the README)."""
+    return min(max(reach // 2, 16), 128)
+
+
+def tile(n_queries: int, n_keys: int, layout: Layout, rule: Rule) -> Tiling:
+    """The cheaper tiling, judged by the number of scores."""
+    reach, batch = rule.reach, layout.q_cu.numel() - 1
+    max_q, max_k = max(min(layout.max_q, n_queries), 1), max(min(layout.max_k, n_keys), 1)
+    sequences = _sequence(layout.q_cu, n_queries), _sequence(layout.k_cu, n_keys)
+    if reach is None:
+        return _whole(layout, sequences, max_q, max_k)
+    chunked = rule.chunk is not None and rule.chunk == reach + 1 and layout.k_start is None and layout.aligned
+    if chunked:
+        block, left, right = reach + 1, 0, 0  # blocks are the chunks: no key outside the own block is visible
+    else:
+        block, left, right = block_size(reach), reach, 0 if rule.causal else reach
+    gap = 0 if layout.aligned else -(-left // block)
+    bound = (n_queries + batch * (block - 1)) // block + batch * gap
+    if batch * max_q * max_k <= bound * block * (block + left + right):
+        return _whole(layout, sequences, max_q, max_k)
+    first, n_blocks = _first_rows(layout, block, gap, bound)
+    q_rows = first[sequences[0]] + _rank(layout.q_cu, sequences[0])
+    index = _rank(layout.k_cu, sequences[1]) - (layout.k_cu.diff() - layout.q_cu.diff())[sequences[1]]
+    k_rows = torch.where(index >= -left, first[sequences[1]] + left + index, -1)
+    span = block + left + right
+    return Tiling(
+        block, span, left, n_blocks, block, q_rows, k_rows, *sequences, chunked=chunked, spare=int(not layout.aligned)
+    )
+
+
+def _whole(layout: Layout, sequences: tuple[Tensor, Tensor], max_q: int, max_k: int) -> Tiling:
+    rank_q, rank_k = _rank(layout.q_cu, sequences[0]), _rank(layout.k_cu, sequences[1])
+    if layout.aligned:
+        shift_q = shift_k = torch.zeros_like(layout.q_cu[1:])
+        max_q = max_k = min(max_q, max_k)
+    else:  # sequences end together, so that distances are the same in all of them
+        shift_q, shift_k = max_q - layout.q_cu.diff(), max_k - layout.k_cu.diff()
+    q_rows = sequences[0] * max_q + shift_q[sequences[0]] + rank_q
+    k_rows = sequences[1] * max_k + shift_k[sequences[1]] + rank_k
+    batch = layout.q_cu.numel() - 1
+    return Tiling(max_q, max_k, max_k - max_q, batch, max_k, q_rows, k_rows, *sequences)
+
+
+def _first_rows(layout: Layout, block: int, gap: int, bound: int) -> tuple[Tensor, int]:
+    """``(B,)`` row of the first query of each sequence, behind ``gap`` blocks for earlier keys; number of blocks."""
+    blocks = (layout.q_cu.diff() + block - 1) // block + gap
+    end = blocks.cumsum(0)
+    return (end - blocks + gap) * block, int(end[-1]) if _concrete(end) else bound
