@@ -1,8 +1,9 @@
 """Finds the plugins, runs their hook and keeps the process's registry.
 
-Nothing is loaded before the registry is used for the first time. A plugin that fails, in whatever way, is left out as a whole and noted
-in :meth:`Registry.failures`; the others load. Two variables of the environment change that: ``SMA_STRICT_PLUGINS=1`` raises at
-the first failure, ``SMA_BLOCK_PLUGINS=a,b`` skips plugins by the name of their entry point, distribution or module.
+Nothing is loaded before the registry is used for the first time. A plugin that fails, in whatever way, is left out as
+a whole and noted in :meth:`Registry.failures`; the others load. Two variables of the environment change that:
+``SMA_STRICT_PLUGINS=1`` raises at the first failure, ``SMA_BLOCK_PLUGINS=a,b`` skips plugins by the name of their entry
+point, distribution or module.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import pluggy
 
 from sma.errors import PluginError
 from sma.plugins import hookspecs
-from sma.plugins.registry import Entry, Failure, Provider, Registry, did_you_mean, make_entry
+from sma.plugins.registry import Entry, Failure, Provider, Registry, did_you_mean, make_entry, registered_twice
 
 BUILT_IN: Final = {"sma": "sma.plugin", "sma_modules": "sma_modules.plugin", "sma_models": "sma_models.plugin"}
 """Our own entry points. They are loaded by name where the distribution is not installed (a source tree)."""
@@ -40,7 +41,7 @@ def registry() -> Registry:
     """The registry of this process, with all plugins loaded.
 
     Raises:
-        PluginError: a plugin failed and ``SMA_STRICT_PLUGINS`` is set, or a plugin asks for the registry while it is loaded.
+        PluginError: a plugin failed and ``SMA_STRICT_PLUGINS`` is set, or a plugin used the registry while loading.
     """
     with _Process.lock:
         if _Process.registry is None:
@@ -114,7 +115,7 @@ def load_plugins() -> Registry:
 
 
 def discover() -> list[Provider]:
-    """The modules named by entry points of the group ``sma.plugins``: ours first, then by distribution and name; each module once."""
+    """The modules named by entry points, each once: ours first, the others by distribution and name."""
     found: dict[str, Provider] = {}
     for point in importlib.metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP):
         distribution = point.dist
@@ -133,7 +134,7 @@ def discover() -> list[Provider]:
 
 
 def _in_source_tree(plugin: str, module: str) -> Provider | None:
-    """Only the package is looked for: whether the module in it can be imported is found out where failures are recorded."""
+    """Only the package is looked for: whether the module imports is found out where failures are recorded."""
     return None if importlib.util.find_spec(module.partition(".")[0]) is None else Provider(plugin, module)
 
 
@@ -150,7 +151,7 @@ def _stage(manager: pluggy.PluginManager, provider: Provider) -> list[Entry]:
     def collect(name: str, target: type[Any] | Traversable) -> None:
         entry = make_entry(name, target, provider)
         if (entry.kind, name) in staged:
-            raise PluginError(f"the {entry.kind} {name!r} is registered twice: by {provider} and by {provider}")
+            raise PluginError(registered_twice(entry, provider))
         staged[entry.kind, name] = entry
 
     others = [each for each in manager.get_plugins() if each is not module]

@@ -21,7 +21,14 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 @dataclass(frozen=True)
 class Provider:
-    """Who registers: ``module`` of ``distribution`` (None outside any distribution) in ``version``; ``plugin`` is its short name."""
+    """Who registers.
+
+    Attributes:
+        plugin: short name, that of the entry point.
+        module: Python module, or the file of a spec registered by hand.
+        distribution: what was installed; None in a source tree and for a user's own code.
+        version: of the distribution.
+    """
 
     plugin: str
     module: str
@@ -62,9 +69,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def a(noun: str) -> str:
-    """The noun with its indefinite article."""
-    return f"{'an' if noun[:1] in 'aeio' else 'a'} {noun}"
+def either(kinds: Iterable[str]) -> str:
+    """``"a mixer or a module"``."""
+    return " or ".join(f"a {kind}" for kind in kinds)
+
+
+def registered_twice(entry: Entry, by: Provider) -> str:
+    """The message for an entry whose name ``by`` has taken already."""
+    return f"the {entry.kind} {entry.name!r} is registered twice: by {by} and by {entry.provider}"
 
 
 def make_entry(name: str, target: Any, provider: Provider) -> Entry:
@@ -137,9 +149,7 @@ class Registry:
                 if known is None:
                     staged[key] = entry
                 elif known.target != entry.target:
-                    raise PluginError(
-                        f"the {entry.kind} {entry.name!r} is registered twice: by {known.provider} and by {entry.provider}"
-                    )
+                    raise PluginError(registered_twice(entry, known.provider))
             self._entries.update(staged)
             for entry in staged.values():
                 if entry.kind != SPEC:
@@ -169,9 +179,9 @@ class Registry:
         """True when ``name`` is registered for ``kind``."""
         return (kind, name) in self._entries
 
-    def names(self, kind: str) -> list[str]:
-        """The names of one kind, sorted."""
-        return sorted(name for each, name in list(self._entries) if each == kind)
+    def names(self, *kinds: str) -> list[str]:
+        """The names of one or several kinds, sorted."""
+        return sorted({name for kind, name in list(self._entries) if kind in kinds})
 
     def kinds_of(self, name: str) -> list[str]:
         """The kinds (specs aside) that know ``name``, sorted."""
@@ -193,9 +203,10 @@ class Registry:
         """Why ``name`` cannot be found among ``kinds``: of another kind, misspelt, or lost with a failed plugin."""
         elsewhere = self.kinds_of(name)
         if elsewhere and SPEC not in kinds:
-            return f"{name!r} is {a(elsewhere[0])}, not {' or '.join(a(kind) for kind in kinds)}"
-        known = sorted({each for kind in kinds for each in self.names(kind)})
-        message = f"no {' or '.join(kinds)} named {name!r}{did_you_mean(str(name), known)}"
+            return f"{name!r} is {either(elsewhere[:1])}, not {either(kinds)}"
+        known = self.names(*kinds)
+        what = f"no {' or '.join(kinds)} named" if len(kinds) < len(KINDS) else "nothing is registered as"
+        message = f"{what} {name!r}{did_you_mean(name, known)}"
         message += f" (known: {', '.join(known) or 'none'})"
         if self._failures:
             message += "; plugins that failed to load: " + "; ".join(str(failure) for failure in self._failures)

@@ -1,7 +1,7 @@
 """Specs: YAML, mappings and OmegaConf nodes to typed configurations, and back. The only package that imports OmegaConf.
 
-A spec is a mapping. Its ``type`` names a registered class; its other keys are the fields of that class's ``Config``, children
-included::
+A spec is a mapping. Its ``type`` names a registered class; its other keys are the fields of that class's ``Config``,
+children included::
 
     type: language_model
     d_model: 128
@@ -10,9 +10,12 @@ included::
       - {type: seqboat, window: 32}
     hidden: ${d_model}                  # another value of the same spec
 
-``extends: name`` (or a file, relative to the one that says so) takes over another spec; mappings merge, lists are replaced, and a
-child with another ``type`` starts afresh. A spec can do nothing but name what is registered: no Python paths, no resolvers, no
-tags, and limits on its size. Errors name the path: ``layers[0].module (gau): unknown key 'widow'; did you mean 'window'?``
+``extends: name`` (or a file, relative to the one that says so) takes over another spec, for the whole or for a child:
+mappings merge, lists are replaced, and a child with another ``type`` starts afresh. A mapping without ``type`` changes
+the default of its field. Where a child is expected, the name of a spec may stand for it.
+
+A spec can do nothing but name what is registered: no Python paths, no resolvers, no tags, and limits on its size.
+Errors name the path: ``layers[0].module (gau): unknown key 'widow'; did you mean 'window'?``
 
 Example:
     >>> import sma
@@ -27,10 +30,11 @@ from typing import Any, TypeVar
 from sma.configurable import BaseConfig
 from sma.errors import ConfigError, SpecError
 from sma.plugins import registry
+from sma.spec.dumping import unload
 from sma.spec.sources import Document, Reader
 from sma.spec.text import render
 from sma.spec.tree import override, resolve
-from sma.spec.typed import Converter, plugin_of, shown, unload
+from sma.spec.typed import Converter, plugin_of, shown
 
 __all__ = ["build", "dump", "load", "load_as", "loads", "to_yaml"]
 
@@ -42,9 +46,9 @@ def load(source: Any, *overrides: str, kind: str | None = None) -> BaseConfig:
 
     Args:
         source: a registered name, a path of a ``.yaml`` file, a mapping, an OmegaConf node, or a configuration.
-        *overrides: ``key=value`` from left to right: ``n_layers=6``, ``blocks[0].norm.eps=1e-6``. Another ``type`` for a child
-            drops its other keys, so it comes before them.
-        kind: ``model``, ``module``, ``mixer``, ...: what it has to be. By default whatever ``type`` names, models first.
+        *overrides: ``key=value`` from left to right: ``n_layers=6``, ``blocks[0].norm.eps=1e-6``. Another ``type``
+            for a child drops its other keys, so it comes before them.
+        kind: what it has to be: ``model``, ``module``, ``mixer``, ... By default whatever ``type`` names, models first.
 
     Raises:
         SpecError: the spec is not valid; names the path, the rule and the value.
@@ -55,7 +59,7 @@ def load(source: Any, *overrides: str, kind: str | None = None) -> BaseConfig:
 
 
 def load_as(source: Any, cls: type[T], *overrides: str) -> T:
-    """As :func:`load`, for a given class: the ``Config`` of a plugin, or any dataclass (which then has no ``type`` key).
+    """As :func:`load`, for a given class: the ``Config`` of a plugin, or any dataclass (which has no ``type`` key).
 
     Args:
         source: as for :func:`load`.
@@ -156,7 +160,7 @@ def _convert(reader: Reader, document: Document, overrides: tuple[str, ...], exp
             tree = override(tree, each, reader.open_up)
         if overrides:
             tree = reader.expand(tree, document)
-        return Converter(reader.registry).root(resolve(tree, reader.budget), expect)
+        return Converter(reader.registry, reader.named).root(resolve(tree, reader.budget), expect)
     except SpecError as error:
         if document.folder is None:
             raise

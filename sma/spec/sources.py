@@ -12,9 +12,9 @@ from typing import Any
 
 from sma.errors import SpecError
 from sma.plugins.registry import SPEC, Registry
+from sma.spec.dumping import unload
 from sma.spec.text import MAX_BYTES, MAX_DEPTH, parse
-from sma.spec.tree import Budget, Path, is_leaf_object, merge, normalise, rebase, show
-from sma.spec.typed import unload
+from sma.spec.tree import Budget, Path, is_leaf_object, merge, normalise, rebase, resolve, show
 
 SUFFIXES = (".yaml", ".yml")
 _COST_OF_OPENING = 20
@@ -30,7 +30,7 @@ class Document:
 
 
 class Reader:
-    """Reads sources and puts every ``extends`` in place; one instance per spec, since the budget is for the whole of it."""
+    """Reads sources and puts every ``extends`` in place; one per spec, since the budget is for the whole of it."""
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
@@ -74,6 +74,11 @@ class Reader:
         base = self._extended(node["extends"], document, chain, path, depth + len(path))
         return merge(rebase(base, path), own, keep=True)
 
+    def named(self, name: str) -> Any:
+        """The tree of a registered spec, references resolved."""
+        self.budget.spend(_COST_OF_OPENING, ())
+        return resolve(self.read(name).tree, self.budget)
+
     def _extended(self, name: Any, document: Document, chain: tuple[str, ...], path: Path, depth: int) -> Any:
         if not isinstance(name, str):
             raise SpecError(f"{show(path)}: 'extends' names one spec or file, got {name!r} ({type(name).__name__})")
@@ -114,7 +119,7 @@ class Reader:
 
     def _open_named(self, name: str | pathlib.Path, folder: Traversable | None) -> Document:
         if isinstance(name, pathlib.Path) or name.lower().endswith(SUFFIXES):
-            file = pathlib.Path(name).expanduser()
+            file = pathlib.Path(os.path.expanduser(name))
             if folder is not None and not file.is_absolute():
                 return self._open_file(folder.joinpath(str(name)))
             return self._open_file(file)
@@ -130,8 +135,8 @@ class Reader:
         try:
             with file.open("rb") as stream:
                 data = stream.read(MAX_BYTES + 1)
-        except OSError as error:
-            raise SpecError(f"{file}: cannot be read: {error.strerror or error}") from error
+        except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
+            raise SpecError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
         if len(data) > MAX_BYTES:
             raise SpecError(f"{file}: a spec has at most {MAX_BYTES} bytes")
         return self.open_text(data, str(file), getattr(file, "parent", None))

@@ -1,7 +1,7 @@
 """YAML text to plain values and back.
 
 A spec may come from anywhere, so the text is read event by event and nothing in it can run or grow: no tags, no second
-document, no duplicate keys, and bounds on the size, the depth and the number of values with every alias counted in full.
+document, no duplicate keys, and bounds on the size, the depth and the number of values, every alias counted in full.
 Numbers and truth values are those of YAML 1.2 (``1e-3`` is a number, ``on`` and ``no`` are strings).
 """
 

@@ -1,7 +1,8 @@
 """Plain trees (dicts, lists, values) before they get a type: merging, overriding, references.
 
-A reference ``${a.b[0].c}`` stands for another value of the same spec; with leading dots it starts from where it stands, as in OmegaConf. That is all:
-resolvers (``${oc.env:HOME}``) and nested references are refused, so that reading a spec has no effect and no input but the spec.
+A reference ``${a.b[0].c}`` stands for another value of the same spec; with leading dots it starts from where it stands,
+as in OmegaConf. That is all: resolvers (``${oc.env:HOME}``) and nested references are refused, so that reading a spec
+has no effect and no input but the spec.
 """
 
 from __future__ import annotations
@@ -78,8 +79,9 @@ def is_leaf_object(value: Any) -> bool:
 def merge(base: Any, over: Any, *, keep: bool = False) -> Any:
     """``over`` laid upon ``base``: mappings key by key, anything else replaced.
 
-    A mapping that names another ``type`` than the one below it starts afresh, since its keys are those of another class; ``keep`` lifts that
-    (at the place of an ``extends``, where taking over the rest is the point). ``{eps: 1}`` upon the shorthand ``layernorm`` keeps the type.
+    A mapping that names another ``type`` than the one below it starts afresh, since its keys are those of another
+    class; ``keep`` lifts that (at the place of an ``extends``, where taking over the rest is the point). ``{eps: 1}``
+    upon the shorthand ``layernorm`` keeps the type.
     """
     if isinstance(base, str) and isinstance(over, dict) and "type" not in over and "${" not in base:
         base = {"type": base}

@@ -7,15 +7,15 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any, Literal, Union
 
 from sma.configurable import BaseConfig
 from sma.errors import PluginError, SpecError
 from sma.interfaces import KINDS, Plugin
-from sma.plugins.registry import SPEC, Registry, a, did_you_mean
-from sma.spec.tree import Path, escape, show
+from sma.plugins.registry import SPEC, Registry, did_you_mean, either
+from sma.spec.tree import Path, show
 
 _SCALARS: tuple[type[Any], ...] = (bool, int, float, str)
 _LISTS: tuple[Any, ...] = (tuple, list, Sequence)
@@ -53,7 +53,7 @@ def describe(annotation: Any) -> str:
         return "null"
     plugin = plugin_of(annotation)
     if plugin is not None:
-        return a(plugin.kind) if KINDS[plugin.kind] is plugin else f"{a(plugin.kind)} of class {plugin.__name__}"
+        return either([plugin.kind]) + ("" if KINDS[plugin.kind] is plugin else f" of class {plugin.__name__}")
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return "one of " + ", ".join(repr(each.value) for each in annotation)
     return getattr(annotation, "__name__", str(annotation))
@@ -73,10 +73,17 @@ def hints_of(cls: type[Any]) -> dict[str, Any]:
 
 
 class Converter:
-    """Turns trees into values of a given type, with names looked up in ``registry``."""
+    """Turns trees into values of a given type.
 
-    def __init__(self, registry: Registry) -> None:
+    Args:
+        registry: where names are looked up.
+        named: gives the tree of a registered spec, for a child that is described by one.
+    """
+
+    def __init__(self, registry: Registry, named: Callable[[str], Any]) -> None:
         self.registry = registry
+        self.named = named
+        self.within: list[str] = []
 
     def root(self, tree: Any, expect: Any) -> Any:
         """The configuration of a whole spec.
@@ -87,9 +94,8 @@ class Converter:
         """
         if isinstance(expect, str):
             if expect not in KINDS:
-                raise SpecError(
-                    f"no kind of plugin is named {expect!r}{did_you_mean(expect, KINDS)} (known: {', '.join(sorted(KINDS))})"
-                )
+                known = ", ".join(sorted(KINDS))
+                raise SpecError(f"no kind of plugin is named {expect!r}{did_you_mean(expect, KINDS)} (known: {known})")
             expect = KINDS[expect].Config
         if expect is None:
             expect = self._kind_of_root(tree).Config
@@ -101,7 +107,7 @@ class Converter:
         if "model" in kinds or not isinstance(name, str):
             return KINDS["model"]
         if len(kinds) > 1:
-            raise SpecError(f"spec: {name!r} may be {' or '.join(a(kind) for kind in kinds)}: say which with kind=")
+            raise SpecError(f"spec: {name!r} may be {either(kinds)}: say which with kind=")
         if not kinds:
             raise SpecError(f"spec: {self.registry.explain_missing(sorted(KINDS), name)}")
         return KINDS[kinds[0]]
@@ -131,7 +137,7 @@ class Converter:
         if plugin_of(annotation) is not None:
             return self._plugin(annotation, value, path)
         if dataclasses.is_dataclass(annotation):
-            return self._dataclass(annotation, value, path)
+            return self._dataclass(typing.cast("type[Any]", annotation), value, path)
         return self._scalar(annotation, value, path, finite)
 
     def _scalar(self, annotation: Any, value: Any, path: Path, finite: bool) -> Any:
@@ -232,10 +238,10 @@ class Converter:
         kinds = list(dict.fromkeys(plugin.kind for plugin in plugins))
         name = value.get("type") if isinstance(value, dict) else value
         if name is None:
-            known = sorted({each for kind in kinds for each in self.registry.names(kind)})
-            return f"{show(path)}: missing key 'type', the name of {' or '.join(a(kind) for kind in kinds)} (known: {', '.join(known) or 'none'})"
+            known = ", ".join(self.registry.names(*kinds)) or "none"
+            return f"{show(path)}: missing key 'type', the name of {either(kinds)} (known: {known})"
         if not isinstance(name, str):
-            return f"{show((*path, 'type'))}: expected the name of {' or '.join(a(kind) for kind in kinds)}, got {shown(name)}"
+            return f"{show((*path, 'type'))}: expected the name of {either(kinds)}, got {shown(name)}"
         return f"{show(path)}: {self.registry.explain_missing(kinds, name)}"
 
     def _plugin(self, annotation: Any, value: Any, path: Path) -> Any:
@@ -262,92 +268,62 @@ class Converter:
 
     def _named_spec(self, annotation: Any, name: str, value: dict[str, Any], path: Path) -> Any:
         """A child given by the name of a spec instead of a class."""
-        from sma.spec import load  # a spec within a spec is loaded as any other
-
         if len(value) > 1:
-            raise SpecError(
-                f"{show(path)}: {name!r} is a spec; to change parts of it write 'extends: {name}' instead of 'type'"
-            )
+            raise SpecError(f"{show(path)}: {name!r} is a spec: to change parts of it write 'extends', not 'type'")
+        if name in self.within:
+            raise SpecError(f"{show(path)}: specs contain one another: {' -> '.join([*self.within, name])}")
+        self.within.append(name)
         try:
-            config = load(name)
-        except SpecError as error:
-            raise SpecError(f"{show(path)}: spec {name!r}: {error}") from error
-        if not isinstance(config, annotation):
-            raise SpecError(
-                f"{show(path)}: the spec {name!r} describes {a(config.owner.kind)}, expected {describe(annotation)}"
-            )
-        return config
+            return self.convert(annotation, self.named(name), path, True)
+        finally:
+            self.within.pop()
 
-    def _dataclass(self, cls: type[Any], value: Any, path: Path, name: str | None = None) -> Any:
+    def _dataclass(self, cls: type[Any], value: Any, path: Path, name: str | None = None, base: Any = None) -> Any:
+        """An instance of ``cls`` from a mapping; what the mapping leaves out comes from ``base`` if there is one."""
         if isinstance(value, cls):
             return value
         if not isinstance(value, dict):
             raise SpecError(f"{show(path)}: expected a mapping, got {shown(value)}")
         place = f"{show(path)} ({name})" if name else show(path)
-        hints = hints_of(cls)
         fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
         for key in value:
             if key not in fields:
                 hint = did_you_mean(key, fields) or f" (known: {', '.join(fields) or 'none'})"
                 raise SpecError(f"{place}: unknown key {key!r}{hint}")
-        missing = [
-            each.name
-            for each in fields.values()
-            if each.default is dataclasses.MISSING
-            and each.default_factory is dataclasses.MISSING
-            and value.get(each.name, "???") == "???"
-        ]
+        standing = {key: _default(field) if base is None else getattr(base, key) for key, field in fields.items()}
+        missing = [key for key in fields if _is_absent(value.get(key, standing[key]))]
         if missing:
-            raise SpecError(
-                f"{place}: missing {'key' if len(missing) == 1 else 'keys'} {', '.join(map(repr, missing))}"
-            )
-        given = {
-            key: self.convert(hints[key], each, (*path, key), not fields[key].metadata.get("allow_nonfinite", False))
-            for key, each in value.items()
-        }
+            raise SpecError(f"{place}: missing key{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}")
+        given = self._fields(cls, fields, standing, value, path)
         try:
-            return cls(**given)
+            return cls(**given) if base is None else dataclasses.replace(base, **given)
         except SpecError:
             raise
-        except (
-            ValueError,
-            TypeError,
-        ) as error:  # a ConfigError, or what a stranger's __post_init__ raises for a bad value
+        except (ValueError, TypeError) as error:  # a ConfigError, or what a stranger's __post_init__ raises
             raise SpecError(f"{place}: {error}") from error
 
-
-def unload(value: Any, registry: Registry, declared: Any = None) -> Any:
-    """The plain tree that :class:`Converter` turns into ``value`` again.
-
-    Args:
-        value: a configuration, or a value of one of its fields.
-        registry: where the names of the classes are.
-        declared: the annotation of the field; a class that it names itself needs no ``type``.
-
-    Raises:
-        SpecError: a class is not registered, so that no spec can name it.
-    """
-    if isinstance(value, Enum):
-        return value.value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        tree: dict[str, Any] = {}
-        plugin = plugin_of(type(value))
-        if plugin is not None:
-            name = registry.name_of(plugin)
-            if name is not None:
-                tree["type"] = name
-            elif not _mentions(declared, type(value)):
-                raise SpecError(
-                    f"{plugin.__module__}.{plugin.__qualname__} is not registered, so no spec can name it; see sma.register"
-                )
-        hints = hints_of(type(value))
-        return tree | {key: unload(getattr(value, key), registry, hint) for key, hint in hints.items()}
-    if isinstance(value, Mapping):
-        return {key: unload(each, registry, declared) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [unload(each, registry, declared) for each in value]
-    return escape(value) if isinstance(value, str) else value
+    def _fields(
+        self, cls: type[Any], fields: Mapping[str, Any], standing: Mapping[str, Any], value: dict[str, Any], path: Path
+    ) -> dict[str, Any]:
+        """The values of the fields that are given; a mapping without ``type`` changes the value that is standing."""
+        hints = hints_of(cls)
+        given = {}
+        for key, each in value.items():
+            before = standing[key]
+            if isinstance(each, dict) and "type" not in each and dataclasses.is_dataclass(before):
+                plugin = plugin_of(type(before))
+                name = self.registry.name_of(plugin) if plugin else None
+                given[key] = self._dataclass(type(before), each, (*path, key), name, before)
+            else:
+                finite = not fields[key].metadata.get("allow_nonfinite", False)
+                given[key] = self.convert(hints[key], each, (*path, key), finite)
+        return given
 
 
-def _mentions(annotation: Any, cls: type[Any]) -> bool:
-    return annotation is cls or any(_mentions(each, cls) for each in typing.get_args(annotation))
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _is_absent(value: Any) -> bool:
+    """No default, or OmegaConf's mark of a value that is still to be given."""
+    return value is dataclasses.MISSING or (isinstance(value, str) and value == "???")
