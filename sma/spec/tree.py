@@ -245,10 +245,11 @@ class _Resolver:
         dots = len(match[1])
         if dots > len(path):
             raise SpecError(f"{show(path)}: '${{{reference}}}' leads out of the spec")
-        target: Path = path[: len(path) - dots] if dots else ()
+        start: Path = path[: len(path) - dots] if dots else ()
+        target: Path = ()
         node = self.root
         resolved = False  # True once a reference on the way was followed: what it gave is final
-        for step in (*target, *split(match[2])):
+        for step in (*start, *split(match[2])):
             if not resolved and isinstance(node, str) and "${" in node:
                 node = self.text(node, target)
                 resolved = True
