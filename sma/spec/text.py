@@ -153,7 +153,7 @@ class _Reader:
         return text
 
 
-class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types
+class _Dumper(yaml.SafeDumper):
     """Writes strings in quotes exactly where :func:`parse` would read something else."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  # the attribute of PyYAML that this replaces

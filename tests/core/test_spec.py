@@ -261,12 +261,12 @@ def test_extends_by_name_and_by_file(tmp_path: Path, registry: Registry) -> None
 
 
 def test_merging_of_children() -> None:
-    registry_free = {"norm": "layernorm", "either": {"type": "gau", "window": 2}}
+    base = {"norm": "layernorm", "either": {"type": "gau", "window": 2}}
     from sma.spec.tree import merge
 
-    assert merge(registry_free, {"norm": {"eps": 1.0}})["norm"] == {"type": "layernorm", "eps": 1.0}
-    assert merge(registry_free, {"either": {"d_qk": 1}})["either"] == {"type": "gau", "window": 2, "d_qk": 1}
-    assert merge(registry_free, {"either": {"type": "ema"}})["either"] == {"type": "ema"}
+    assert merge(base, {"norm": {"eps": 1.0}})["norm"] == {"type": "layernorm", "eps": 1.0}
+    assert merge(base, {"either": {"d_qk": 1}})["either"] == {"type": "gau", "window": 2, "d_qk": 1}
+    assert merge(base, {"either": {"type": "ema"}})["either"] == {"type": "ema"}
     assert merge({"a": [1, 2]}, {"a": [3]}) == {"a": [3]}
     assert merge({"type": "x", "a": 1}, {"type": "y"}, keep=True) == {"type": "y", "a": 1}
 
@@ -289,7 +289,7 @@ def test_extends_circle(tmp_path: Path) -> None:
 
 def test_specs_that_contain_one_another(tmp_path: Path, registry: Registry) -> None:
     registry.register("loop", write(tmp_path / "loop.yaml", "type: wrapper\ninner: {type: wrapper, inner: loop}\n"))
-    with pytest.raises(SpecError, match="inner.inner.inner.inner: specs contain one another: loop -> loop"):
+    with pytest.raises(SpecError, match=r"inner.inner.inner.inner: specs contain one another: loop -> loop"):
         load("loop")
 
 
@@ -414,7 +414,7 @@ def test_dump_says_everything_and_types() -> None:
         "activation": "softmax",
         "norm": {"type": "layernorm", "eps": 1e-5},
     }
-    assert list(tree)[0] == "type"
+    assert next(iter(tree)) == "type"
 
 
 def test_unregistered_class_cannot_be_dumped(registry: Registry) -> None:

@@ -121,7 +121,8 @@ TYPED = [
     ({"type": "net", "table": {1: 2.0}}, "table: a key is a string, got 1 (int)"),
     (
         3,
-        "a spec is a registered name, a path of a .yaml file, a mapping, an OmegaConf node or a configuration, got 3 (int)",
+        "a spec is a registered name, a path of a .yaml file, a mapping, an OmegaConf node or a configuration, "
+        "got 3 (int)",
     ),
     ("nott", "no spec named 'nott' (known: none)"),
     ("folder/net", "no spec named 'folder/net' (known: none); a file ends in .yaml or .yml"),
@@ -193,7 +194,8 @@ REFERENCES = [
     ({"name": "${...x}"}, "name: '${...x}' leads out of the spec"),
     (
         {"name": "${oc.env:HOME}"},
-        "name: resolvers are not allowed, a reference names another value of the spec (${a.b[0].c}), got '${oc.env:HOME}'",
+        "name: resolvers are not allowed, a reference names another value of the spec (${a.b[0].c}), "
+        "got '${oc.env:HOME}'",
     ),
     ({"name": "${oc.decode:'1'}"}, "name: resolvers are not allowed"),
     ({"name": "${a.${b}}"}, "name: only plain references such as ${a.b[0].c} are allowed, got '${a.${b}}'"),
@@ -268,8 +270,8 @@ def test_files(tmp_path: Path) -> None:
     file.write_bytes(b"#" * 300_000)
     with pytest.raises(SpecError, match=r"s.yaml: a spec has at most 262144 bytes"):
         load(file)
+    (tmp_path / "folder.yaml").mkdir()
     with pytest.raises(SpecError, match="cannot be read: Is a directory"):
-        (tmp_path / "folder.yaml").mkdir()
         load(tmp_path / "folder.yaml")
 
 
