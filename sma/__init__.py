@@ -15,8 +15,8 @@ from sma.interfaces import (
     Norm,
 )
 from sma.layer import Activated, ActivatedConfig, MixtureConfig, SparselyActivated, SparseMixture
-from sma.plugins import hookimpl, register
 from sma.memory import WorkingMemory
+from sma.plugins import hookimpl, register
 from sma.routing import Packed, Routing
 from sma.spec import build
 from sma.spec import dump as dump_spec

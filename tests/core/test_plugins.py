@@ -138,7 +138,7 @@ BROKEN = {
     "wrong argument": (source("acme").replace("register)", "registrar)"), "a hook does not fit its specification: "),
     "no plugin class": (
         source("acme") + "    register('number', int)\n",
-        "'number': <class 'int'>: a plugin class derives from one of block, configurator, mixer, model, module, norm",
+        "'number': <class 'int'>: a plugin class derives from one of block, configurator, ",
     ),
     "an instance": (source("acme") + "    register('number', 3)\n", "'number': 3: a plugin class derives from one of"),
     "abstract": (

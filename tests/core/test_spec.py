@@ -272,10 +272,8 @@ def test_merging_of_children() -> None:
 
 
 def test_extends_for_a_child_keeps_its_references(tmp_path: Path, registry: Registry) -> None:
-    registry.register(
-        "inner", write(tmp_path / "inner.yaml", "type: net\nd_model: 4\nnoted: ${d_model}\nsteps: ['${.0}']\n")
-    )
-    write(tmp_path / "inner.yaml", "type: net\nd_model: 4\nnoted: ${d_model}\nname: \\${d_model} ${.noted}\n")
+    text = "type: net\nd_model: 4\nnoted: ${d_model}\nname: \\${d_model} ${.noted}\n"
+    registry.register("inner", write(tmp_path / "inner.yaml", text))
     recipe: Any = load_as({"batch": 7, "model": {"extends": "inner", "d_model": "${batch}"}}, Recipe)
     assert (recipe.model.d_model, recipe.model.noted, recipe.model.name) == (7, 7, "${d_model} 7")
 

@@ -298,7 +298,7 @@ def test_annotation_that_cannot_be_resolved(registry: Registry) -> None:
 
         @dataclass(kw_only=True, frozen=True)
         class Config(sma.Norm.Config):
-            size: Nowhere = 1  # type: ignore[name-defined]  # noqa: F821
+            size: Nowhere = 1  # type: ignore[name-defined]
 
     registry.register("broken", Broken)
     with pytest.raises(PluginError, match=r"Broken.Config: an annotation cannot be resolved: name 'Nowhere'"):
