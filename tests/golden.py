@@ -110,7 +110,7 @@ def _steps(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         for t in range(x.shape[1]):
             y, state = layer(x[:, t : t + 1], state)
             rows.append(y)
-    return torch.cat(rows, 1), state.state
+    return torch.cat(rows, 1), state.hidden
 
 
 def errors(content: dict[str, Any], backend: str) -> Iterator[tuple[str, float]]:
