@@ -1,0 +1,1 @@
+"""Training: data, tasks and the recipes that bring them together with a model (extra ``train``)."""
