@@ -82,7 +82,7 @@ class BatchPlan:
             )
         if self.size is not None and self.batches_per_epoch == 0:
             raise ConfigError(
-                f"batch_size: {self.world_size} x {self.batch_size} must not exceed the samples, got {self.size} of them"
+                f"batch_size: {self.world_size} x {self.batch_size} must not exceed the samples, got {self.size}"
             )
 
     @property

@@ -144,8 +144,8 @@ class PairDataset(LabelledDataset):
     """Pairs of documents: item ``{"tokens": ((L_1,), (L_2,)) int64, "label": int}``.
 
     Args:
-        first: the first document of each pair.
-        second: the second.
+        documents: the documents, each once.
+        pairs: (N, 2) which two of them form each pair.
         labels: (N,) their classes.
         num_classes: how many classes there are.
         pad: the token that fills up a batch, in which all documents get one common length.
@@ -154,16 +154,22 @@ class PairDataset(LabelledDataset):
     kind: Kind = "pairs"
 
     def __init__(
-        self, first: Ragged, second: Ragged, labels: Sequence[int] | NDArray[np.int64], num_classes: int, pad: int
+        self,
+        documents: Ragged,
+        pairs: Sequence[tuple[int, int]],
+        labels: Sequence[int] | NDArray[np.int64],
+        num_classes: int,
+        pad: int,
     ) -> None:
         super().__init__(labels, num_classes)
-        self.first = first
-        self.second = second
+        self.documents = documents
+        self.pairs = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
         self.pad = pad
         self.vocab_size = pad + 1
 
     def sample(self, stored: int) -> Item:
-        return {"tokens": (self.first.tokens(stored), self.second.tokens(stored))}
+        first, second = self.pairs[stored]
+        return {"tokens": (self.documents.tokens(first), self.documents.tokens(second))}
 
     def collate(self, items: Sequence[Item]) -> Batch:
         flat, valid = pad_right([document for item in items for document in item["tokens"]], self.pad)

@@ -18,18 +18,18 @@ def reject(path: Pathlike, rule: str, value: Any) -> NoReturn:
     raise DataError(f"{os.fspath(path)}: {rule}, got {text if len(text) <= 120 else text[:120] + '...'}")
 
 
-def read_bytes(path: Pathlike) -> bytes:
+def read_bytes(path: Pathlike, allow_empty: bool = False) -> bytes:
     """The whole content of a file.
 
     Raises:
-        DataError: the file is missing, a folder, unreadable or empty.
+        DataError: the file is missing, a folder, unreadable, or empty without ``allow_empty``.
     """
     try:
         with open(path, "rb") as file:
             content = file.read()
     except OSError as error:
         reject(path, "must be a readable file", error.strerror or str(error))
-    if not content:
+    if not content and not allow_empty:
         reject(path, "must hold data", "an empty file")
     return content
 
@@ -55,7 +55,7 @@ def read_lines(path: Pathlike) -> Iterator[tuple[int, bytes]]:
 
 
 def find_folder(root: Pathlike, below: Iterable[str], wanted: str) -> Path:
-    """The first of ``root/below[i]`` in which ``wanted`` exists, so that ``root`` may also be the folder around the data.
+    """The first of ``root/below[i]`` in which ``wanted`` exists: ``root`` may also be the folder around the data.
 
     Raises:
         DataError: there is no such folder, naming every place that was looked at.

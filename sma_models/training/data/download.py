@@ -1,0 +1,330 @@
+"""Getting the official releases: checked, complete or not at all, continued after an interruption.
+
+:func:`locate` is the door: with a ``root`` it uses what is there and never touches the network; without one it downloads
+into the cache of the user. A file is kept only when its checksum is right. Two kinds of checksum:
+
+* published by the makers of the data or by the big data libraries: written here, an attack on the server is noticed;
+* none published (the release of Long Range Arena): the SHA-256 of the first download is written next to the file as
+  ``<file>.sha256`` and every later download has to agree with it. That is trust on first use, and logged as such.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import logging
+import os
+import shutil
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pooch
+
+from sma.errors import ConfigError, DataError
+from sma_models.training.data.files import Pathlike, reject
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resource:
+    """One file of a release.
+
+    Attributes:
+        url: where it is, by http or https.
+        known_hash: "md5:..." or "sha256:..." of the file, or None for trust on first use.
+        unpack: "tar" (with any compression), "zip", or "no".
+        top: the folder inside the archive whose content is wanted; "" means everything in it.
+    """
+
+    url: str
+    known_hash: str | None
+    unpack: Literal["tar", "zip", "no"]
+    top: str = ""
+
+    @property
+    def file_name(self) -> str:
+        """The name under which it is kept."""
+        return self.url.rpartition("/")[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """A data set: its files and the folder that they end up in."""
+
+    folder: str
+    resources: tuple[Resource, ...]
+
+
+_MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist"
+_MNIST_HASHES = {
+    "train-images-idx3-ubyte.gz": "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873",
+    "train-labels-idx1-ubyte.gz": "md5:d53e105ee54ea40749a09fcbcd1e9432",
+    "t10k-images-idx3-ubyte.gz": "md5:9fb629c4189551a2d022fa330f9573f3",
+    "t10k-labels-idx1-ubyte.gz": "md5:ec29112dd5afa0611ce80d1b7f02629c",
+}
+RELEASES = {
+    "text": Release(
+        folder="aclImdb",
+        resources=(
+            Resource(
+                url="https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
+                known_hash="md5:7c2ac02c03563afcf9b574c7e56c153a",
+                unpack="tar",
+                top="aclImdb",
+            ),
+        ),
+    ),
+    "image": Release(
+        folder="cifar-10-batches-bin",
+        resources=(
+            Resource(
+                url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+                known_hash="md5:c32a1d4ab5d03f1284b67883e8d87530",
+                unpack="tar",
+                top="cifar-10-batches-bin",
+            ),
+        ),
+    ),
+    "mnist": Release(
+        folder="mnist",
+        resources=tuple(
+            Resource(url=f"{_MNIST}/{name}", known_hash=known, unpack="no") for name, known in _MNIST_HASHES.items()
+        ),
+    ),
+    "speech": Release(
+        folder="speech_commands_v0.02",
+        resources=(
+            Resource(
+                url="https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz",
+                known_hash="sha256:af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58",
+                unpack="tar",
+            ),
+        ),
+    ),
+    "enwik8": Release(
+        folder="enwik8",
+        resources=(
+            Resource(
+                url="https://mattmahoney.net/dc/enwik8.zip",
+                known_hash="sha256:547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
+                unpack="zip",
+            ),
+        ),
+    ),
+    # 7.7 GB with ListOps, Retrieval and Pathfinder; no checksum was ever published, and the address has at times
+    # answered 403. ListOps needs no download: see listops.generate.
+    "lra": Release(
+        folder="lra_release",
+        resources=(
+            Resource(
+                url="https://storage.googleapis.com/long-range-arena/lra_release.gz", known_hash=None, unpack="tar"
+            ),
+        ),
+    ),
+}
+
+
+def locate(name: str, *, root: Pathlike | None = None, cache: Pathlike | None = None) -> Path:
+    """The folder of a data set, downloaded when there is no ``root``.
+
+    Args:
+        name: a key of :data:`RELEASES`.
+        root: where the data already lie; nothing is downloaded.
+        cache: where downloads are kept; None means the cache folder of the user.
+
+    Raises:
+        ConfigError: there is no data set of that name.
+        DataError: ``root`` is no folder, or see :func:`fetch`.
+    """
+    if name not in RELEASES:
+        raise ConfigError(f"data: must be one of {sorted(RELEASES)}, got {name!r}")
+    if root is not None:
+        if not Path(root).exists():
+            reject(root, f"must be the folder of the {name} data", "nothing there")
+        return Path(root)
+    return fetch(RELEASES[name], pooch.os_cache("sma") if cache is None else cache)
+
+
+def fetch(release: Release, cache: Pathlike) -> Path:
+    """Download and unpack ``release`` into a folder of ``cache``, unless it is there already.
+
+    The folder appears under its name only when it is complete. Downloaded archives stay in ``cache/downloads``.
+
+    Raises:
+        DataError: no connection, an answer other than 200, a transfer that was cut off (the next call goes on from
+            there), a wrong checksum, a broken archive, or one that would write outside its folder.
+    """
+    target = Path(cache) / release.folder
+    if target.is_dir():
+        return target
+    downloads = Path(cache) / "downloads"
+    try:
+        downloads.mkdir(parents=True, exist_ok=True)
+        files = [download(resource, downloads) for resource in release.resources]
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=cache) as scratch:
+            fresh = Path(scratch) / "content"
+            fresh.mkdir()
+            for resource, file in zip(release.resources, files, strict=True):
+                _unpack(resource, file, fresh)
+            _move_into_place(fresh, target)
+    except OSError as error:
+        reject(cache, "must be a folder that can be written, with room", error.strerror or str(error))
+    return target
+
+
+def _move_into_place(fresh: Path, target: Path) -> None:
+    try:
+        fresh.rename(target)
+    except OSError:
+        if not target.is_dir():  # otherwise another process was faster, with the same content
+            raise
+
+
+def download(resource: Resource, folder: Path) -> Path:
+    """Download one file into ``folder``, or check the one that is there.
+
+    Raises:
+        DataError: see :func:`fetch`.
+    """
+    record = folder / f"{resource.file_name}.sha256"
+    known_hash = resource.known_hash
+    if known_hash is None and record.exists():
+        known_hash = f"sha256:{record.read_text().split()[0]}"
+    try:
+        path = pooch.retrieve(
+            resource.url, known_hash=known_hash, fname=resource.file_name, path=folder, downloader=_ResumingDownloader()
+        )
+    except ValueError as error:  # how pooch reports a wrong checksum
+        reject(resource.url, f"must have the checksum {known_hash}", str(error))
+    if known_hash is None:
+        digest = pooch.file_hash(path, alg="sha256")
+        record.write_text(f"{digest}  {resource.file_name}\n")
+        log.warning("%s: no checksum is published; trusting this first download, sha256 %s", resource.url, digest)
+    return Path(path)
+
+
+class _ResumingDownloader:
+    """A downloader for pooch that keeps what has arrived and goes on from there.
+
+    The bytes are collected in ``<hash of the address>.part``, together with the validator (ETag or date) of the server's
+    version, so that parts of two versions are never joined. Pooch checks the sum and moves the file.
+    """
+
+    def __call__(self, url: str, output_file: Any, _: Any) -> None:
+        if not url.startswith(("http://", "https://")):
+            reject(url, "must be an address of http or https", "another one")
+        part = Path(output_file).parent / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.part"
+        try:
+            self._continue(url, part)
+        except urllib.error.HTTPError as error:
+            with contextlib.closing(error):
+                if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+                    part.unlink()
+                reject(url, "the server must answer 200", f"{error.code} {error.reason}")
+        except urllib.error.URLError as error:
+            reject(url, "must be reachable", str(error.reason))
+        except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
+            reject(url, "the transfer must not be cut off (call again to go on)", f"{type(error).__name__} {error}")
+        os.replace(part, output_file)
+        _validator_file(part).unlink(missing_ok=True)
+
+    def _continue(self, url: str, part: Path) -> None:
+        """Append to ``part`` until it is whole."""
+        done = part.stat().st_size if part.exists() and _validator_file(part).exists() else 0
+        request = urllib.request.Request(url, headers={"Accept-Encoding": "identity"})
+        if done:
+            request.add_header("Range", f"bytes={done}-")
+            request.add_header("If-Range", _validator_file(part).read_text())
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            if answer.status != http.client.PARTIAL_CONTENT:
+                done = 0
+            elif not answer.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
+                part.unlink()
+                reject(url, f"the server must go on at byte {done}", repr(answer.headers.get("Content-Range")))
+            stated = answer.headers.get("Content-Length")
+            self._note_validator(answer.headers, part)
+            with open(part, "ab" if done else "wb") as file:
+                shutil.copyfileobj(answer, file, 1 << 20)
+                arrived = file.tell() - done
+        if stated is not None and arrived != int(stated):
+            rule = f"the transfer must bring the {stated} bytes announced (call again to go on)"
+            reject(url, rule, f"{arrived} bytes")
+
+    def _note_validator(self, headers: Any, part: Path) -> None:
+        tag = headers.get("ETag") or ""
+        validator = tag if tag and not tag.startswith("W/") else headers.get("Last-Modified")
+        if validator:
+            _validator_file(part).write_text(validator)
+        else:
+            _validator_file(part).unlink(missing_ok=True)
+
+
+def _validator_file(part: Path) -> Path:
+    return part.with_suffix(".version")
+
+
+def _unpack(resource: Resource, file: Path, target: Path) -> None:
+    """Put the content of one downloaded file into the folder ``target``."""
+    if resource.unpack == "no":
+        shutil.copyfile(file, target / resource.file_name)
+        return
+    with tempfile.TemporaryDirectory(prefix=".unpack-", dir=target.parent) as scratch:
+        extract = {"tar": extract_tar, "zip": extract_zip}[resource.unpack]
+        extract(file, Path(scratch))
+        source = Path(scratch) / resource.top
+        if not source.is_dir():
+            reject(file, f"the archive must contain the folder {resource.top!r}", sorted(os.listdir(scratch))[:5])
+        for entry in sorted(source.iterdir()):
+            entry.rename(target / entry.name)
+
+
+def extract_tar(file: Path, target: Path) -> None:
+    """Unpack a tar archive with Python's ``data`` filter: no paths or links outside, no devices, no owners.
+
+    Raises:
+        DataError: broken, or unsafe.
+    """
+    try:
+        with tarfile.open(file) as archive:
+            archive.extractall(target, filter="data")
+    except tarfile.FilterError as error:
+        reject(file, "an archive must not reach outside its folder", str(error))
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reject(file, "must be a whole tar archive", str(error))
+
+
+def extract_zip(file: Path, target: Path) -> None:
+    """Unpack a zip archive whose names are all below its own folder.
+
+    Raises:
+        DataError: broken, encrypted, or unsafe.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for name in _unsafe_names(archive):
+                reject(file, "an archive must not reach outside its folder", name)
+            archive.extractall(target)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        reject(file, "must be a whole, unencrypted zip archive", str(error))
+
+
+def _unsafe_names(archive: zipfile.ZipFile) -> Iterator[str]:
+    for name in archive.namelist():
+        parts = name.replace("\\", "/").split("/")
+        if ".." in parts or parts[0] == "" or ":" in parts[0]:
+            yield name
+
+
+__all__ = ["RELEASES", "DataError", "Release", "Resource", "download", "extract_tar", "extract_zip", "fetch", "locate"]
