@@ -1,7 +1,8 @@
 """Getting the official releases: checked, complete or not at all, continued after an interruption.
 
-:func:`locate` is the door: with a ``root`` it uses what is there and never touches the network; without one it downloads
-into the cache of the user. A file is kept only when its checksum is right. Two kinds of checksum:
+:func:`locate` is the door: with a ``root`` it uses what is there and never touches the network; without one it
+downloads into the cache of the user (call it from one process). A file is kept only when its checksum is right. Two
+kinds of checksum:
 
 * published by the makers of the data or by the big data libraries: written here, an attack on the server is noticed;
 * none published (the release of Long Range Arena): the SHA-256 of the first download is written next to the file as
@@ -16,6 +17,7 @@ import http.client
 import logging
 import os
 import shutil
+import sys
 import tarfile
 import tempfile
 import urllib.error
@@ -27,9 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pooch
+import pooch  # type: ignore[import-untyped]
 
-from sma.errors import ConfigError, DataError
+from sma.errors import ConfigError
 from sma_models.training.data.files import Pathlike, reject
 
 log = logging.getLogger(__name__)
@@ -216,8 +218,8 @@ def download(resource: Resource, folder: Path) -> Path:
 class _ResumingDownloader:
     """A downloader for pooch that keeps what has arrived and goes on from there.
 
-    The bytes are collected in ``<hash of the address>.part``, together with the validator (ETag or date) of the server's
-    version, so that parts of two versions are never joined. Pooch checks the sum and moves the file.
+    The bytes are collected in ``<hash of the address>.part``, together with the validator (ETag or date) of the
+    server's version, so that parts of two versions are never joined. Pooch checks the sum and moves the file.
     """
 
     def __call__(self, url: str, output_file: Any, _: Any) -> None:
@@ -225,11 +227,9 @@ class _ResumingDownloader:
             reject(url, "must be an address of http or https", "another one")
         part = Path(output_file).parent / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.part"
         try:
-            self._continue(url, part)
+            self._resume(url, part)
         except urllib.error.HTTPError as error:
             with contextlib.closing(error):
-                if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
-                    part.unlink()
                 reject(url, "the server must answer 200", f"{error.code} {error.reason}")
         except urllib.error.URLError as error:
             reject(url, "must be reachable", str(error.reason))
@@ -237,6 +237,16 @@ class _ResumingDownloader:
             reject(url, "the transfer must not be cut off (call again to go on)", f"{type(error).__name__} {error}")
         os.replace(part, output_file)
         _validator_file(part).unlink(missing_ok=True)
+
+    def _resume(self, url: str, part: Path) -> None:
+        try:
+            self._continue(url, part)
+        except urllib.error.HTTPError as error:
+            if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE or not part.exists():
+                raise
+            error.close()  # the part was whole already, or longer than the file is now: start again
+            part.unlink()
+            self._continue(url, part)
 
     def _continue(self, url: str, part: Path) -> None:
         """Append to ``part`` until it is whole."""
@@ -294,6 +304,8 @@ def extract_tar(file: Path, target: Path) -> None:
     Raises:
         DataError: broken, or unsafe.
     """
+    if not hasattr(tarfile, "data_filter"):
+        reject(file, "unpacking safely needs Python 3.11.4 or later", sys.version.split()[0])
     try:
         with tarfile.open(file) as archive:
             archive.extractall(target, filter="data")
@@ -325,6 +337,3 @@ def _unsafe_names(archive: zipfile.ZipFile) -> Iterator[str]:
         parts = name.replace("\\", "/").split("/")
         if ".." in parts or parts[0] == "" or ":" in parts[0]:
             yield name
-
-
-__all__ = ["RELEASES", "DataError", "Release", "Resource", "download", "extract_tar", "extract_zip", "fetch", "locate"]

@@ -1,7 +1,7 @@
 """Do two papers cite each other? Pairs of documents as bytes (the AAN task of Long Range Arena).
 
-The release has ``new_aan_pairs.{train,eval,test}.tsv`` without a header: label, id 1, id 2, text 1, text 2, between tabs
-and never quoted; the label is written ``0.0`` or ``1.0``.
+The release has ``new_aan_pairs.{train,eval,test}.tsv`` without a header: label, id 1, id 2, text 1, text 2, between
+tabs and never quoted; the label is written ``0.0`` or ``1.0``.
 """
 
 from __future__ import annotations
