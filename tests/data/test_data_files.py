@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from sma.errors import ConfigError, DataError
+from sma.errors import ConfigError, DataError, MissingExtraError
 from sma_models.training.data import image, pathfinder, retrieval, speech, text
 from sma_models.training.data.datasets import BYTE_PAD
 
@@ -371,7 +371,7 @@ def test_without_pillow_one_error_says_so(pathfinder_root: Path, monkeypatch: py
         return real_import(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_pillow)
-    with pytest.raises(DataError, match="needs Pillow"):
+    with pytest.raises(MissingExtraError, match="needs Pillow"):
         pathfinder.load(pathfinder_root)
 
 

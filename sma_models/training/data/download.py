@@ -309,6 +309,9 @@ def extract_tar(file: Path, target: Path) -> None:
     try:
         with tarfile.open(file) as archive:
             archive.extractall(target, filter="data")
+            # Unpacking stops at the last member; only reading on shows that the compressed file is whole.
+            while archive.fileobj is not None and archive.fileobj.read(1 << 20):
+                pass
     except tarfile.FilterError as error:
         reject(file, "an archive must not reach outside its folder", str(error))
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sma.errors import ConfigError, DataError
+from sma.errors import ConfigError, MissingExtraError
 from sma_models.training.data.datasets import Item, Splits, ValueDataset, normalise
 from sma_models.training.data.files import Pathlike, find_folder, list_files, read_lines, reject
 from sma_models.training.data.randomness import SPLIT, Draws
@@ -29,12 +29,13 @@ def read_png(path: Pathlike, resolution: int) -> NDArray[np.uint8]:
     """A grey image (resolution, resolution) uint8.
 
     Raises:
-        DataError: Pillow is not installed, or the file is missing, no whole image, or of another size.
+        MissingExtraError: Pillow is not installed.
+        DataError: the file is missing, no whole image, or of another size.
     """
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
-        raise DataError(f"{path}: reading PNG images needs Pillow (pip install pillow), got {error}") from None
+        raise MissingExtraError(f"{path}: reading PNG images needs Pillow (pip install pillow), got: {error}") from None
     try:
         with Image.open(path) as image:
             if image.size != (resolution, resolution):
@@ -136,6 +137,7 @@ def load(
 
     Raises:
         ConfigError: an argument is out of range, or a part would be empty.
+        MissingExtraError: Pillow is not installed.
         DataError: see :func:`read_metadata` and :func:`read_png`.
     """
     if difficulty not in DIFFICULTIES:
