@@ -8,9 +8,9 @@ using("reference"):`` forces one.
 from __future__ import annotations
 
 import importlib.util
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from sma.errors import BackendError
 
-_forced: ContextVar[str | None] = ContextVar("sma_forced_backend", default=None)
+# Not a ContextVar: torch.compile cannot read one, while it guards on this and recompiles when it changes.
+_forced = threading.local()
 _ops: dict[str, Op] = {}
 
 
@@ -65,7 +66,7 @@ class Op:
             BackendError: a backend is forced that this operation has but that cannot run the arguments, or none
                 applies.
         """
-        forced = self.backends.get(_forced.get() or "")
+        forced = self.backends.get(getattr(_forced, "name", None) or "")
         if forced is not None:
             reason = forced.applies(*args, **kwargs)
             if reason is not None:
@@ -94,11 +95,12 @@ def using(name: str) -> Iterator[None]:
     known = sorted({backend for op in _ops.values() for backend in op.backends})
     if name not in known:
         raise BackendError(f"using({name!r}): no operation has such a backend; there are {', '.join(known)}")
-    token = _forced.set(name)
+    before = getattr(_forced, "name", None)
+    _forced.name = name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.name = before
 
 
 def torch_scatter() -> Any:

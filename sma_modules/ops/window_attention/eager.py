@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sma_modules.ops.window_attention.rule import LAPLACE_DEVIATION, LAPLACE_MEAN, Layout, Rule
-from sma_modules.ops.window_attention.tiling import Tiling, overlap_add, spans, tile
+from sma_modules.ops.window_attention.tiling import Tiling, concrete, overlap_add, spans, tile
 
 HIDDEN = -1e30
 """Added to scores that must not count: below every score, and twice of it is still finite in float32 and bfloat16."""
@@ -84,7 +84,9 @@ def window_attention_eager(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None
         return _without_keys(q, k, v, table)
     if rule.reach is None and rule.activation == "softmax" and rule.bias == "none" and layout.aligned:
         return _fused(q, k, v, layout, rule)
-    tiling = tile(q.shape[0], k.shape[0], layout, rule)
+    # A look at all values is cheap on a CPU; elsewhere it would wait for the device, and the safe tiling is taken.
+    finite = concrete(k) and bool((k.detach().sum() + v.detach().sum()).isfinite())
+    tiling = tile(q.shape[0], k.shape[0], layout, rule, finite)
     scale = q.shape[-1] ** -0.5
     count = None
     if rule.activation != "softmax":
@@ -103,6 +105,10 @@ def _attend(
     """Place rows in blocks and spans, attend, pick the rows of the queries. Those without keys get anything finite."""
     heads, width = q.shape[1:]
     n, block = heads * tiling.n_blocks, tiling.block
+    if (
+        q.dtype != torch.float64
+    ):  # scores are computed in float32: rounding them would cost more accuracy than all the rest
+        q, k = q.float(), k.float()
     q_rows = tiling.spread(tiling.q_rows, heads, tiling.n_blocks * block)
     k_rows = tiling.spread(tiling.k_rows, heads, tiling.n_blocks * tiling.stride)
     blocks = place(q.reshape(-1, width), q_rows, n * block).view(n, block, width)
@@ -117,7 +123,7 @@ def _attend(
 def _fused(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
     """Unbounded softmax attention without biases, by the kernel of PyTorch, on padded sequences."""
     n_queries, heads = q.shape[:2]
-    tiling = tile(n_queries, n_queries, layout, rule)
+    tiling = tile(n_queries, n_queries, layout, rule, finite=True)
     q, k, v = (
         place(x.reshape(x.shape[0], -1), tiling.q_rows, tiling.n_blocks * tiling.block)
         .view(tiling.n_blocks, tiling.block, *x.shape[1:])
@@ -154,12 +160,9 @@ def _scores(blocks: Tensor, keys: Tensor, scale: float, bias: Tensor, mask: Tens
         bias: ``(block, span)`` or ``(n_blocks, block, span)``, hidden pairs included.
         mask: ``(n_blocks, 1 or block, span)``, added as well, in place.
     """
-    low = blocks.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(blocks.device.type)
     if bias.dim() == 3 and heads > 1:
         bias = bias.repeat(heads, 1, 1)
-    if low:
-        scores = torch.bmm(blocks, keys.transpose(1, 2)).float() * scale + bias
-    else:
+    with torch.autocast(blocks.device.type, enabled=False):
         scores = torch.baddbmm(bias.expand(blocks.shape[0], -1, -1), blocks, keys.transpose(1, 2), alpha=scale)
     if mask is None:
         return scores

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -14,8 +13,7 @@ LAPLACE_MEAN = 0.707107
 LAPLACE_DEVIATION = 0.282095
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """Which keys a query sees and how scores become weights. All of it is known on the host.
 
     Attributes:
@@ -46,8 +44,7 @@ class Rule:
         return None if self.window is None else self.window if self.causal else 2 * self.window
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """Where the sequences lie in the packed rows, see :func:`sma_modules.ops.window_attention.window_attention`."""
 
     q_cu: Tensor

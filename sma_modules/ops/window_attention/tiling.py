@@ -10,7 +10,7 @@ buffer that is read in spans of ``span`` rows. Row t of a block and row s of its
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,7 @@ from torch import Tensor
 from sma_modules.ops.window_attention.rule import Layout, Rule
 
 
-@dataclass(frozen=True)
-class Tiling:
+class Tiling(NamedTuple):
     """Where the rows of one head go. Heads follow one another, each with the same number of rows.
 
     Attributes:
@@ -90,7 +89,7 @@ def _rank(cu: Tensor, sequence: Tensor) -> Tensor:
     return torch.arange(sequence.numel(), device=cu.device) - cu[sequence]
 
 
-def _concrete(tensor: Tensor) -> bool:
+def concrete(tensor: Tensor) -> bool:
     """True where looking at a value costs no wait for a device and breaks no compiled graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -100,8 +99,13 @@ def block_size(reach: int) -> int:
     return min(max(reach // 2, 16), 128)
 
 
-def tile(n_queries: int, n_keys: int, layout: Layout, rule: Rule) -> Tiling:
-    """The cheaper tiling, judged by the number of scores."""
+def tile(n_queries: int, n_keys: int, layout: Layout, rule: Rule, finite: bool) -> Tiling:
+    """The cheaper tiling, judged by the number of scores.
+
+    Args:
+        finite: no key or value is infinite or not a number, so that a span may hold rows of another sequence, with
+            weight 0.
+    """
     reach, batch = rule.reach, layout.q_cu.numel() - 1
     max_q, max_k = max(min(layout.max_q, n_queries), 1), max(min(layout.max_k, n_keys), 1)
     sequences = _sequence(layout.q_cu, n_queries), _sequence(layout.k_cu, n_keys)
@@ -112,7 +116,7 @@ def tile(n_queries: int, n_keys: int, layout: Layout, rule: Rule) -> Tiling:
         block, left, right = reach + 1, 0, 0  # blocks are the chunks: no key outside the own block is visible
     else:
         block, left, right = block_size(reach), reach, 0 if rule.causal else reach
-    gap = 0 if layout.aligned else -(-left // block)
+    gap = 0 if layout.aligned and finite else -(-left // block)
     bound = (n_queries + batch * (block - 1)) // block + batch * gap
     if batch * max_q * max_k <= bound * block * (block + left + right):
         return _whole(layout, sequences, max_q, max_k)
@@ -143,4 +147,4 @@ def _first_rows(layout: Layout, block: int, gap: int, bound: int) -> tuple[Tenso
     """``(B,)`` row of the first query of each sequence, behind ``gap`` blocks for earlier keys; number of blocks."""
     blocks = (layout.q_cu.diff() + block - 1) // block + gap
     end = blocks.cumsum(0)
-    return (end - blocks + gap) * block, int(end[-1]) if _concrete(end) else bound
+    return (end - blocks + gap) * block, int(end[-1]) if concrete(end) else bound
