@@ -35,7 +35,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(Tensor|Parameter|Traversable|PathLike|os\.PathLike|Path|Generator|Iterator|Iterable|ModuleType)"),
     (r"py:.*", r"(Callable|Mapping|Sequence|Any|Self|Literal.*|ClassVar|Final|NamedTuple|Protocol|optional)"),
     (r"py:.*", r"(Float|Int|Bool|jaxtyping)(\..*|\[.*)?"),
-    (r"py:.*", r"(sma\w*\..*\.)?(_\w+|[A-Z])"),
+    (r"py:.*", r"(sma\w*\..*\.)?(_\w+(\.\w+)*|[A-Z])"),
 ]
 
 
