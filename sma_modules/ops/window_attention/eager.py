@@ -13,7 +13,7 @@ from sma_modules.ops.window_attention.rule import LAPLACE_DEVIATION, LAPLACE_MEA
 from sma_modules.ops.window_attention.tiling import Tiling, concrete, overlap_add, spans, tile
 
 HIDDEN = -1e30
-"""Added to scores that must not count: below every score, and twice of it is still finite in float32 and bfloat16."""
+"""Added to scores that must not count: below every score, and twice of it is still finite in float32."""
 
 
 class _Pick(torch.autograd.Function):
