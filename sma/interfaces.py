@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sma.configurable import BaseConfig, Configurable
-from sma.errors import ConfigError
+from sma.errors import ConfigError, StreamingError
 from sma.routing import Routing
 from sma.state import State
 
@@ -167,7 +167,14 @@ class Mixer(Part):
         self.causal = causal
 
     def initial_state(self, batch: int, like: Tensor) -> State | None:
-        """State before the first token."""
+        """State before the first token; None for a causal mixer without memory.
+
+        Raises:
+            StreamingError: the mixer cannot run chunk by chunk.
+        """
+        if not (self.causal and self.streams):
+            reason = "has no bounded memory" if self.causal else "looks ahead"
+            raise StreamingError(f"{type(self).__name__}: cannot stream: it {reason}")
         return None
 
 
@@ -221,6 +228,14 @@ class Model(Part):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+
+    def initial_state(self, batch: int) -> State | None:
+        """State before the first token of ``batch`` sequences.
+
+        Raises:
+            StreamingError: the model reads whole sequences; or one of its parts cannot stream.
+        """
+        raise StreamingError(f"{type(self).__name__}: reads whole sequences, it does not stream")
 
 
 def kind_of(cls: type[Any]) -> str:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sma.configurators.common import at_least_float32
 from sma.errors import DataError, RoutingError
 from sma.interfaces import Configurator
 from sma.routing import Routing
@@ -107,7 +108,7 @@ class Replay(Configurator):
         return recorded.gather(1, position[..., None].expand(-1, -1, self.n_modules))
 
     def score(self, logits: Tensor, position: Tensor) -> Tensor:
-        return self._at(self.confidence, position)
+        return at_least_float32(self._at(self.confidence, position))
 
     def decide(self, score: Tensor, position: Tensor, valid: Tensor) -> Tensor:
         return self._at(self.active, position)

@@ -1,6 +1,6 @@
 """The laws of the library as tests, for authors of plugins and for the library itself.
 
-A suite is a class of pytest tests. Derive from the one of your kind, say what to build, and pytest runs every law on it::
+A suite is a class of pytest tests. Derive from that of your kind, say what to build, and pytest runs every law::
 
     from sma.testing import ModuleSuite
     from my_package import Gate
@@ -26,9 +26,10 @@ suite                         what it tests
 :class:`OpSuite`              an operation with several backends
 ============================  ==================================================================================
 
-Class attributes say what varies (``d_model``, ``causal``, ``streams``, ``tolerance``, ...); methods can be overridden where a
-plugin needs its own way of building or of drawing inputs. A law that cannot apply (streaming of a module that looks ahead) is
-left out, and its opposite tested: that streaming is refused. Needs pytest and hypothesis, which nothing else imports.
+Class attributes say what varies (``d_model``, ``causal``, ``streams``, ``tolerance``, ...); methods can be overridden
+where a plugin needs its own way of building or of drawing inputs. A law that cannot apply (streaming of a module that
+looks ahead) is left out, and its opposite tested: that streaming is refused. A test that is wrong for a plugin for good
+reason is set to None in the suite. Needs pytest and hypothesis, which nothing else in the library imports.
 """
 
 from sma.testing.base import Result, SequenceSuite, law

@@ -29,7 +29,7 @@ Test = TypeVar("Test", bound=Callable[..., None])
 
 
 def law(name: str, *, when: str | None = None) -> Callable[[Test], Test]:
-    """Mark a test method as a check of the law ``name``; ``when`` names the attribute of the suite that it depends on."""
+    """Mark a test method as a check of the law ``name``; it is left out of suites whose attribute ``when`` is false."""
 
     def mark(test: Test) -> Test:
         test.law = name  # type: ignore[attr-defined]
@@ -41,7 +41,7 @@ def law(name: str, *, when: str | None = None) -> Callable[[Test], Test]:
 
 @dataclass(frozen=True)
 class Result:
-    """What a call gave, in the same form for every kind: ``y (B, L, ...)`` (or ``(B, ...)`` when the sequence is pooled)."""
+    """What a call gave, in the form of every kind: ``y (B, L, ...)``, or ``(B, ...)`` when sequences are pooled."""
 
     y: Tensor
     state: State | None = None
@@ -60,14 +60,18 @@ class Suite:
     component: ClassVar[str] = ""
     """Name in reports; the name of the class by default."""
 
+    own_laws: ClassVar[dict[str, Callable[..., None] | None]] = {}
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.component = cls.__dict__.get("component") or cls.__name__
-        for name in {name for base in cls.__mro__ for name in vars(base) if name.startswith("test_")}:
-            test = next(vars(base)[name] for base in cls.__mro__ if vars(base).get(name) is not None)
+        cls.own_laws = {name: value for name, value in vars(cls).items() if name.startswith("test_")}
+        laws: dict[str, Callable[..., None] | None] = {}
+        for base in reversed(cls.__mro__):
+            laws.update(base.__dict__.get("own_laws", {}))
+        for name, test in laws.items():
             when = getattr(test, "when", None)
-            if when is not None:
-                setattr(cls, name, test if getattr(cls, when) else None)
+            setattr(cls, name, test if when is None or getattr(cls, when) else None)
 
 
 class SequenceSuite(Suite):
@@ -161,7 +165,7 @@ class SequenceSuite(Suite):
         return wanted if wanted in self.sides else self.sides[0]
 
     def pad(self, rows: Sequence[Tensor], side: str = "right", extra: int = 0) -> tuple[Tensor, Tensor]:
-        """A batch ``(B, L)`` of rows with garbage between, and its ``valid``; ``extra`` more columns than the longest row."""
+        """Rows with garbage between, and its ``valid (B, L)``; ``extra`` more columns than the longest row."""
         width = max((len(row) for row in rows), default=0) + extra
         x = self.garbage(self.inputs(len(rows), width))
         valid = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -190,6 +194,7 @@ class SequenceSuite(Suite):
         """Equal up to :attr:`tolerance`, relative to the largest value."""
         assert actual.shape == expected.shape, f"{what}: shapes {tuple(actual.shape)} and {tuple(expected.shape)}"
         if expected.numel():
+            actual, expected = actual.detach(), expected.detach()
             assert actual.isfinite().all(), f"{what}: not finite"
             error = float((actual - expected).abs().max())
             bound = self.tolerance * max(1.0, float(expected.abs().max()))
@@ -199,6 +204,8 @@ class SequenceSuite(Suite):
 def gradients(output: Tensor, module: nn.Module, *inputs: Tensor) -> dict[str, Tensor | None]:
     """The gradient of every parameter and input, None where the graph does not reach it."""
     names = [name for name, _ in module.named_parameters()] + [f"input {i}" for i in range(len(inputs))]
+    if not names or not output.requires_grad:
+        return dict.fromkeys(names)
     values = torch.autograd.grad(output, [*module.parameters(), *inputs], allow_unused=True)
     return dict(zip(names, values, strict=True))
 

@@ -66,7 +66,11 @@ class ConfiguratorSuite(_LayerSuite):
     @law("shapes and dtypes")
     def test_shapes_and_dtypes(self) -> None:
         configurator, logits, position, valid = self.drawn()
-        for dtype, least in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)):
+        for dtype, least in (
+            (torch.bfloat16, torch.float32),
+            (torch.float32, torch.float32),
+            (torch.float64, torch.float64),
+        ):
             score = configurator.to(dtype).score(logits.to(dtype), position)
             active = configurator.decide(score.detach(), position, valid)
             confidence = configurator.weigh(score, active)
@@ -104,7 +108,9 @@ class ConfiguratorSuite(_LayerSuite):
         configurator = layer.configurator
         if not configurator.logits_per_module:
             return self._has_no_router(layer)
-        logits = torch.randn(2, 8, self.n_modules * configurator.logits_per_module, dtype=torch.float64, requires_grad=True)
+        logits = torch.randn(
+            2, 8, self.n_modules * configurator.logits_per_module, dtype=torch.float64, requires_grad=True
+        )
         _, _, routing, _ = result = layer(x, logits=logits)
         (grad,) = torch.autograd.grad(result.output.square().sum(), logits)
         inactive = ~routing.active.any(-1)

@@ -100,7 +100,9 @@ class OpSuite(Suite):
                     ]
                     for measure in (_largest, _mean):
                         mine, base = (measure(error) for error in errors)
-                        assert mine <= 2 * base + 1e-12, f"{case.name}, {backend}, {dtype}: error {mine:.1e}, {base:.1e}"
+                        assert mine <= 2 * base + 1e-12, (
+                            f"{case.name}, {backend}, {dtype}: error {mine:.1e}, {base:.1e}"
+                        )
 
     @law("determinism")
     def test_same_bits_twice(self) -> None:

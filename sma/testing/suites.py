@@ -90,7 +90,7 @@ class ModuleSuite(_LayerSuite):
         )
 
     def plain(self, module: nn.Module, x: Tensor, position: Tensor) -> Tensor:
-        """The module by itself on the tokens ``x (n, D)`` of one sequence, which stood at ``position (n,)`` of the input."""
+        """The module by itself on the tokens ``x (n, D)`` of one sequence, which had ``position (n,)`` in the input."""
         if (self.layout or infer_layout(module)) == "packed":
             index = torch.arange(len(x))
             packed = Packed(index, torch.tensor([0, len(x)]), position, len(x), (1, len(x)))
@@ -133,7 +133,9 @@ class ModuleSuite(_LayerSuite):
     @law("always on = plain module")
     def test_gradients_of_always_on(self) -> None:
         module, x = self.module().module, self.inputs(1, 5)
-        layer = SparselyActivated(module, Always(Always.Config()), d_model=self.d_model, layout=self.layout).eval()
+        layer = SparselyActivated(
+            module, Always(Always.Config()), d_model=self.d_model, causal=self.causal, layout=self.layout
+        ).eval()
         sparse = torch.autograd.grad(layer(x).output.square().sum(), list(module.parameters()), allow_unused=True)
         plain = self.plain(module, x[0], torch.arange(5)).square().sum()
         dense = torch.autograd.grad(plain, list(module.parameters()), allow_unused=True)

@@ -36,14 +36,13 @@ class WorldLaws(SequenceSuite):
     def test_content_of_the_padding(self) -> None:
         module, rows = self.module(), self.rows([5, 0, 7, 1])
         for side in self.sides:
-            results = []
-            for seed in range(2):
-                torch.manual_seed(seed + 100)
-                x, valid = self.pad(rows, side, extra=2) if seed == 0 else (x, valid)
-                x = torch.where(valid.view(*valid.shape, *(1,) * (x.dim() - 2)), x, self.garbage(self.inputs(*x.shape[:2])))
-                y = self.call(module, x, valid=valid).y
-                results.append(y[valid] if self.per_token else y)
-            self.assert_close(results[1], results[0], f"other content of the padding ({side})")
+            x, valid = self.pad(rows, side, extra=2)
+            other = self.garbage(self.inputs(*x.shape[:2]))
+            other[valid] = x[valid]
+            before, after = (self.call(module, batch, valid=valid).y for batch in (x, other))
+            if self.per_token:
+                before, after = before[valid], after[valid]
+            self.assert_close(after, before, f"other content of the padding ({side})")
 
     @law("batch independence", when="real_input")
     def test_gradient_of_the_padding(self) -> None:
@@ -79,7 +78,9 @@ class WorldLaws(SequenceSuite):
             same = torch.equal(routing.active[:, :cut], after.routings[name].active[:, :cut])
             assert same, f"decisions {name!r} before the change"
             self.assert_close(
-                after.routings[name].confidence[:, :cut], routing.confidence[:, :cut], f"confidence {name!r} before the change"
+                after.routings[name].confidence[:, :cut],
+                routing.confidence[:, :cut],
+                f"confidence {name!r} before the change",
             )
 
     @law("causality", when="real_and_causal")
@@ -88,5 +89,5 @@ class WorldLaws(SequenceSuite):
     def test_no_gradient_from_the_future(self, cut: int) -> None:
         module, x = self.module(), self.inputs(2, 9).requires_grad_()
         (grad,) = torch.autograd.grad(self.call(module, x).y[:, :cut].square().sum(), x)
-        assert not grad[:, cut:].any(), "the output depends on later tokens"
-        assert grad[:, :cut].any(), "the output depends on no token"
+        # Not exactly zero: a convolution by Fourier transform rounds.
+        self.assert_close(grad[:, cut:], torch.zeros_like(grad[:, cut:]), "gradient of later tokens")
