@@ -13,6 +13,7 @@ def sma_register(register: Callable[[str, Any], None]) -> None:
 
     register("gau", gau.GAU)
     register("attention", attention.Attention)
+    register("attention_mixer", attention.AttentionMixer)
     register("ffn", ffn.FFN)
     register("moe", moe.MoE)
     register("ema", ema.EMA)
