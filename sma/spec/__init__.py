@@ -77,6 +77,8 @@ def load_as(source: Any, cls: type[T], *overrides: str) -> T:
 def loads(text: str, *overrides: str, name: str = "text", kind: str | None = None) -> BaseConfig:
     """As :func:`load`, from YAML text (what :func:`to_yaml` wrote into a checkpoint, for instance).
 
+    Text may come from anyone, so it opens no file: it may extend registered specs only.
+
     Args:
         text: the YAML.
         *overrides: as for :func:`load`.
@@ -87,9 +89,7 @@ def loads(text: str, *overrides: str, name: str = "text", kind: str | None = Non
         SpecError: as for :func:`load`.
     """
     reader = Reader(registry())
-    document = reader.open_text(text, name)
-    tree = reader.expand(document.tree, document, (name,))
-    config = _convert(reader, Document(tree, name), overrides, kind)
+    config = _convert(reader, reader.read_text(text, name), overrides, kind)
     assert isinstance(config, BaseConfig)
     return config
 

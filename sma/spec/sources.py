@@ -6,7 +6,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources.abc import Traversable
 from typing import Any
 
@@ -22,11 +22,19 @@ _COST_OF_OPENING = 20
 
 @dataclass(frozen=True)
 class Document:
-    """A spec as read: its tree, what to call it, and the folder (if any) from which it names files."""
+    """A spec as read.
+
+    Attributes:
+        tree: normalised.
+        label: what errors call it.
+        folder: where the files that it extends are looked for; None for the working directory.
+        may_open: whether it may extend files at all. Text may not: it comes with a checkpoint, from anyone.
+    """
 
     tree: Any
     label: str
     folder: Traversable | None = None
+    may_open: bool = True
 
 
 class Reader:
@@ -42,9 +50,18 @@ class Reader:
         Raises:
             SpecError: there is no such source, it is no mapping, or what it extends cannot be had.
         """
-        document = self._open(source)
-        tree = self.expand(document.tree, document, (document.label,))
-        return Document(tree, document.label, document.folder)
+        return self._expanded(self._open(source))
+
+    def read_text(self, text: str, label: str) -> Document:
+        """As :meth:`read`, from YAML text, which may not extend files.
+
+        Raises:
+            SpecError: as for :meth:`read`.
+        """
+        return self._expanded(Document(self._parse(text, label), label, may_open=False))
+
+    def _expanded(self, document: Document) -> Document:
+        return replace(document, tree=self.expand(document.tree, document, (document.label,)))
 
     def expand(
         self, node: Any, document: Document, chain: tuple[str, ...] = (), path: Path = (), depth: int = 0
@@ -82,6 +99,8 @@ class Reader:
     def _extended(self, name: Any, document: Document, chain: tuple[str, ...], path: Path, depth: int) -> Any:
         if not isinstance(name, str):
             raise SpecError(f"{show(path)}: 'extends' names one spec or file, got {name!r} ({type(name).__name__})")
+        if not document.may_open and name.lower().endswith(SUFFIXES):
+            raise SpecError(f"{show(path)}: extends {name!r}: a spec given as text may extend registered specs only")
         try:
             base = self._open_named(name, document.folder)
         except SpecError as error:
@@ -139,19 +158,18 @@ class Reader:
             raise SpecError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
         if len(data) > MAX_BYTES:
             raise SpecError(f"{file}: a spec has at most {MAX_BYTES} bytes")
-        return self.open_text(data, str(file), getattr(file, "parent", None))
-
-    def open_text(self, data: bytes | str, label: str, folder: Traversable | None = None) -> Document:
-        """A document from text that was read already; see :meth:`expand` for the rest."""
         try:
-            text = data if isinstance(data, str) else data.decode("utf-8-sig")
+            text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise SpecError(f"{label}: a spec is UTF-8 text, byte {error.start} is not") from error
+            raise SpecError(f"{file}: a spec is UTF-8 text, byte {error.start} is not") from error
+        return Document(self._parse(text, str(file)), str(file), getattr(file, "parent", None))
+
+    def _parse(self, text: str, label: str) -> Any:
         tree = parse(text, label)
         if not isinstance(tree, dict):
             found = "nothing" if tree is None else f"{tree!r:.60} ({type(tree).__name__})"
             raise SpecError(f"{label}: a spec is a mapping, got {found}")
-        return Document(normalise(tree, self.budget), label, folder)
+        return normalise(tree, self.budget)
 
 
 def _is_omegaconf(source: Any) -> bool:

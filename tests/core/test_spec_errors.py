@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import sma
 from sma.errors import PluginError, SpecError
 from sma.plugins import Registry, isolated_registry
-from sma.spec import load, loads
+from sma.spec import load, loads, to_yaml
 from tests.core import spec_parts as parts
 
 
@@ -163,6 +165,8 @@ TEXT = [
     ("type: net\nsteps: " + "[" * 100 + "]" * 100, "text, line 2: nested more than 64 levels deep"),
     (bomb(9, 9), "more than 20000 values, aliases written out"),
     ("type: net\nsteps: [" + "1, " * 30_000 + "]", "text, line 2: more than 20000 values"),
+    ("extends: other.yaml", "spec: extends 'other.yaml': a spec given as text may extend registered specs only"),
+    ("type: net\nlayers: [{extends: /tmp/x.yml}]", "layers[0]: extends '/tmp/x.yml': a spec given as text may"),
     ("#" * 300_000, "text: a spec has at most 262144 bytes, got 300000"),
 ]
 
@@ -303,3 +307,61 @@ def test_annotation_that_cannot_be_resolved(registry: Registry) -> None:
     registry.register("broken", Broken)
     with pytest.raises(PluginError, match=r"Broken.Config: an annotation cannot be resolved: name 'Nowhere'"):
         load("broken")
+
+
+PIECES = st.sampled_from(
+    [
+        "type: ",
+        "net",
+        "gau",
+        "\n",
+        "  ",
+        "- ",
+        "layers:",
+        "steps: ",
+        "[",
+        "]",
+        "{",
+        "}",
+        ",",
+        ": ",
+        "&a ",
+        "*a",
+        "!!int ",
+        "'",
+        '"',
+        "#",
+        "extends: ",
+        "${",
+        "name",
+        ".",
+        "..",
+        "[0]",
+        "\\",
+        "null",
+        "1e3",
+        "0",
+        "???",
+        "\t",
+        ">",
+        "---",
+        "%",
+        "\x00",
+        "\ud7ff",
+        "é",
+    ]
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pieces=st.lists(PIECES, max_size=14), override=st.lists(PIECES, max_size=5))
+def test_whatever_comes_in_is_loaded_or_refused(pieces: list[str], override: list[str]) -> None:
+    for text, overrides in (
+        ("".join(pieces), ()),
+        ("type: net", ("name=" + "".join(pieces), "".join(override) + "=1")),
+    ):
+        try:
+            config = loads(text, *overrides)
+        except SpecError:  # any other exception fails the test
+            continue
+        assert loads(to_yaml(config)) == config
