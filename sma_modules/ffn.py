@@ -1,0 +1,68 @@
+"""FFN: the position-wise feed-forward network, plain or gated (GLU variants: Shazeer, arXiv 2002.05202)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sma.interfaces import Module
+
+Activation = Literal["relu", "gelu", "silu"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+
+
+class FFN(Module):
+    """``down(act(up(x)))``, or gated ``down(act(gate(x)) * up(x))``: SwiGLU with ``silu``, GEGLU with ``gelu``.
+
+    Example:
+        >>> import torch
+        >>> ffn = FFN.Config(d_hidden=32, gated=True, activation="silu").build(d_model=8)
+        >>> ffn(torch.randn(5, 8)).shape
+        torch.Size([5, 8])
+    """
+
+    layout = "tokens"
+
+    @dataclass(kw_only=True, frozen=True)
+    class Config(Module.Config):
+        """Options.
+
+        Attributes:
+            d_hidden: hidden width; None for 4 * d_model.
+            activation: nonlinearity of the hidden layer, of the gate when gated.
+            gated: multiply the hidden layer by a second, activated projection.
+            bias: biases on all projections.
+            dropout: probability with which hidden values are dropped in training.
+        """
+
+        d_hidden: int | None = None
+        activation: Activation = "gelu"
+        gated: bool = False
+        bias: bool = True
+        dropout: float = 0.0
+
+        def __post_init__(self) -> None:
+            self.require(self.d_hidden is None or self.d_hidden >= 1, "d_hidden", "must be None or at least 1")
+            self.require(self.activation in ACTIVATIONS, "activation", f"must be one of {', '.join(ACTIVATIONS)}")
+            self.require(0.0 <= self.dropout < 1.0, "dropout", "must be in [0, 1)")
+
+    config: Config
+
+    def __init__(self, config: Config, *, d_model: int, causal: bool = False) -> None:
+        super().__init__(config, d_model=d_model, causal=causal)
+        d_hidden = 4 * d_model if config.d_hidden is None else config.d_hidden
+        self.act = ACTIVATIONS[config.activation]
+        self.up = nn.Linear(d_model, d_hidden, bias=config.bias)
+        self.gate = nn.Linear(d_model, d_hidden, bias=config.bias) if config.gated else None
+        self.down = nn.Linear(d_hidden, d_model, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x (K, D)``, or any leading shape, to the same shape."""
+        hidden = self.act(self.up(x)) if self.gate is None else self.act(self.gate(x)) * self.up(x)
+        out: Tensor = self.down(self.dropout(hidden))
+        return out

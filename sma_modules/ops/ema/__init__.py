@@ -1,0 +1,163 @@
+"""ema: the multi-dimensional damped exponential moving average of MEGA (arXiv 2209.10655, section 3.1).
+
+Per channel d and state n, with ``p = sigmoid(delta)`` and ``q = 1 - p * sigmoid(alpha)``::
+
+    S_t = q * S_{t-1} + p * beta * x_t
+    y_t = sum_n gamma[n] / sqrt(N) * S_t[n] + omega * x_t
+
+which is a convolution with ``k[j] = sum_n gamma / sqrt(N) * p * beta * q^j``. With ``truncation=K`` the kernel ends
+after K taps. README.md derives how the convolution, the recurrence and the bounded window agree.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sma.errors import ConfigError, ShapeError, StreamingError
+from sma.ops.backend import Op
+from sma_modules.ops.ema.state import EMAState, compute_dtype, initial_state
+
+__all__ = ["OP", "EMAState", "compute_dtype", "ema", "initial_state"]
+
+OP = Op("ema")
+
+
+def ema(
+    x: Float[Tensor, "batch length dim"],
+    delta: Float[Tensor, "rows state 1"],
+    alpha: Float[Tensor, "rows state 1"],
+    beta: Float[Tensor, "rows state 1"],
+    gamma: Float[Tensor, "rows state"],
+    omega: Float[Tensor, " dim"],
+    *,
+    bidirectional: bool,
+    truncation: int | None = None,
+    lengths: Int[Tensor, " batch"] | None = None,
+    state: EMAState | None = None,
+    return_state: bool = False,
+) -> tuple[Float[Tensor, "batch length dim"], EMAState | None]:
+    """Damped moving average of each channel, in float32 (float64 for float64 inputs) whatever the parameters' dtype.
+
+    Args:
+        x: ``(B, L, D)``, right-padded; any L including 0.
+        delta: ``(D, N, 1)``, or ``(2 D, N, 1)`` when bidirectional (rows D.. run right to left); logit of damping p.
+        alpha: as ``delta``; logit of the decay.
+        beta: as ``delta``; input weights.
+        gamma: ``(D, N)`` or ``(2 D, N)``; output weights.
+        omega: ``(D,)``; weight of the direct path ``omega * x``, which also runs at padding.
+        bidirectional: add a second average that runs from the end of each sequence to its beginning.
+        truncation: number of kernel taps K at least 1, in tokens; None for no bound.
+        lengths: ``(B,)`` integers in 0..L, the real tokens of each row; None when all are. To the average, padding
+            is zero.
+        state: what the stream left behind; None at its beginning. Causal only.
+        return_state: also return the state after the last real token of each row. Causal only.
+
+    Returns:
+        ``y (B, L, D)`` in the dtype of ``x``, and the state or None. At padded positions y carries no meaning.
+
+    Raises:
+        ShapeError: sizes, dtypes or lengths do not fit.
+        ConfigError: ``truncation`` is below 1.
+        StreamingError: a state is given to, or asked from, a bidirectional average, or it was made for other sizes.
+
+    Example:
+        >>> zeros, ones = torch.zeros(1, 1, 1), torch.ones(1, 1)
+        >>> x = torch.tensor([[[1.0], [0.0], [0.0]]])
+        >>> y, _ = ema(x, zeros, zeros, zeros + 2, ones, torch.zeros(1), bidirectional=False)   # p = 1/2, q = 3/4
+        >>> [round(v, 4) for v in y.flatten().tolist()]
+        [1.0, 0.75, 0.5625]
+    """
+    _check_shapes(x, delta, alpha, beta, gamma, omega, bidirectional)
+    if truncation is not None and truncation < 1:
+        raise ConfigError(f"ema: truncation must be None or at least 1, got {truncation}")
+    _check_lengths(x, lengths)
+    _check_state(x, gamma.shape[1], bidirectional, truncation, state, return_state)
+    dtype = compute_dtype(x)
+    parameters = (delta[..., 0], alpha[..., 0], beta[..., 0], gamma, omega)
+    # Autocast would run the matrix products in low precision, where powers of q near 1 are worthless.
+    with torch.autocast(x.device.type, enabled=False):
+        wide = x.to(dtype)
+        result: tuple[Tensor, EMAState | None]
+        if x.numel() == 0:
+            result = _nothing(wide, parameters, truncation, state, return_state)
+        else:
+            result = OP(
+                wide,
+                *(value.to(dtype) for value in parameters),
+                bidirectional=bidirectional,
+                truncation=truncation,
+                lengths=lengths,
+                state=state,
+                return_state=return_state,
+            )
+    return result[0].to(x.dtype), result[1]
+
+
+def _nothing(
+    x: Tensor, parameters: tuple[Tensor, ...], truncation: int | None, state: EMAState | None, return_state: bool
+) -> tuple[Tensor, EMAState | None]:
+    """No tokens: nothing comes out, and every parameter still gets a gradient (zero), as on the other ranks."""
+    reached = sum((value.sum() for value in parameters[:-1]), start=x.new_zeros(()))
+    y = x * parameters[-1].to(x.dtype) + reached.to(x.dtype)
+    if return_state and state is None:
+        state = initial_state(x.shape[0], x.shape[2], parameters[0].shape[1], truncation, like=x)
+    return y, state if return_state else None
+
+
+def _check_shapes(
+    x: Tensor, delta: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor, omega: Tensor, bidirectional: bool
+) -> None:
+    if x.dim() != 3 or not x.is_floating_point():
+        raise ShapeError(f"ema: x must be floating point (B, L, D), got {x.dtype} {tuple(x.shape)}")
+    rows = x.shape[2] * (2 if bidirectional else 1)
+    n_state = gamma.shape[-1]
+    expected = {
+        "delta": (rows, n_state, 1),
+        "alpha": (rows, n_state, 1),
+        "beta": (rows, n_state, 1),
+        "gamma": (rows, n_state),
+        "omega": (x.shape[2],),
+    }
+    for (name, shape), value in zip(expected.items(), (delta, alpha, beta, gamma, omega), strict=True):
+        if tuple(value.shape) != shape:
+            direction = "bidirectional" if bidirectional else "causal"
+            raise ShapeError(
+                f"ema: {name} must be {shape} for a {direction} average of x {tuple(x.shape)}, got {tuple(value.shape)}"
+            )
+
+
+def _check_lengths(x: Tensor, lengths: Tensor | None) -> None:
+    if lengths is None:
+        return
+    if tuple(lengths.shape) != (x.shape[0],) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise ShapeError(
+            f"ema: lengths must be {x.shape[0]} integers, one per row of x, got {lengths.dtype} {tuple(lengths.shape)}"
+        )
+    # Looking at the values would make an accelerator wait.
+    if lengths.device.type == "cpu" and bool(((lengths < 0) | (lengths > x.shape[1])).any()):
+        raise ShapeError(f"ema: lengths must lie in 0..{x.shape[1]}, got {lengths.tolist()}")
+
+
+def _check_state(
+    x: Tensor, n_state: int, bidirectional: bool, truncation: int | None, state: EMAState | None, return_state: bool
+) -> None:
+    if bidirectional and (state is not None or return_state):
+        raise StreamingError(
+            "ema: a bidirectional average depends on what is still to come; it neither takes nor has a state"
+        )
+    if state is None:
+        return
+    expected = initial_state(x.shape[0], x.shape[2], n_state, truncation, like=x.new_empty(0, device="meta"))
+    for name in ("hidden", "fresh", "count", "history"):
+        have, want = getattr(state, name), getattr(expected, name)
+        found = None if have is None else (tuple(have.shape), have.dtype)
+        rule = None if want is None else (tuple(want.shape), want.dtype)
+        if found != rule:
+            raise StreamingError(
+                f"ema: state.{name} must be {rule} for x {tuple(x.shape)}, truncation {truncation}, got {found}"
+            )
+
+
+from sma_modules.ops.ema import eager, reference  # noqa: E402,F401  (registers the backends)

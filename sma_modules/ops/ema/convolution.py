@@ -1,0 +1,102 @@
+"""Long convolution of every channel with a kernel of its own, by Fourier transform."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK_ELEMENTS = 1 << 19
+"""On a CPU, channels are transformed in blocks of about this many numbers, which stay in the cache."""
+
+
+def convolve(x: Tensor, ahead: Tensor, behind: Tensor | None = None) -> Tensor:
+    """``y_t = sum_j ahead[j] x_{t-j} + sum_j behind[j] x_{t+j}`` per channel.
+
+    Args:
+        x: ``(B, L, D)``, float32 or float64, taken as zero outside 0..L-1.
+        ahead: ``(D, K)`` kernel on the present and the past.
+        behind: ``(D, K)`` kernel on the present and the future.
+
+    Returns:
+        ``(B, L, D)``. Differentiable once.
+    """
+    length, taps = x.shape[1], ahead.shape[1]
+    # Room for the tail of the kernel on one side; when circular, both sides may share it because x is zero there.
+    size = fast_size(length + taps - 1)
+    if behind is None:
+        circular = torch.nn.functional.pad(ahead, (0, size - taps))
+    else:
+        middle = ahead.new_zeros(ahead.shape[0], size - 2 * taps + 1)
+        circular = torch.cat([ahead[:, :1] + behind[:, :1], ahead[:, 1:], middle, behind[:, 1:].flip(1)], dim=1)
+    y: Tensor = _CircularConvolution.apply(x, circular)  # type: ignore[no-untyped-call]
+    return y
+
+
+def fast_size(minimum: int) -> int:
+    """The smallest even ``2^a 3^b 5^c`` that is at least ``minimum``: sizes that Fourier transforms are fast for."""
+    best = 1 << max(minimum - 1, 1).bit_length()
+    five = 1
+    while five < best:
+        odd = five
+        while odd < best:
+            size = odd << max((-(-minimum // odd) - 1).bit_length(), 1)
+            best = min(best, size)
+            odd *= 3
+        five *= 5
+    return best
+
+
+class _CircularConvolution(torch.autograd.Function):
+    """Circular convolution of ``x (B, L, D)``, zero-padded to n, with ``kernel (D, n)``; the first L outputs.
+
+    Written by hand because it keeps only x and the kernel for the backward pass, not spectra twice their size.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: Tensor) -> Tensor:
+        ctx.save_for_backward(x, kernel)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for block in _blocks(x, kernel):
+            spectrum = _spectrum(x, kernel, block).mul_(torch.fft.rfft(kernel[block]))
+            y[..., block] = _signal(spectrum, x, kernel)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, kernel = ctx.saved_tensors
+        need_x, need_kernel = ctx.needs_input_grad
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
+        grad_kernel = torch.empty_like(kernel) if need_kernel else None
+        for block in _blocks(x, kernel):
+            spectrum = _spectrum(grad, kernel, block)
+            if grad_kernel is not None:
+                correlation = _spectrum(x, kernel, block).conj_physical_().mul_(spectrum).sum(0)
+                grad_kernel[block] = torch.fft.irfft(correlation, n=kernel.shape[1])
+            if grad_x is not None:
+                spectrum.mul_(torch.fft.rfft(kernel[block]).conj_physical_())
+                grad_x[..., block] = _signal(spectrum, x, kernel)
+        return grad_x, grad_kernel
+
+
+def _blocks(x: Tensor, kernel: Tensor) -> list[slice]:
+    dim = x.shape[2]
+    if x.device.type != "cpu":
+        return [slice(0, dim)]
+    width = max(8, BLOCK_ELEMENTS // (x.shape[0] * kernel.shape[1]))
+    return [slice(first, min(first + width, dim)) for first in range(0, dim, width)]
+
+
+def _spectrum(x: Tensor, kernel: Tensor, block: slice) -> Tensor:
+    """``(B, block, n // 2 + 1)`` complex."""
+    spectrum: Tensor = torch.fft.rfft(x[..., block].transpose(1, 2), n=kernel.shape[1])
+    return spectrum
+
+
+def _signal(spectrum: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
+    """``(B, L, block)``."""
+    signal: Tensor = torch.fft.irfft(spectrum, n=kernel.shape[1])
+    return signal[..., : x.shape[1]].transpose(1, 2)

@@ -1,0 +1,50 @@
+"""What a causal average remembers of its stream: a bounded number of values, whatever the length of the stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sma.state import State
+
+
+@dataclass(frozen=True)
+class EMAState(State):
+    """State after the last real token of each row, float32 (float64 for float64 inputs).
+
+    Without truncation only ``hidden`` is there. With truncation K a token leaves the window K steps after it came, so
+    the last K inputs are kept; ``fresh`` and ``count`` bound the rounding error of taking tokens out of ``hidden``
+    (README.md, "Streaming").
+
+    Attributes:
+        hidden: ``(B, D, N)``: S_t, with truncation over the last K tokens.
+        fresh: ``(B, D, N)``: S over the last ``count`` tokens.
+        count: ``(B,)`` int64 in 0..K-1: tokens in ``fresh``.
+        history: ``(B, K, D)``: the last K inputs, newest last, zeros before the beginning of the stream.
+    """
+
+    hidden: Tensor
+    fresh: Tensor | None = None
+    count: Tensor | None = None
+    history: Tensor | None = None
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that the average of ``x`` is computed and remembered in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def initial_state(batch: int, dim: int, n_state: int, truncation: int | None, *, like: Tensor) -> EMAState:
+    """State before the first token, on the device of ``like``, in the dtype that an input like it computes in."""
+    dtype = compute_dtype(like)
+    hidden = torch.zeros(batch, dim, n_state, dtype=dtype, device=like.device)
+    if truncation is None:
+        return EMAState(hidden)
+    return EMAState(
+        hidden,
+        fresh=torch.zeros_like(hidden),
+        count=torch.zeros(batch, dtype=torch.int64, device=like.device),
+        history=torch.zeros(batch, truncation, dim, dtype=dtype, device=like.device),
+    )
