@@ -74,7 +74,7 @@ class EMA(Mixer):
     def forward(
         self, x: Tensor, state: EMAState | None = None, *, lengths: Tensor | None = None
     ) -> tuple[Tensor, EMAState | None]:
-        """``x (B, L, D)`` and the stream's state to ``y (B, L, D)`` and the state after the last real token of each row.
+        """``x (B, L, D)`` and the stream's state to ``y (B, L, D)`` and the state after each row's last real token.
 
         Raises:
             ShapeError: ``x`` or ``lengths`` has the wrong shape or dtype.

@@ -1,4 +1,4 @@
-"""The normalisations that the recipes name: over features (layer, rms, scale) and over tokens (batch, synchronised batch)."""
+"""The norms that the recipes name: over features (layer, rms, scale) and over tokens (batch, synchronised batch)."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ class ScaleNorm(_FeatureNorm):
 class BatchNorm(Norm):
     """Mean 0 and variance 1 of each feature over the real tokens of the batch (arXiv 1502.03167).
 
-    In training the statistics are those of the batch, and running averages of them are kept for evaluation, as in torch.
-    Fewer than two real tokens have no variance: then the running averages are used, and left as they are.
+    In training the statistics are those of the batch, and running averages of them are kept for evaluation, as in
+    torch. Fewer than two real tokens have no variance: then the running averages are used, and left as they are.
     """
 
     running_mean: Tensor
@@ -120,7 +120,7 @@ class BatchNorm(Norm):
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
 
     def forward(self, x: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        """``x (B, L, D)``, right-padded with ``lengths (B,)`` real tokens, to the same shape; zeros at padding in training."""
+        """``x (B, L, D)``, right-padded with ``lengths (B,)`` real tokens, to the same shape; 0 at padding in training."""
         if x.dim() != 3 or x.shape[2] != self.d_model:
             raise ShapeError(f"{type(self).__name__}: x must be (B, L, {self.d_model}), got {tuple(x.shape)}")
         tokens = x.flatten(0, 1)
@@ -155,7 +155,7 @@ class BatchNorm(Norm):
 
 
 class SyncBatchNorm(BatchNorm):
-    """Batch norm whose statistics are those of the real tokens of all ranks; without a process group the same as batch norm."""
+    """Batch norm with the statistics of the real tokens of all ranks; without a process group plain batch norm."""
 
     def _by_batch(self, tokens: Tensor) -> Tensor:
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
@@ -174,14 +174,14 @@ class SyncBatchNorm(BatchNorm):
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.config.momentum)
             unbiased = variance * count / (count - 1)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.config.momentum)
-        out = centred * torch.rsqrt(variance + self.config.eps)
+        out: Tensor = centred * torch.rsqrt(variance + self.config.eps)
         if self.weight is not None and self.bias is not None:
             out = out * self.weight + self.bias
         return out.to(tokens.dtype)
 
 
 class _AllSum(torch.autograd.Function):
-    """Sum over the ranks. Every rank's loss depends on every rank's term, so the gradients are summed in the same way."""
+    """Sum over the ranks. Every rank's loss depends on every rank's term, so the gradients are summed as well."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
