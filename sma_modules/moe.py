@@ -21,8 +21,7 @@ class MoE(Module):
     over T tokens:
 
     - ``load_balance``: ``E * sum_e f_e P_e``, f_e the share of the T k choices that fell on expert e and P_e the mean
-      of
-      p_e (Switch Transformer, arXiv 2101.03961, equations 4 to 6; for k above 1 f is divided by k). 1 when balanced.
+      of p_e (Switch Transformer, arXiv 2101.03961, equations 4 to 6; f divided by k for k above 1). 1 when balanced.
     - ``router_z``: ``mean_t(logsumexp(logits_t)^2)`` (ST-MoE, arXiv 2202.08906, equation 5).
 
     Example:
@@ -47,7 +46,8 @@ class MoE(Module):
             renormalise: make the weights of a token's experts add up to 1. Not with ``top_k`` 1, where the weight would
                 always be 1 and the router would learn nothing from the output.
             d_shared: hidden width of an expert that every token goes to (DeepSeekMoE, arXiv 2401.06066); None for no
-            such one. load_balance_weight: factor on the load-balance loss.
+                such expert.
+            load_balance_weight: factor on the load-balance loss.
             z_loss_weight: factor on the router's z-loss.
         """
 

@@ -63,7 +63,11 @@ class RMSNorm(_FeatureNorm):
     def forward(self, x: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         """``(B, L, D)`` to the same shape; ``lengths`` makes no difference."""
         self._check(x)
-        return F.rms_norm(x, (self.d_model,), self.weight, self.config.eps)
+        if self.weight is None or self.weight.dtype == x.dtype:
+            return F.rms_norm(x, (self.d_model,), self.weight, self.config.eps)
+        # torch has no kernel for mixed dtypes and warns; this rounds once, at the end.
+        wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+        return F.rms_norm(wide, (self.d_model,), self.weight.to(wide.dtype), self.config.eps).to(x.dtype)
 
 
 class ScaleNorm(_FeatureNorm):
@@ -76,8 +80,10 @@ class ScaleNorm(_FeatureNorm):
     def forward(self, x: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         """``(B, L, D)`` to the same shape; ``lengths`` makes no difference."""
         self._check(x)
-        out = F.rms_norm(x, (self.d_model,), None, self.config.eps)
-        return out if self.weight is None else (out * self.weight).to(x.dtype)
+        if self.weight is None:
+            return F.rms_norm(x, (self.d_model,), None, self.config.eps)
+        wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+        return (F.rms_norm(wide, (self.d_model,), None, self.config.eps) * self.weight).to(x.dtype)
 
 
 class BatchNorm(Norm):
@@ -120,7 +126,7 @@ class BatchNorm(Norm):
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
 
     def forward(self, x: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        """``x (B, L, D)``, right-padded with ``lengths (B,)`` real tokens, to the same shape; 0 at padding in training."""
+        """``x (B, L, D)``, right-padded, ``lengths (B,)`` real tokens per row, to the same shape."""
         if x.dim() != 3 or x.shape[2] != self.d_model:
             raise ShapeError(f"{type(self).__name__}: x must be (B, L, {self.d_model}), got {tuple(x.shape)}")
         tokens = x.flatten(0, 1)
@@ -162,13 +168,13 @@ class SyncBatchNorm(BatchNorm):
             return super()._by_batch(tokens)
         wide = tokens.double() if tokens.dtype == torch.float64 else tokens.float()
         # A rank without tokens takes part like the others, or they would wait for it for ever.
-        total = _AllSum.apply(torch.cat([wide.sum(0), wide.new_tensor([wide.shape[0]])]))  # type: ignore[no-untyped-call]
+        total = _sum_over_ranks(torch.cat([wide.sum(0), wide.new_tensor([wide.shape[0]])]))
         count = total[-1].detach()
         if count < 2:
             return self._by_running(tokens)
         mean = total[:-1] / count
         centred = wide - mean
-        variance = _AllSum.apply(centred.square().sum(0)) / count  # type: ignore[no-untyped-call]
+        variance = _sum_over_ranks(centred.square().sum(0)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.config.momentum)
@@ -178,6 +184,11 @@ class SyncBatchNorm(BatchNorm):
         if self.weight is not None and self.bias is not None:
             out = out * self.weight + self.bias
         return out.to(tokens.dtype)
+
+
+def _sum_over_ranks(value: Tensor) -> Tensor:
+    total: Tensor = _AllSum.apply(value)  # type: ignore[no-untyped-call]
+    return total
 
 
 class _AllSum(torch.autograd.Function):

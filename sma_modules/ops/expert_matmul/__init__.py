@@ -1,9 +1,9 @@
 """expert_matmul: every row times the matrix of its own expert, and the sorting that brings rows of one expert together.
 
-The router stays outside: a mixture is ``order_by_expert`` -> ``dispatch`` -> ``expert_matmul``, activation,
-``expert_matmul``
--> ``combine``. Nothing is dropped and rows are only gathered, in both directions, so results are deterministic and a
-token's result does not depend on the other tokens (up to the rounding of a matrix product of another size).
+The router stays outside: a mixture is ``order_by_expert``, ``dispatch``, ``expert_matmul``, activation,
+``expert_matmul``, ``combine``. Nothing is dropped and rows are only gathered, in both directions, so results are
+deterministic and a token's result does not depend on the other tokens (up to the rounding of a matrix product of
+another size).
 """
 
 from __future__ import annotations

@@ -51,11 +51,9 @@ def combine(rows: Tensor, weight: Tensor, order: ExpertOrder) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """Rows ``index`` of x, where every row of x occurs ``copies`` times; ``back`` lists the places of row 0, of row
-    1, ...
+    """Rows ``index`` of x, each of which occurs ``copies`` times: at the places that ``back`` lists row by row.
 
-    The gradient of a plain ``index_select`` adds atomically on an accelerator; knowing the places, it is a gather as
-    well.
+    The gradient of a plain ``index_select`` adds atomically on an accelerator; knowing the places, it is a gather.
     """
 
     @staticmethod
