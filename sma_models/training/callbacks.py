@@ -1,0 +1,225 @@
+"""What happens around the steps: records, evaluations, checkpoints, the progress bar, and stopping when asked to."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from sma.errors import SMAError
+from sma_models.training.checkpoint import Checkpoint, Progress, save_checkpoint
+from sma_models.training.evaluation import RateMeter, evaluate
+from sma_models.training.module import TrainingModule
+from sma_models.training.objective import quality
+from sma_models.training.run import Run
+from sma_models.training.sources import Task
+
+
+class DivergedError(SMAError):
+    """The loss is no longer a finite number."""
+
+
+class StopRequest:
+    """Notes SIGINT and SIGTERM, so that training stops after the step at hand; a second SIGINT interrupts at once.
+
+    Attributes:
+        received: number of the signal, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if self.received is not None and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signum
+
+    def install(self) -> None:
+        """Take over the two signals."""
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(signum, self)
+
+    @contextmanager
+    def restored_afterwards(self) -> Iterator[None]:
+        """Give the signals back at the end."""
+        main = threading.current_thread() is threading.main_thread()
+        before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                if main:
+                    signal.signal(signum, handler)
+
+
+class Recorder(Callback):
+    """Logs, evaluates and saves after the steps where the recipe asks for it, in this order, so that a checkpoint is never ahead of the log.
+
+    Args:
+        run: where to write.
+        task: what to evaluate on.
+        start: the checkpoint that training goes on from.
+        stop: set when training shall end.
+    """
+
+    def __init__(self, run: Run, task: Task, start: Checkpoint | None, stop: StopRequest) -> None:
+        self.run = run
+        self.task = task
+        self.start = start
+        self.stop = stop
+        self.seconds = start.progress.seconds if start else 0.0
+        self.latest: dict[str, float] = {}
+        self._clock = time.perf_counter()
+        self._gradient_norm = math.nan
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring the optimiser to where it was."""
+        module = _training_module(pl_module)
+        if self.start is not None:
+            module.step = self.start.progress.step
+            self.start.restore_optimiser(trainer.optimizers[0])
+        module.before_step = lambda: self._look_at_gradients(module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on a signal is answered between two steps."""
+        self.stop.install()
+        self._clock = time.perf_counter()
+
+    def _look_at_gradients(self, module: TrainingModule) -> None:
+        if self._due(module.step + 1, module.recipe.train.log_every, module):
+            self._gradient_norm = module.gradient_norm()
+
+    def _due(self, step: int, every: int, module: TrainingModule) -> bool:
+        return step == module.recipe.train.steps or (every > 0 and step % every == 0)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After the last part of a step."""
+        module = _training_module(pl_module)
+        train = module.recipe.train
+        if (batch_idx + 1) % train.accumulate:
+            return
+        now = time.perf_counter()
+        self.seconds, self._clock = self.seconds + now - self._clock, now
+        metrics: dict[str, float | None] = {}
+        if self._due(module.step, train.log_every, module):
+            metrics = self._training_metrics(module)
+        if "validation" in self.task.splits and self._due(module.step, train.eval_every, module):
+            metrics = {**(metrics or self._training_metrics(module)), **self._validation_metrics(module)}
+            self._clock = time.perf_counter()  # evaluations do not count as time of training
+        if metrics:
+            self.latest = {name: value for name, value in metrics.items() if value is not None}
+            for logger in trainer.loggers:
+                known = metrics if logger is trainer.loggers[0] else self.latest
+                logger.log_metrics(known, step=module.step)  # type: ignore[arg-type]
+        if self.stop.received is not None:
+            trainer.should_stop = True
+        if trainer.should_stop or self._due(module.step, train.checkpoint_every, module):
+            self._save(trainer, module)
+
+    def _training_metrics(self, module: TrainingModule) -> dict[str, float | None]:
+        """What the last step was like; the columns of the evaluation are there from the start, still empty."""
+        train = module.recipe.train
+        loss = _finite(float(module.loss), module.step)
+        entropy, correct, count = (float(number) for number in module.answers)
+        known = quality(module.batch_kind, entropy / max(count, 1), correct / max(count, 1))
+        meter = RateMeter()
+        meter.add(module.routings)
+        lr = module.trainer.optimizers[0].param_groups[0]["lr"]
+        metrics: dict[str, float | None] = {"seconds": round(self.seconds, 3), "loss": loss, **known, "lr": lr}
+        metrics["gradient_norm"] = self._gradient_norm if self._due(module.step, train.log_every, module) else None
+        metrics |= _rate_columns("rate", meter.rates())
+        if "validation" in self.task.splits:
+            metrics |= {"validation_loss": None} | {f"validation_{name}": None for name in known}
+        return metrics
+
+    def _validation_metrics(self, module: TrainingModule) -> dict[str, float]:
+        train = module.recipe.train
+        result = evaluate(module.model, self.task, "validation", train, limit=train.eval_batches)
+        return {"validation_loss": result.loss, **{f"validation_{name}": value for name, value in result.quality.items()}}
+
+    def _save(self, trainer: Trainer, module: TrainingModule) -> None:
+        _finite(float(module.loss), module.step)
+        save_checkpoint(self.run.checkpoint, module.model, trainer.optimizers[0], Progress(module.step, self.seconds))
+
+
+def _finite(loss: float, step: int) -> float:
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"loss: must be finite, got {loss} at step {step}; the last checkpoint is from before. A lower optimiser.lr may help"
+        )
+    return loss
+
+
+def _rate_columns(prefix: str, rates: Mapping[str, list[float]]) -> dict[str, float | None]:
+    columns: dict[str, float | None] = {}
+    for name, each in rates.items():
+        columns |= {f"{prefix}/{name}" + (f".{m}" if len(each) > 1 else ""): rate for m, rate in enumerate(each)}
+    return columns
+
+
+class ProgressBar(Callback):
+    """A bar over all steps of the run on a terminal; elsewhere a line at every tenth of the way."""
+
+    def __init__(self, console: Console, recorder: Recorder, steps: int, done: int) -> None:
+        self.console = console
+        self.recorder = recorder
+        self.steps = steps
+        self.bar = Bar(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[shown]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("", total=steps, completed=done, shown="")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the bar."""
+        self.bar.start()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Move on."""
+        step = _training_module(pl_module).step
+        shown = describe(self.recorder.latest)
+        self.bar.update(self.task, completed=step, shown=shown)
+        tenth = max(self.steps // 10, 1)
+        finished_step = not (batch_idx + 1) % _training_module(pl_module).recipe.train.accumulate
+        if not self.console.is_terminal and finished_step and (step % tenth == 0 or step == self.steps):
+            self.console.print(f"step {step} of {self.steps}: {shown}", highlight=False)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the finished bar on the screen."""
+        self.bar.stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the terminal back."""
+        self.bar.stop()
+
+
+def describe(metrics: Mapping[str, float]) -> str:
+    """The loss and the quality, for people."""
+    names = {"loss": "loss", "bits_per_byte": "bits per byte", "accuracy": "accuracy"}
+    parts = [f"{shown} {metrics[name]:.3f}" for name, shown in names.items() if name in metrics]
+    rates = [value for name, value in metrics.items() if name.startswith("rate/")]
+    if rates:
+        parts.append("active " + " ".join(f"{100 * rate:.0f}" for rate in rates[:8]) + " %")
+    return ", ".join(parts)
+
+
+def _training_module(module: LightningModule) -> TrainingModule:
+    assert isinstance(module, TrainingModule)
+    return module

@@ -1,0 +1,83 @@
+"""Writing down how training goes: ``metrics.csv``, which can be cut back to a checkpoint and continued."""
+
+from __future__ import annotations
+
+import csv
+import io
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger
+
+from sma.errors import CheckpointError
+from sma_models.training.run import write_text
+
+
+class MetricsFile(Logger):
+    """A Lightning logger that appends one line per step to a CSV file; numbers are written in full, so equal runs give equal files.
+
+    The first line decides the columns. Each line reaches the disk before the call returns.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self._columns = read_columns(path)
+
+    @property
+    def name(self) -> str:
+        return self.path.parent.name
+
+    @property
+    def version(self) -> str:
+        return "0"
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the configuration lies beside the file."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Append a line; what is not known yet stays empty."""
+        row = {"step": step, **metrics}
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        if not self._columns:
+            self._columns = list(row)
+            writer.writerow(self._columns)
+        writer.writerow("" if row.get(name) is None else repr(row[name]) for name in self._columns)
+        with open(self.path, "a", encoding="ascii", newline="") as file:
+            file.write(text.getvalue())
+
+
+def read_columns(path: Path) -> list[str]:
+    """The names in the first line; none when there is no file."""
+    if not path.exists():
+        return []
+    with open(path, encoding="ascii", newline="") as file:
+        return next(csv.reader(file), [])
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop every line after ``step``, and a last one that was cut off in writing.
+
+    Raises:
+        CheckpointError: the file is no table of steps.
+    """
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="ascii").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]
+    if not whole:
+        path.unlink()
+        return
+    if not whole[0].startswith("step,"):
+        raise CheckpointError(f"{path}: must begin with the column 'step', got {whole[0][:40]!r}")
+    kept = [line for line in whole[1:] if line.partition(",")[0].isdigit() and int(line.partition(",")[0]) <= step]
+    write_text(path, "".join([whole[0], *kept]))
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of the file; empty fields are left out."""
+    with open(path, encoding="ascii", newline="") as file:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]

@@ -1,0 +1,187 @@
+"""A training run from beginning to end, or from a checkpoint to the end."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+
+from sma import __version__
+from sma.errors import CheckpointError, ConfigError
+from sma.interfaces import Model
+from sma.weights import save
+from sma_models.training.callbacks import ProgressBar, Recorder, StopRequest
+from sma_models.training.checkpoint import Checkpoint, read_checkpoint
+from sma_models.training.data.batching import BatchPlan, loader
+from sma_models.training.evaluation import evaluate
+from sma_models.training.journal import MetricsFile, cut_back
+from sma_models.training.module import TrainingModule, parameter_count, seed_everything
+from sma_models.training.objective import check_fit
+from sma_models.training.recipe import Recipe, TrainConfig
+from sma_models.training.run import Run
+from sma_models.training.sources import Task
+
+_PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float64": "64-true"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of :func:`train` ended: the ``summary`` of a finished run, or the ``signal`` that stopped it at ``step``."""
+
+    step: int
+    summary: dict[str, Any] | None = None
+    signal: int | None = None
+
+
+def open_task(recipe: Recipe) -> Task:
+    """The data of a recipe, checked against its model.
+
+    Raises:
+        DataError: files are missing or broken.
+        ConfigError: the model does not fit the data.
+    """
+    task: Task = recipe.data.build().open(seed=recipe.train.seed)
+    check_fit(recipe.model, task)
+    return task
+
+
+def build_model(recipe: Recipe) -> Model:
+    """The untrained model of a recipe; the weights follow from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        seed_everything(recipe.train.seed, -1)
+        model: Model = recipe.model.build()
+    return model.to(torch.float64) if recipe.train.precision == "float64" else model
+
+
+def train(run: Run, recipe: Recipe, *, console: Console | None = None) -> Outcome:
+    """Train ``run`` from its last checkpoint, or from the beginning where there is none, to the end of its recipe.
+
+    A run that was interrupted, however that happened, goes on as if it had not been: the same losses, on a CPU bit for bit.
+
+    Args:
+        run: the folder to write to.
+        recipe: of the run.
+        console: where the progress is shown.
+
+    Raises:
+        ConfigError: the run is finished, or in use; the model does not fit the data.
+        DataError: the data are missing or broken.
+        CheckpointError: the last checkpoint is not of this recipe.
+    """
+    if run.finished:
+        raise ConfigError(f"{run.path}: must be unfinished to be continued, got a finished run")
+    console = console or Console(stderr=True)
+    with run.locked():
+        task = open_task(recipe)
+        model = build_model(recipe)
+        start = read_checkpoint(run.checkpoint) if run.checkpoint.exists() else None
+        if start is not None:
+            start.restore_model(model)
+            if start.progress.step > recipe.train.steps:
+                raise CheckpointError(f"{run.checkpoint}: must be of at most {recipe.train.steps} steps, got {start.progress.step}")
+        done, seconds, signal = _fit(run, recipe, task, model, start, console)
+        if signal is not None:
+            return Outcome(done, signal=signal)
+        return Outcome(done, summary=_finish(run, recipe, task, model, seconds))
+
+
+def _fit(
+    run: Run, recipe: Recipe, task: Task, model: Model, start: Checkpoint | None, console: Console
+) -> tuple[int, float, int | None]:
+    plan = recipe.train
+    done = start.progress.step if start else 0
+    cut_back(run.metrics, done)
+    for unfinished in run.checkpoint.parent.glob(".*.tmp"):
+        unfinished.unlink()
+    if done == plan.steps:
+        assert start is not None
+        return done, start.progress.seconds, None
+    stop = StopRequest()
+    recorder = Recorder(run, task, start, stop)
+    module = TrainingModule(model, task.kind, recipe)
+    size = None if task.endless else len(task.train)  # type: ignore[arg-type]
+    batches = loader(
+        task.train,
+        BatchPlan(size, plan.part_size, seed=plan.seed),
+        start=done * plan.accumulate,
+        stop=plan.steps * plan.accumulate,
+        workers=plan.workers,
+    )
+    with _quiet(), stop.restored_afterwards():
+        trainer = _trainer(run, recipe, [recorder, ProgressBar(console, recorder, plan.steps, done)], done)
+        trainer.fit(module, batches)
+    return module.step, recorder.seconds, stop.received if module.step < plan.steps else None
+
+
+def _trainer(run: Run, recipe: Recipe, callbacks: list[Any], done: int) -> Trainer:
+    plan = recipe.train
+    board = TensorBoardLogger(run.path, name="tensorboard", version="", purge_step=done + 1 if done else None)
+    return Trainer(
+        max_epochs=1,
+        accelerator={"cuda": "gpu"}.get(plan.device, plan.device),
+        devices=1,
+        precision=_PRECISION[plan.precision],  # type: ignore[arg-type]
+        gradient_clip_val=recipe.optimiser.clip,
+        accumulate_grad_batches=plan.accumulate,
+        logger=[MetricsFile(run.metrics), board],
+        callbacks=callbacks,
+        default_root_dir=run.path,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning's advice and announcements stay out of the output; its errors do not."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\.")
+        warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, before, strict=True):
+                logger.setLevel(level)
+
+
+def _finish(run: Run, recipe: Recipe, task: Task, model: Model, seconds: float) -> dict[str, Any]:
+    """Judge the trained model, and write the weights and then the results."""
+    model = model.to(device_of(recipe.train))
+    started = time.perf_counter()
+    results = {split: evaluate(model, task, split, recipe.train).as_dict() for split in ("validation", "test") if split in task.splits}
+    save(model, run.weights)
+    summary = {
+        "recipe": run.path.parent.name,
+        "version": __version__,
+        "steps": recipe.train.steps,
+        "parameters": parameter_count(model),
+        "training_seconds": round(seconds, 1),
+        "evaluation_seconds": round(time.perf_counter() - started, 1),
+        **results,
+    }
+    run.write_summary(summary)
+    return summary
+
+
+def device_of(config: TrainConfig) -> torch.device:
+    """Where a recipe computes."""
+    if config.device != "auto":
+        return torch.device(config.device)
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found if found is not None else torch.device("cpu")

@@ -1,0 +1,112 @@
+"""What each kind of data asks of a model: how a batch goes in, and how the answer is judged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sma.errors import ConfigError
+from sma.interfaces import Model
+from sma.routing import Routing
+from sma_models.heads import Classifier, LanguageModel, ModelOutput, Retrieval
+from sma_models.training.data.datasets import Batch, Kind
+from sma_models.training.data.lm import IGNORE
+from sma_models.training.sources import Task
+
+_HEADS: dict[Kind, type[Model]] = {"lm": LanguageModel, "pairs": Retrieval, "tokens": Classifier, "values": Classifier}
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a model did on a batch; sums, so that batches of different sizes add up.
+
+    Attributes:
+        loss: sum of the cross-entropies in nats.
+        correct: how many of the most likely answers were right.
+        count: how many answers were asked for.
+    """
+
+    loss: Tensor
+    correct: Tensor
+    count: Tensor
+
+    def __add__(self, other: Score) -> Score:
+        return Score(self.loss + other.loss, self.correct + other.correct, self.count + other.count)
+
+
+def check_fit(config: Model.Config, task: Task) -> None:
+    """Refuse a model that cannot do the task, before any work.
+
+    Raises:
+        ConfigError: the model is for another kind of data, or its vocabulary or number of classes does not fit.
+    """
+    expected = _HEADS[task.kind]
+    if isinstance(config, tuple(head.Config for head in set(_HEADS.values()))) and not isinstance(config, expected.Config):
+        raise ConfigError(f"model: must be a {expected.__name__} for data of the kind {task.kind!r}, got {config.owner.__name__}")
+    if hasattr(config, "vocab_size"):
+        vocab_size = config.vocab_size
+        if (vocab_size is None) != (task.vocab_size is None) or (task.vocab_size or 0) > (vocab_size or 0):
+            rule = "must be null (real numbers)" if task.vocab_size is None else f"must be at least {task.vocab_size}"
+            raise ConfigError(f"model.vocab_size: {rule} for these data, got {vocab_size}")
+    if task.n_classes is not None and getattr(config, "n_classes", task.n_classes) < task.n_classes:
+        raise ConfigError(f"model.n_classes: must be at least {task.n_classes} for these data, got {getattr(config, 'n_classes', None)}")
+
+
+def run_model(
+    model: Any, batch: Mapping[str, Tensor | None], kind: Kind, state: Any = None, replay: Mapping[str, Routing] | None = None
+) -> ModelOutput:
+    """Put a batch through a model.
+
+    Args:
+        model: of the kind that :func:`check_fit` accepts.
+        batch: as the data set collated it.
+        kind: of the data.
+        state: for a language model that goes on where the batch before stopped.
+        replay: routings whose decisions are taken over.
+    """
+    valid = batch.get("valid")
+    if kind == "pairs":
+        tokens = batch["tokens"]
+        assert tokens is not None
+        sides = (None, None) if valid is None else (valid[:, 0], valid[:, 1])
+        output = model(tokens[:, 0], tokens[:, 1], valid=sides, replay=replay)
+    elif kind == "lm":
+        output = model(batch["tokens"], state, valid=valid, replay=replay)
+    else:
+        output = model(batch[kind], valid=valid, replay=replay)
+    assert isinstance(output, ModelOutput)
+    return output
+
+
+def score(output: ModelOutput, batch: Mapping[str, Tensor | None], kind: Kind) -> Score:
+    """Judge the logits; the loss is differentiable. It is computed in float32 or wider."""
+    logits = output.logits
+    target = batch["targets" if kind == "lm" else "label"]
+    assert target is not None
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    logits, target = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
+    loss = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
+    with torch.no_grad():
+        correct = (logits.argmax(-1) == target).sum()
+        count = (target != IGNORE).sum()
+    return Score(loss, correct, count)
+
+
+def quality(kind: Kind, loss: float, accuracy: float) -> dict[str, float]:
+    """The figure that a task is known by: bits per byte for a language model (``loss`` in nats per byte), accuracy otherwise."""
+    return {"bits_per_byte": loss / math.log(2)} if kind == "lm" else {"accuracy": accuracy}
+
+
+def place(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
+    """The batch on ``device``, its real numbers in ``dtype``."""
+    return {
+        name: None if tensor is None else tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+        for name, tensor in batch.items()
+    }

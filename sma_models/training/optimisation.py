@@ -1,0 +1,36 @@
+"""The optimiser of a recipe, and its learning rate as a function of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from sma_models.training.recipe import OptimiserConfig
+
+
+def learning_rate(config: OptimiserConfig, step: int, steps: int) -> float:
+    """Learning rate of one optimiser step.
+
+    Linear from ``lr / warmup`` to ``lr`` over ``warmup`` steps, then ``lr * (share of the rest that is left) ** power``.
+
+    Args:
+        config: the peak, the warm-up and the power.
+        step: steps done before this one, from 0.
+        steps: steps in all.
+    """
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    left = max(steps - step, 0) / max(steps - config.warmup, 1)
+    return float(config.lr * left**config.power)
+
+
+def build_optimiser(config: OptimiserConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimiser over all parameters, as one group."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    lr, betas, eps, decay = config.lr, config.betas, config.eps, config.weight_decay
+    if config.algorithm == "radam":
+        return torch.optim.RAdam(trained, lr=lr, betas=betas, eps=eps, weight_decay=decay, decoupled_weight_decay=True)
+    cls = torch.optim.AdamW if config.algorithm == "adamw" else torch.optim.Adam
+    return cls(trained, lr=lr, betas=betas, eps=eps, weight_decay=decay)
