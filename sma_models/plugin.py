@@ -1,4 +1,4 @@
-"""The blocks, models and specs that ship with sma_models, registered through the same door as anyone's."""
+"""The blocks, models, data and specs that ship with sma_models, registered through the same door as anyone's."""
 
 from collections.abc import Callable
 from importlib.resources import files
@@ -9,8 +9,9 @@ from sma.plugins import hookimpl
 
 @hookimpl
 def sma_register(register: Callable[[str, Any], None]) -> None:
-    """Register blocks, models and every YAML file in ``specs/``."""
+    """Register blocks, models, data and every YAML file in ``specs/``."""
     from sma_models import heads, hybrid, mega, seqboat
+    from sma_models.training.sources import labelled, language
 
     register("seqboat", seqboat.SeqBoat)
     register("mega", mega.Mega)
@@ -18,6 +19,16 @@ def sma_register(register: Callable[[str, Any], None]) -> None:
     register("language_model", heads.LanguageModel)
     register("classifier", heads.Classifier)
     register("retrieval", heads.Retrieval)
+    register("listops", labelled.ListOps)
+    register("image", labelled.Image)
+    register("idx", labelled.Idx)
+    register("text", labelled.Text)
+    register("speech", labelled.Speech)
+    register("pathfinder", labelled.Pathfinder)
+    register("pairs", labelled.Retrieval)
+    register("files", language.Files)
+    register("stdlib", language.Stdlib)
+    register("enwik8", language.Enwik8)
     for spec in sorted(files("sma_models").joinpath("specs").iterdir(), key=lambda path: path.name):
         if spec.name.endswith(".yaml"):
             register(spec.name.removesuffix(".yaml"), spec)
