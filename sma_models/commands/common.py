@@ -15,7 +15,9 @@ from sma.errors import ConfigError, MissingExtraError
 if TYPE_CHECKING:
     from sma_models.training.run import Run
 
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run, or recipe/name, or a recipe for its latest run.")]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="Folder of a run, or recipe/name, or a recipe for its latest run.")
+]
 RunsOption = Annotated[Path, typer.Option("--runs", envvar="SMA_RUNS", help="Folder that holds the runs.")]
 RUNS = Path("runs")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import codecs
 import itertools
 import sys
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,36 +29,60 @@ def generate(
 ) -> None:
     """Write text with the language model of a run; the prompt comes first."""
     found = find_run(run, runs)
+    model = byte_model(found.model())
     text = prompt or "\n"
     typer.echo(text, nl=False)
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    for piece in written(found.model(), text.encode(), max_new_tokens, seed, **options):
+    for piece in written(model, text.encode(), max_new_tokens, seed, **options):
         typer.echo(piece, nl=False)
         sys.stdout.flush()
     typer.echo()
 
 
-def written(model: Model, prompt: bytes, count: int, seed: int, **options: float | int | None):  # type: ignore[no-untyped-def]
-    """Yield the text that a byte-level language model writes after ``prompt``, as it comes; what is no UTF-8 is replaced.
+def byte_model(model: Model) -> Any:
+    """The model, when it is a language model of bytes.
 
     Raises:
-        ConfigError: it is no language model of bytes.
+        ConfigError: it is not.
+    """
+    from sma_models.heads import LanguageModel
+
+    if not isinstance(model, LanguageModel) or model.vocab_size != 256:
+        raise ConfigError(f"model: must be a language model of bytes (vocab_size 256), got {type(model).__name__}")
+    return model
+
+
+def written(model: Any, prompt: bytes, count: int, seed: int, **options: Any) -> Iterator[str]:
+    """Yield the text that a language model of bytes writes after ``prompt``, as it comes.
+
+    What is no UTF-8 is replaced.
     """
     import torch
 
     from sma_models.generation import stream
-    from sma_models.heads import LanguageModel
 
-    if not isinstance(model, LanguageModel) or model.vocab_size != 256:
-        raise ConfigError(f"model: must be a language_model of bytes (vocab_size 256), got {type(model).__name__}")
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.tensor([list(prompt)])
-    for token in itertools.islice(stream(model, tokens, generator=generator, **options), count):  # type: ignore[arg-type]
+    for token in itertools.islice(stream(model, tokens, generator=generator, **options), count):
         yield decoder.decode(bytes([int(token)]))
     yield decoder.decode(b"", final=True)
 
 
-def inspect(run: RunArgument, runs: RunsOption = RUNS) -> None:
+def inspect(
+    run: RunArgument,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, such as data.root=.", show_default=False),
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    batches: Annotated[int, typer.Option(min=1, help="Look at so many batches.")] = 4,
+    runs: RunsOption = RUNS,
+) -> None:
     """Show what the model of a run activates: rate and span of each layer, operations spent, figures."""
-    raise ConfigError("not there yet")
+    found = find_run(run, runs)
+    with extra("train"):
+        from sma_models.commands.report import report
+        from sma_models.training.loop import open_task
+    recipe = found.recipe(*(overrides or []))
+    report(found, found.model(), open_task(recipe), recipe.train, out(), split=split, batches=batches)

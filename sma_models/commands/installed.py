@@ -21,7 +21,9 @@ def plugins(
     for entry in registry.entries():
         if kind is None or entry.kind == kind:
             provider = entry.provider
-            table.add_row(entry.kind, entry.name, f"{provider.distribution or '-'} ({provider.module})", provider.version or "-")
+            table.add_row(
+                entry.kind, entry.name, f"{provider.distribution or '-'} ({provider.module})", provider.version or "-"
+            )
     out().print(table)
     failures = registry.failures()
     for failure in failures:
@@ -30,8 +32,12 @@ def plugins(
 
 
 def specs(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A spec's name or file; none lists them all.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="A spec's name or file; none lists them all.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it.", show_default=False)
+    ] = None,
 ) -> None:
     """List the specs, or print one with every value written out and the number of its parameters."""
     if name is None:

@@ -22,7 +22,12 @@ MAY_CHANGE = ("train.device", "train.workers", "data.root")
 
 
 def train(
-    arguments: Annotated[list[str] | None, typer.Argument(metavar="RECIPE [KEY=VALUE]...", help="A recipe's name or file, then changes to it.", show_default=False)] = None,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RECIPE [KEY=VALUE]...", help="A recipe's name or file, then changes to it.", show_default=False
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; by default the time.")] = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with an interrupted run.")] = None,
     runs: RunsOption = RUNS,
@@ -31,15 +36,21 @@ def train(
     recipe_name, overrides = split_arguments(arguments or [])
     with extra("train"):
         from sma_models.training.loop import train as run_training
-    run, recipe = _continued(resume, name, recipe_name, overrides, runs) if resume else _new(recipe_name, name, overrides, runs)
+    run, recipe = (
+        _continued(resume, name, recipe_name, overrides, runs) if resume else _new(recipe_name, name, overrides, runs)
+    )
     notes().print(f"run {run.path}", soft_wrap=True)
     outcome = run_training(run, recipe, console=notes())
     if outcome.signal is not None:
-        print(f"stopped after step {outcome.step} of {recipe.train.steps}; go on with: sma train --resume {run.path}", file=sys.stderr)
+        print(
+            f"stopped after step {outcome.step} of {recipe.train.steps}; go on with: sma train --resume {run.path}",
+            file=sys.stderr,
+        )
         return 128 + outcome.signal
     assert outcome.summary is not None
     out().print(results_table(outcome.summary))
-    out().print(f"{outcome.summary['parameters']:,} parameters, {outcome.summary['training_seconds']} s of training; results in {run.path}", soft_wrap=True)
+    sizes = f"{outcome.summary['parameters']:,} parameters, {outcome.summary['training_seconds']} s of training"
+    out().print(f"{sizes}; results in {run.path}", soft_wrap=True)
     return 0
 
 
@@ -48,12 +59,16 @@ def _new(recipe_name: str | None, name: str | None, overrides: list[str], runs: 
     from sma_models.training.run import Run
 
     if recipe_name is None:
-        raise ConfigError(f"recipe: must be given (known: {', '.join(recipes.recipe_names())}, or a path of a .yaml file), got none")
+        raise ConfigError(
+            f"recipe: must be given (known: {', '.join(recipes.recipe_names())}, or a path of a .yaml file), got none"
+        )
     recipe = recipes.load_recipe(recipe_name, *overrides)
     return Run.create(runs, recipes.recipe_name(recipe_name), recipe, name), recipe
 
 
-def _continued(resume: str, name: str | None, recipe_name: str | None, overrides: list[str], runs: Path) -> tuple[Run, Recipe]:
+def _continued(
+    resume: str, name: str | None, recipe_name: str | None, overrides: list[str], runs: Path
+) -> tuple[Run, Recipe]:
     from sma_models.training.run import check_same
 
     if name is not None:
@@ -68,7 +83,10 @@ def _continued(resume: str, name: str | None, recipe_name: str | None, overrides
 
 def evaluate(
     run: RunArgument,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, such as data.root=.", show_default=False)] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, such as data.root=.", show_default=False),
+    ] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     runs: RunsOption = RUNS,
@@ -92,14 +110,20 @@ def results_table(summary: dict[str, Any]) -> Table:
     splits = {name: result for name, result in summary.items() if isinstance(result, dict) and "loss" in result}
     table = Table("split", "loss", "result", "active per layer", "answers")
     for name, result in splits.items():
-        quality = f"{result['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in result else f"{100 * result['accuracy']:.2f} % right"
+        quality = (
+            f"{result['bits_per_byte']:.3f} bits per byte"
+            if "bits_per_byte" in result
+            else f"{100 * result['accuracy']:.2f} % right"
+        )
         rates = " ".join(f"{100 * rate:.0f}%" for each in result["activation_rate"].values() for rate in each)
         table.add_row(name, f"{result['loss']:.4f}", quality, rates or "-", f"{result['count']:,}")
     return table
 
 
 def data(
-    arguments: Annotated[list[str], typer.Argument(metavar="RECIPE [KEY=VALUE]...", help="A recipe's name or file, then changes to it.")],
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="RECIPE [KEY=VALUE]...", help="A recipe's name or file, then changes to it.")
+    ],
 ) -> None:
     """Get the data of a recipe (download and check, or generate) and say what they are."""
     name, overrides = split_arguments(arguments)

@@ -64,7 +64,9 @@ class StopRequest:
 
 
 class Recorder(Callback):
-    """Logs, evaluates and saves after the steps where the recipe asks for it, in this order, so that a checkpoint is never ahead of the log.
+    """Logs, evaluates and saves after the steps where the recipe asks for it.
+
+    In this order, so that a checkpoint is never ahead of the log.
 
     Args:
         run: where to write.
@@ -103,7 +105,9 @@ class Recorder(Callback):
     def _due(self, step: int, every: int, module: TrainingModule) -> bool:
         return step == module.recipe.train.steps or (every > 0 and step % every == 0)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """After the last part of a step."""
         module = _training_module(pl_module)
         train = module.recipe.train
@@ -146,7 +150,10 @@ class Recorder(Callback):
     def _validation_metrics(self, module: TrainingModule) -> dict[str, float]:
         train = module.recipe.train
         result = evaluate(module.model, self.task, "validation", train, limit=train.eval_batches)
-        return {"validation_loss": result.loss, **{f"validation_{name}": value for name, value in result.quality.items()}}
+        return {
+            "validation_loss": result.loss,
+            **{f"validation_{name}": value for name, value in result.quality.items()},
+        }
 
     def _save(self, trainer: Trainer, module: TrainingModule) -> None:
         _finite(float(module.loss), module.step)
@@ -156,7 +163,8 @@ class Recorder(Callback):
 def _finite(loss: float, step: int) -> float:
     if not math.isfinite(loss):
         raise DivergedError(
-            f"loss: must be finite, got {loss} at step {step}; the last checkpoint is from before. A lower optimiser.lr may help"
+            f"loss: must be finite, got {loss} at step {step}; the last checkpoint is from before. "
+            "A lower optimiser.lr may help"
         )
     return loss
 
@@ -191,7 +199,9 @@ class ProgressBar(Callback):
         """Show the bar."""
         self.bar.start()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Move on."""
         step = _training_module(pl_module).step
         shown = describe(self.recorder.latest)

@@ -1,4 +1,7 @@
-"""Checkpoints to go on from: one safetensors file with the model, the optimiser and how far training got. Nothing is unpickled."""
+"""Checkpoints to go on from: one safetensors file with the model, the optimiser and how far training got.
+
+Nothing is unpickled.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,9 @@ class Checkpoint:
         optimiser.load_state_dict({**optimiser.state_dict(), "state": self.optimiser})
 
 
-def save_checkpoint(path: str | PathLike[str], model: Model, optimiser: torch.optim.Optimizer, progress: Progress) -> None:
+def save_checkpoint(
+    path: str | PathLike[str], model: Model, optimiser: torch.optim.Optimizer, progress: Progress
+) -> None:
     """Write a checkpoint. The file before it stays until the new one is complete on the disk."""
     tensors: dict[str, Tensor] = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
     state: dict[int, dict[str, Any]] = optimiser.state_dict()["state"]
@@ -78,7 +83,9 @@ def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
     """
     tensors, metadata = read_tensors(path)
     if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: must be a training checkpoint of format {FORMAT}, got {metadata.get('format')!r}")
+        raise CheckpointError(
+            f"{path}: must be a training checkpoint of format {FORMAT}, got {metadata.get('format')!r}"
+        )
     try:
         progress = Progress(**json.loads(metadata["progress"]))
         optimiser: dict[int, dict[str, Tensor]] = {}

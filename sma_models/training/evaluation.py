@@ -55,9 +55,7 @@ class RateMeter:
 
     def rates(self) -> dict[str, list[float]]:
         """The share of real tokens that were active, by layer and module."""
-        return {
-            name: (active.double() / valid.clamp(min=1)).tolist() for name, (active, valid) in self._counts.items()
-        }
+        return {name: (active.double() / valid.clamp(min=1)).tolist() for name, (active, valid) in self._counts.items()}
 
 
 def batches_of(task: Task, split: str, config: TrainConfig, limit: int | None = None) -> Iterable[Batch]:
@@ -72,9 +70,15 @@ def batches_of(task: Task, split: str, config: TrainConfig, limit: int | None = 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, task: Task, split: str, config: TrainConfig, *, limit: int | None = None, seen: Callable[[int, int], None] | None = None
+    model: nn.Module,
+    task: Task,
+    split: str,
+    config: TrainConfig,
+    *,
+    limit: int | None = None,
+    seen: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Judge ``model`` on a split, in evaluation mode; neither the model nor any random number generator is changed by it.
+    """Judge ``model`` on a split, in evaluation mode; it leaves the model and the random number generators as they are.
 
     Args:
         model: on the device where it is to run.

@@ -16,7 +16,9 @@ from sma_models.training.run import write_text
 
 
 class MetricsFile(Logger):
-    """A Lightning logger that appends one line per step to a CSV file; numbers are written in full, so equal runs give equal files.
+    """A Lightning logger that appends one line per step to a CSV file.
+
+    Numbers are written in full, so equal runs give equal files.
 
     The first line decides the columns. Each line reaches the disk before the call returns.
     """

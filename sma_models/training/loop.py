@@ -35,7 +35,7 @@ _PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float64": "64-tru
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call of :func:`train` ended: the ``summary`` of a finished run, or the ``signal`` that stopped it at ``step``."""
+    """How :func:`train` ended: the ``summary`` of a finished run, or the ``signal`` that stopped it at ``step``."""
 
     step: int
     summary: dict[str, Any] | None = None
@@ -65,7 +65,8 @@ def build_model(recipe: Recipe) -> Model:
 def train(run: Run, recipe: Recipe, *, console: Console | None = None) -> Outcome:
     """Train ``run`` from its last checkpoint, or from the beginning where there is none, to the end of its recipe.
 
-    A run that was interrupted, however that happened, goes on as if it had not been: the same losses, on a CPU bit for bit.
+    A run that was interrupted, however that happened, goes on as if it had not been: the same losses, on a CPU bit
+    for bit.
 
     Args:
         run: the folder to write to.
@@ -87,7 +88,9 @@ def train(run: Run, recipe: Recipe, *, console: Console | None = None) -> Outcom
         if start is not None:
             start.restore_model(model)
             if start.progress.step > recipe.train.steps:
-                raise CheckpointError(f"{run.checkpoint}: must be of at most {recipe.train.steps} steps, got {start.progress.step}")
+                raise CheckpointError(
+                    f"{run.checkpoint}: must be of at most {recipe.train.steps} steps, got {start.progress.step}"
+                )
         done, seconds, signal = _fit(run, recipe, task, model, start, console)
         if signal is not None:
             return Outcome(done, signal=signal)
@@ -127,7 +130,7 @@ def _trainer(run: Run, recipe: Recipe, callbacks: list[Any], done: int) -> Train
     board = TensorBoardLogger(run.path, name="tensorboard", version="", purge_step=done + 1 if done else None)
     return Trainer(
         max_epochs=1,
-        accelerator={"cuda": "gpu"}.get(plan.device, plan.device),
+        accelerator="gpu" if plan.device == "cuda" else plan.device,
         devices=1,
         precision=_PRECISION[plan.precision],  # type: ignore[arg-type]
         gradient_clip_val=recipe.optimiser.clip,
@@ -146,7 +149,10 @@ def _trainer(run: Run, recipe: Recipe, callbacks: list[Any], done: int) -> Train
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Lightning's advice and announcements stay out of the output; its errors do not."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")]
+    loggers = [
+        logging.getLogger(name)
+        for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
+    ]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -164,9 +170,10 @@ def _finish(run: Run, recipe: Recipe, task: Task, model: Model, seconds: float) 
     """Judge the trained model, and write the weights and then the results."""
     model = model.to(device_of(recipe.train))
     started = time.perf_counter()
-    results = {split: evaluate(model, task, split, recipe.train).as_dict() for split in ("validation", "test") if split in task.splits}
+    judged = [split for split in ("validation", "test") if split in task.splits]
+    results: dict[str, Any] = {split: evaluate(model, task, split, recipe.train).as_dict() for split in judged}
     save(model, run.weights)
-    summary = {
+    summary: dict[str, Any] = {
         "recipe": run.path.parent.name,
         "version": __version__,
         "steps": recipe.train.steps,

@@ -24,7 +24,8 @@ from sma_models.training.recipe import Recipe
 class TrainingModule(LightningModule):
     """Trains a model on batches of one kind.
 
-    Everything random in a step follows from the seed of the recipe and the number of the step, so a run that continues at step k
+    Everything random in a step follows from the seed of the recipe and the number of the step, so a run that
+    continues at step k
     draws what it would have drawn without the interruption.
 
     Args:
@@ -34,7 +35,8 @@ class TrainingModule(LightningModule):
 
     Attributes:
         step: optimiser steps done.
-        loss: of the last step, a scalar on the model's device: task and auxiliary losses, averaged over the parts of the batch.
+        loss: of the last step, a scalar on the model's device: task and auxiliary losses, averaged over the parts of
+            the batch.
         answers: of the last step: cross-entropy, right answers and answers asked for, ``(3,)``.
         routings: of the last part of the last step's batch.
     """

@@ -47,19 +47,28 @@ def check_fit(config: Model.Config, task: Task) -> None:
         ConfigError: the model is for another kind of data, or its vocabulary or number of classes does not fit.
     """
     expected = _HEADS[task.kind]
-    if isinstance(config, tuple(head.Config for head in set(_HEADS.values()))) and not isinstance(config, expected.Config):
-        raise ConfigError(f"model: must be a {expected.__name__} for data of the kind {task.kind!r}, got {config.owner.__name__}")
+    if isinstance(config, tuple(head.Config for head in set(_HEADS.values()))) and not isinstance(
+        config, expected.Config
+    ):
+        raise ConfigError(
+            f"model: must be a {expected.__name__} for data of the kind {task.kind!r}, got {config.owner.__name__}"
+        )
     if hasattr(config, "vocab_size"):
         vocab_size = config.vocab_size
         if (vocab_size is None) != (task.vocab_size is None) or (task.vocab_size or 0) > (vocab_size or 0):
             rule = "must be null (real numbers)" if task.vocab_size is None else f"must be at least {task.vocab_size}"
             raise ConfigError(f"model.vocab_size: {rule} for these data, got {vocab_size}")
-    if task.n_classes is not None and getattr(config, "n_classes", task.n_classes) < task.n_classes:
-        raise ConfigError(f"model.n_classes: must be at least {task.n_classes} for these data, got {getattr(config, 'n_classes', None)}")
+    n_classes = getattr(config, "n_classes", None)
+    if n_classes is not None and task.n_classes is not None and n_classes < task.n_classes:
+        raise ConfigError(f"model.n_classes: must be at least {task.n_classes} for these data, got {n_classes}")
 
 
 def run_model(
-    model: Any, batch: Mapping[str, Tensor | None], kind: Kind, state: Any = None, replay: Mapping[str, Routing] | None = None
+    model: Any,
+    batch: Mapping[str, Tensor | None],
+    kind: Kind,
+    state: Any = None,
+    replay: Mapping[str, Routing] | None = None,
 ) -> ModelOutput:
     """Put a batch through a model.
 
@@ -100,7 +109,7 @@ def score(output: ModelOutput, batch: Mapping[str, Tensor | None], kind: Kind) -
 
 
 def quality(kind: Kind, loss: float, accuracy: float) -> dict[str, float]:
-    """The figure that a task is known by: bits per byte for a language model (``loss`` in nats per byte), accuracy otherwise."""
+    """The figure that a task is known by: bits per byte (from ``loss`` in nats) for a language model, else accuracy."""
     return {"bits_per_byte": loss / math.log(2)} if kind == "lm" else {"accuracy": accuracy}
 
 

@@ -13,7 +13,8 @@ from sma_models.training.recipe import OptimiserConfig
 def learning_rate(config: OptimiserConfig, step: int, steps: int) -> float:
     """Learning rate of one optimiser step.
 
-    Linear from ``lr / warmup`` to ``lr`` over ``warmup`` steps, then ``lr * (share of the rest that is left) ** power``.
+    Linear from ``lr / warmup`` to ``lr`` over ``warmup`` steps, then ``lr * (share of the rest that is left) **
+    power``.
 
     Args:
         config: the peak, the warm-up and the power.

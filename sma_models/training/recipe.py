@@ -22,7 +22,8 @@ class OptimiserConfig(BaseConfig):
     """The optimiser and its learning rate over the steps.
 
     Attributes:
-        algorithm: ``adamw`` and ``radam`` shrink the weights by ``lr * weight_decay``, apart from the gradient; ``adam`` adds the decay to
+        algorithm: ``adamw`` and ``radam`` shrink the weights by ``lr * weight_decay``, apart from the gradient;
+            ``adam`` adds the decay to
             the gradient.
         lr: peak learning rate.
         betas: decay of the two moments.
@@ -62,7 +63,8 @@ class TrainConfig(BaseConfig):
         accumulate: number of equal parts in which a step's batch goes through the model, to save memory.
         eval_batch_size: samples in a batch of an evaluation; None means ``batch_size / accumulate``.
         eval_every: steps between evaluations on the validation split; 0 means only after the last step.
-        eval_batches: at most so many batches in these; None means the whole split. Final results are always of the whole split.
+        eval_batches: at most so many batches in these; None means the whole split. Final results are always of the
+            whole split.
         checkpoint_every: steps between checkpoints.
         log_every: steps between lines of ``metrics.csv``.
         precision: of the arithmetic; with ``bfloat16`` the weights stay in float32 (mixed precision).
@@ -92,7 +94,9 @@ class TrainConfig(BaseConfig):
         for name in ("eval_every", "workers", "seed"):
             self.require(getattr(self, name) >= 0, name, "must not be negative")
         self.require(self.seed < 2**63, "seed", "must be below 2**63")
-        self.require(self.batch_size % self.accumulate == 0, "accumulate", f"must divide batch_size = {self.batch_size}")
+        self.require(
+            self.batch_size % self.accumulate == 0, "accumulate", f"must divide batch_size = {self.batch_size}"
+        )
 
     @property
     def part_size(self) -> int:
@@ -145,7 +149,9 @@ def load_recipe(source: str, *overrides: str) -> Recipe:
     if source not in recipe_names():
         close = difflib.get_close_matches(source, recipe_names(), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise SpecError(f"no recipe named {source!r}{hint} (known: {', '.join(recipe_names())}, or a path of a .yaml file)")
+        raise SpecError(
+            f"no recipe named {source!r}{hint} (known: {', '.join(recipe_names())}, or a path of a .yaml file)"
+        )
     return load_as(_folder() / f"{source}.yaml", Recipe, *overrides)
 
 

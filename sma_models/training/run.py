@@ -1,7 +1,9 @@
 """The folder of a training run: what lies in it, and that nothing in it is ever lost.
 
-``config.yaml`` (the recipe, every value written out), ``metrics.csv``, ``tensorboard/``, ``checkpoints/last.safetensors`` (to go on from),
-``model.safetensors`` (the final weights and their spec), ``summary.json`` (the results; written last, so a run that has it is finished).
+``config.yaml`` (the recipe, every value written out), ``metrics.csv``, ``tensorboard/``,
+``checkpoints/last.safetensors`` (to go on from),
+``model.safetensors`` (the final weights and their spec), ``summary.json`` (the results; written last, so a run that
+has it is finished).
 """
 
 from __future__ import annotations
@@ -58,18 +60,6 @@ class Run:
             fresh.rmdir()
             raise
 
-    @classmethod
-    def open(cls, path: Path) -> Run:
-        """The run that lies in ``path``.
-
-        Raises:
-            ConfigError: there is none.
-        """
-        run = cls(path)
-        if not run.config.is_file():
-            raise ConfigError(f"{path}: must be the folder of a training run, got {'one without config.yaml' if path.is_dir() else 'nothing there'}")
-        return run
-
     @property
     def name(self) -> str:
         """``<recipe>/<name>``."""
@@ -89,7 +79,7 @@ class Run:
         return load_as(self.config, Recipe, *overrides)
 
     def model(self) -> Model:
-        """The trained model in evaluation mode: the final weights, or those of the last checkpoint of an unfinished run.
+        """The trained model in evaluation mode; of an unfinished run, as it was at the last checkpoint.
 
         Raises:
             CheckpointError: there are none yet, or the file is broken.
@@ -134,12 +124,17 @@ class Run:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise ConfigError(f"{self.path}: must not be in use, got a run that another process is training") from error
+                raise ConfigError(
+                    f"{self.path}: must not be in use, got a run that another process is training"
+                ) from error
             yield
 
 
 def _claim(fresh: Path, parent: Path, name: str | None) -> Path:
-    """Move the new folder to its name. A rename onto a folder that holds something fails, so two runs never share one."""
+    """Move the new folder to its name.
+
+    A rename onto a folder that holds something fails, so two runs never share one.
+    """
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for attempt in range(1, 1000):
         target = parent / (name or (stamp if attempt == 1 else f"{stamp}-{attempt}"))
@@ -149,7 +144,9 @@ def _claim(fresh: Path, parent: Path, name: str | None) -> Path:
             if not target.exists():
                 raise
             if name is not None:
-                raise ConfigError(f"name: must be new, got {name!r}: {target} exists; go on with it by --resume {target}") from error
+                raise ConfigError(
+                    f"name: must be new, got {name!r}: {target} exists; go on with it by --resume {target}"
+                ) from error
     raise ConfigError(f"{parent}: must have room for another run of {stamp}, got 999 of them")
 
 
@@ -168,7 +165,8 @@ def find_run(text: str, runs: Path) -> Run:
             found = [path.parent for path in place.glob("*/config.yaml") if not path.parent.name.startswith(".")]
             if found:
                 return Run(max(found, key=lambda path: (path / "config.yaml").stat().st_mtime_ns))
-    raise ConfigError(f"run: must be the folder of a training run, got {text!r} (looked at {', '.join(str(place) for place in places)})")
+    looked_at = ", ".join(str(place) for place in places)
+    raise ConfigError(f"run: must be the folder of a training run, got {text!r} (looked at {looked_at})")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -188,4 +186,6 @@ def check_same(run: Run, recipe: str | None) -> None:
         SpecError: the names differ.
     """
     if recipe is not None and recipe != run.path.parent.name:
-        raise SpecError(f"recipe: must be {run.path.parent.name!r}, that of the run {run.path}, got {recipe!r}; it may be left out")
+        raise SpecError(
+            f"recipe: must be {run.path.parent.name!r}, that of the run {run.path}, got {recipe!r}; it may be left out"
+        )

@@ -27,7 +27,8 @@ class Task:
         endless: True when ``train`` has a sample for every number.
         vocab_size: number of tokens; None when the input is real numbers.
         n_classes: number of classes; None for a language model.
-        lanes: ``lanes(split, batch_size)`` gives batches that go on where the batch before stopped, for a language model that carries its
+        lanes: ``lanes(split, batch_size)`` gives batches that go on where the batch before stopped, for a language
+            model that carries its
             state through an evaluation; None where every sample stands for itself.
         text: ``text(split)`` gives the bytes of a split of a language model.
     """
@@ -89,10 +90,10 @@ class Data(Plugin):
 
 def classification(splits: Splits[Any]) -> Task:
     """The task of classifying the samples of ``splits``."""
-    parts: dict[str, LabelledDataset] = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    train: LabelledDataset = splits.train
+    parts: dict[str, Collating | None] = {"train": train, "validation": splits.validation, "test": splits.test}
     there = {name: part for name, part in parts.items() if part is not None}
-    train = splits.train
-    return Task(train.kind, train, dict(there), vocab_size=train.vocab_size, n_classes=train.num_classes)
+    return Task(train.kind, train, there, vocab_size=train.vocab_size, n_classes=train.num_classes)
 
 
 def cache_folder() -> Path:

@@ -32,7 +32,7 @@ class Released(Data):
 
 
 class ListOps(Released):
-    """ListOps: from the files of the official release, or drawn from the published distribution by our own generator."""
+    """ListOps: from the files of the official release, or drawn from the published distribution."""
 
     release = "lra"
 
@@ -62,7 +62,9 @@ class ListOps(Released):
         if c.root:
             return super().prepare()
         sizes = {"train": c.train, "validation": c.validation, "test": c.test}
-        shape = "-".join(str(n) for n in (*sizes.values(), c.min_length, c.max_length, c.max_depth, c.max_arguments, c.seed))
+        shape = "-".join(
+            str(n) for n in (*sizes.values(), c.min_length, c.max_length, c.max_depth, c.max_arguments, c.seed)
+        )
         folder = cache_folder() / f"listops-generated-{shape}"
         # The training split is written last, so a folder that has it is complete.
         if not (folder / listops.FILES["train"]).exists():
@@ -101,7 +103,12 @@ class Image(Released):
         c = self.config
         return classification(
             image.load_cifar10(
-                self.prepare(), validation_fraction=c.validation_fraction, seed=c.seed, mean=c.mean, std=c.std, rows=c.rows
+                self.prepare(),
+                validation_fraction=c.validation_fraction,
+                seed=c.seed,
+                mean=c.mean,
+                std=c.std,
+                rows=c.rows,
             )
         )
 
@@ -154,7 +161,9 @@ class Text(Released):
     def open(self, *, seed: int) -> Task:
         c = self.config
         root = self.prepare()
-        return classification(text.load(root, max_length=c.max_length, validation_fraction=c.validation_fraction, seed=c.seed))
+        return classification(
+            text.load(root, max_length=c.max_length, validation_fraction=c.validation_fraction, seed=c.seed)
+        )
 
 
 class Retrieval(Released):

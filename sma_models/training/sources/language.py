@@ -32,7 +32,9 @@ class ByteText(Data):
 
         def __post_init__(self) -> None:
             self.require(self.seq_len >= 1, "seq_len", "must be at least 1")
-            self.require(self.eval_seq_len is None or self.eval_seq_len >= 1, "eval_seq_len", "must be at least 1, or null")
+            self.require(
+                self.eval_seq_len is None or self.eval_seq_len >= 1, "eval_seq_len", "must be at least 1, or null"
+            )
 
     config: Config
 
