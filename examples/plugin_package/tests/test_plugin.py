@@ -32,7 +32,7 @@ def test_a_model_made_of_all_three_learns() -> None:
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
     router = model.get_parameter("stack.layers.0.sublayers.1.activate.router.weight")
     assert router.grad is not None
