@@ -1,7 +1,8 @@
 """The laws of the library, on the classes of this package."""
 
-from sma.testing import ConfiguratorSuite, ModuleSuite
 from sma_example_plugin import ShortConv, SinkSigmoid
+
+from sma.testing import ConfiguratorSuite, ModuleSuite
 
 
 class TestShortConv(ModuleSuite):
