@@ -12,7 +12,7 @@ from sma_modules.ops.ema import OP
 from sma_modules.ops.ema.convolution import convolve
 from sma_modules.ops.ema.state import EMAState, initial_state
 
-STEP_LENGTH = 8
+STEP_LENGTH = 16
 """Up to this many tokens the recurrence is faster than setting up a convolution."""
 
 
