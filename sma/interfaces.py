@@ -149,8 +149,8 @@ class Mixer(Part):
     """An always-on sequence layer: ``forward(x (B, L, D), state=None, *, lengths=None) -> (y (B, L, D), state)``.
 
     Rows are right-padded and ``lengths (B,)`` counts their real tokens; None means that all are. Padding never changes
-    an output or a state. A causal mixer returns the state after the last real token of each row; a bidirectional one
-    returns None.
+    an output or a state. Given a state (first from :meth:`initial_state`), a causal mixer returns the one after the
+    last real token of each row; without one the rows are whole sequences and it returns None.
     """
 
     kind: ClassVar[str] = "mixer"

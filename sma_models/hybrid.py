@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sma_modules.norms import LayerNorm
 from torch import Tensor, nn
 
 from sma.configurable import BaseConfig
@@ -16,8 +15,14 @@ from sma.layer import ActivatedConfig, MixtureConfig, SparselyActivated, SparseM
 from sma.padding import valid_of
 from sma.routing import Routing
 from sma.state import State
+from sma_modules.norms import LayerNorm
 
 ROLES = ("mixer", "module", "activate", "mixture")
+
+
+def always_on(module: Module, *, causal: bool) -> SparselyActivated:
+    """A module that every real token goes through."""
+    return SparselyActivated(module, Always(Always.Config()), d_model=module.d_model, causal=causal, router=False)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -73,10 +78,7 @@ class Sublayer(nn.Module):
         self.norm = config.norm.build(d_model=d_model) if config.norm else None
         if self.role == "module":
             assert config.module is not None
-            module = config.module.build(d_model=d_model, causal=causal)
-            self.module = SparselyActivated(
-                module, Always(Always.Config()), d_model=d_model, causal=causal, router=False
-            )
+            self.module = always_on(config.module.build(d_model=d_model, causal=causal), causal=causal)
         else:
             setattr(self, self.role, getattr(config, self.role).build(d_model=d_model, causal=causal))
         self.dropout = nn.Dropout(config.dropout)

@@ -86,10 +86,10 @@ class Attention(LocalAttention):
         Args:
             x: ``(K, D)``.
             packed: where the tokens come from.
-            state: memory of earlier chunks; None at the start of the sequences.
+            state: memory of earlier chunks; None for whole sequences.
 
         Returns:
-            ``(K, D)`` and the memory after the chunk, None if this does not stream.
+            ``(K, D)`` and the memory after the chunk, None if none was given.
 
         Raises:
             ShapeError: ``x`` does not fit ``packed`` or the width of the model.
@@ -167,7 +167,7 @@ class AttentionMixer(Mixer):
 
         Args:
             x: ``(B, L, D)``, right-padded.
-            state: memory of earlier chunks; None at the start.
+            state: memory of earlier chunks; None for whole sequences.
             lengths: ``(B,)`` int64 real tokens per row; None means all.
 
         Returns:

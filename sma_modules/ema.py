@@ -22,7 +22,7 @@ class EMA(Mixer):
         >>> mixer = EMA.Config(n_state=4).build(d_model=8, causal=True)
         >>> x = torch.randn(2, 5, 8)
         >>> y, _ = mixer(x)
-        >>> head, state = mixer(x[:, :3])
+        >>> head, state = mixer(x[:, :3], mixer.initial_state(2, x))
         >>> tail, state = mixer(x[:, 3:], state)
         >>> torch.allclose(torch.cat([head, tail], dim=1), y, atol=1e-5)
         True
@@ -74,7 +74,9 @@ class EMA(Mixer):
     def forward(
         self, x: Tensor, state: EMAState | None = None, *, lengths: Tensor | None = None
     ) -> tuple[Tensor, EMAState | None]:
-        """``x (B, L, D)`` and the stream's state to ``y (B, L, D)`` and the state after each row's last real token.
+        """``x (B, L, D)`` to ``y (B, L, D)``, and the stream's state to the one after each row's last real token.
+
+        Without a state the rows are whole sequences, and None is returned for it: that is the fastest.
 
         Raises:
             ShapeError: ``x`` or ``lengths`` has the wrong shape or dtype.
@@ -91,7 +93,7 @@ class EMA(Mixer):
             truncation=self.config.truncation,
             lengths=lengths,
             state=state,
-            return_state=self.causal,
+            return_state=state is not None,
         )
 
     def initial_state(self, batch: int, like: Tensor) -> State | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sma.interfaces import ModuleOutput
+from sma.memory import WorkingMemory
 from sma.routing import Packed
 from sma.state import State
 from sma_modules.local_attention import LocalAttention, initialise
@@ -19,7 +20,84 @@ from sma_modules.ops.window_attention import Bias
 _BIAS: dict[str, Bias] = {"simple": "original", "local": "local"}
 
 
-class GAU(LocalAttention):
+class SingleHead(LocalAttention):
+    """Attention of one head whose queries and keys are two affine maps of one narrow projection ``Z``.
+
+    ``q = Z * gamma[0] + beta[0]``, ``k = Z * gamma[1] + beta[1]``, with positions as configured. What makes ``Z`` and
+    the values, and what becomes of the output, is up to the subclass (MEGA, arXiv 2209.10655, section 3.2).
+    """
+
+    @dataclass(kw_only=True, frozen=True)
+    class Config(LocalAttention.Config):
+        """Options.
+
+        Attributes:
+            d_qk: width z of queries and keys.
+            d_v: width h of values; None for twice the width of the model.
+            activation: from scores to weights.
+            positions: "simple" biases by original distance, "local" by distance in the compressed sequence, "rotary"
+                turns queries and keys by original position.
+            max_positions: size P of the table of "simple"; longer distances use its ends.
+        """
+
+        d_qk: int = 64
+        d_v: int | None = None
+        activation: Literal["softmax", "relu2", "laplace"] = "softmax"
+        positions: Literal["none", "simple", "local", "rotary"] = "rotary"
+        max_positions: int = 1024
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            rotary, local = self.positions == "rotary", self.positions == "local"
+            self.require(self.d_qk >= 1, "d_qk", "must be at least 1")
+            self.require(self.d_v is None or self.d_v >= 1, "d_v", "must be at least 1 or null")
+            activations, positions = ("softmax", "relu2", "laplace"), ("none", "simple", "local", "rotary")
+            self.require(self.activation in activations, "activation", f"must be one of {', '.join(activations)}")
+            self.require(self.positions in positions, "positions", f"must be one of {', '.join(positions)}")
+            self.require(self.max_positions >= 1, "max_positions", "must be at least 1")
+            self.require(not local or self.window is not None, "window", "must be given for positions 'local'")
+            self.require(not rotary or self.d_qk % 2 == 0, "d_qk", "must be even for positions 'rotary'")
+
+    def __init__(self, config: Config, *, d_model: int, causal: bool = False) -> None:
+        super().__init__(config, d_model=d_model, causal=causal)
+        self.config: SingleHead.Config = config
+        self.d_v = 2 * d_model if config.d_v is None else config.d_v
+        self.gamma = nn.Parameter(torch.empty(2, config.d_qk))
+        self.beta = nn.Parameter(torch.zeros(2, config.d_qk))
+        initialise(self.gamma)
+        entries = 2 * config.max_positions - 1 if config.positions == "simple" else 0
+        if config.positions == "local" and config.window is not None:
+            entries = 6 * config.window - 1
+        self.position_bias = nn.Parameter(0.02 * torch.randn(entries)) if entries else None
+
+    def initial_state(self, batch: int, like: Tensor) -> State | None:
+        """An empty memory; None for a unit that does not stream."""
+        return self.empty_memory(batch, like.new_empty(0, 1, self.config.d_qk), like.new_empty(0, 1, self.d_v))
+
+    def attend_shared(
+        self, z: Tensor, v: Tensor, packed: Packed, state: State | None
+    ) -> tuple[Tensor, WorkingMemory | None]:
+        """Attention over values ``v (K, h)`` with queries and keys from ``z (K, d_qk)``: ``(K, h)`` and the memory
+        after.
+        """
+        config = self.config
+        qk = (z[:, None] * self.gamma + self.beta).to(z.dtype)
+        if config.positions == "rotary":
+            qk = rotary(qk, packed.position, config.rotary_theta)
+        out, memory = self.attend(
+            qk[:, :1],
+            qk[:, 1:],
+            v[:, None],
+            packed,
+            state,
+            activation=config.activation,
+            bias=_BIAS.get(config.positions, "none"),
+            table=self.position_bias,
+        )
+        return out.squeeze(1), memory
+
+
+class GAU(SingleHead):
     """Single-head attention with a window over the compressed sequence, gated element by element.
 
     With m the tokens::
@@ -37,57 +115,25 @@ class GAU(LocalAttention):
     """
 
     @dataclass(kw_only=True, frozen=True)
-    class Config(LocalAttention.Config):
+    class Config(SingleHead.Config):
         """Options.
 
         Attributes:
-            d_qk: width z of queries and keys.
-            d_v: width h of values; None for twice the width of the model.
-            activation: from scores to weights.
-            positions: "simple" biases by original distance, "local" by distance in the compressed sequence, "rotary"
-                turns queries and keys by original position.
-            max_positions: size P of the table of "simple"; longer distances use its ends.
             hidden_dropout: on the output.
         """
 
-        d_qk: int = 64
-        d_v: int | None = None
-        activation: Literal["softmax", "relu2", "laplace"] = "softmax"
-        positions: Literal["none", "simple", "local", "rotary"] = "rotary"
-        max_positions: int = 1024
         hidden_dropout: float = 0.0
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            rotary, local = self.positions == "rotary", self.positions == "local"
-            self.require(self.d_qk >= 1, "d_qk", "must be at least 1")
-            self.require(self.d_v is None or self.d_v >= 1, "d_v", "must be at least 1 or null")
-            activations, positions = ("softmax", "relu2", "laplace"), ("none", "simple", "local", "rotary")
-            self.require(self.activation in activations, "activation", f"must be one of {', '.join(activations)}")
-            self.require(self.positions in positions, "positions", f"must be one of {', '.join(positions)}")
-            self.require(self.max_positions >= 1, "max_positions", "must be at least 1")
             self.require(0 <= self.hidden_dropout < 1, "hidden_dropout", "must be in [0, 1)")
-            self.require(not local or self.window is not None, "window", "must be given for positions 'local'")
-            self.require(not rotary or self.d_qk % 2 == 0, "d_qk", "must be even for positions 'rotary'")
 
     def __init__(self, config: Config, *, d_model: int, causal: bool = False) -> None:
         super().__init__(config, d_model=d_model, causal=causal)
-        self.config: GAU.Config = config
-        self.d_v = 2 * d_model if config.d_v is None else config.d_v
         self.mx_proj = nn.Linear(d_model, config.d_qk + 2 * self.d_v)
         self.h_proj = nn.Linear(self.d_v, d_model)
-        self.gamma = nn.Parameter(torch.empty(2, config.d_qk))
-        self.beta = nn.Parameter(torch.zeros(2, config.d_qk))
-        initialise(self.mx_proj, self.h_proj, self.gamma)
-        entries = 2 * config.max_positions - 1 if config.positions == "simple" else 0
-        if config.positions == "local" and config.window is not None:
-            entries = 6 * config.window - 1
-        self.position_bias = nn.Parameter(0.02 * torch.randn(entries)) if entries else None
+        initialise(self.mx_proj, self.h_proj)
         self.dropout = nn.Dropout(config.hidden_dropout)
-
-    def initial_state(self, batch: int, like: Tensor) -> State | None:
-        """An empty memory; None for a unit that does not stream."""
-        return self.empty_memory(batch, like.new_empty(0, 1, self.config.d_qk), like.new_empty(0, 1, self.d_v))
 
     def forward(self, x: Tensor, packed: Packed, state: State | None = None) -> ModuleOutput:
         """One chunk of activated tokens.
@@ -95,29 +141,16 @@ class GAU(LocalAttention):
         Args:
             x: ``(K, D)``.
             packed: where the tokens come from.
-            state: memory of earlier chunks; None at the start of the sequences.
+            state: memory of earlier chunks; None for whole sequences.
 
         Returns:
-            ``(K, D)`` and the memory after the chunk, None if this does not stream.
+            ``(K, D)`` and the memory after the chunk, None if none was given.
 
         Raises:
             ShapeError: ``x`` does not fit ``packed`` or the width of the model.
             StreamingError: a state is given to a unit that does not stream, or does not fit.
         """
         self.check(x, packed, state)
-        config = self.config
-        z, r, v = F.silu(self.mx_proj(x)).split_with_sizes([config.d_qk, self.d_v, self.d_v], dim=-1)
-        qk = (z[:, None] * self.gamma + self.beta).to(z.dtype)
-        if config.positions == "rotary":
-            qk = rotary(qk, packed.position, config.rotary_theta)
-        out, memory = self.attend(
-            qk[:, :1],
-            qk[:, 1:],
-            v[:, None],
-            packed,
-            state,
-            activation=config.activation,
-            bias=_BIAS.get(config.positions, "none"),
-            table=self.position_bias,
-        )
-        return ModuleOutput(self.dropout(self.h_proj(out.squeeze(1) * r)), memory)
+        z, r, v = F.silu(self.mx_proj(x)).split_with_sizes([self.config.d_qk, self.d_v, self.d_v], dim=-1)
+        out, memory = self.attend_shared(z, v, packed, state)
+        return ModuleOutput(self.dropout(self.h_proj(out * r)), memory)

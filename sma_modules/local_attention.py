@@ -110,15 +110,13 @@ class LocalAttention(Module):
             table: biases.
 
         Returns:
-            ``(K, H, h)`` and the memory after the tokens, None if this does not stream.
+            ``(K, H, h)`` and the memory after the tokens, None if none was given.
         """
         position, k_cu, start, memory = packed.position, packed.cu_seqlens, None, None
         max_k, capacity = packed.max_length, self.attention_window() or 0
         if isinstance(state, WorkingMemory):
             (k, v, position), k_cu, start, memory = state.append(packed, k, v, packed.position)
             max_k += capacity
-        elif self.streams:
-            memory = WorkingMemory.last(capacity, packed, k, v, position)
         if k.shape[1] != q.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         out = window_attention(

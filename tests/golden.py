@@ -17,9 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sma_modules.ema import EMA
-from sma_modules.gau import GAU
-from sma_modules.norms import BatchNorm, LayerNorm, RMSNorm, ScaleNorm
 from torch import Tensor, nn
 
 import sma
@@ -28,6 +25,9 @@ from sma.layer import ActivatedConfig
 from sma.ops import using
 from sma_models.convert import LAYER_RULES, _translate, convert_layer
 from sma_models.seqboat import SeqBoat
+from sma_modules.ema import EMA
+from sma_modules.gau import GAU
+from sma_modules.norms import BatchNorm, LayerNorm, RMSNorm, ScaleNorm
 
 TOLERANCE = 1e-9
 BACKENDS = ("reference", "eager")

@@ -27,6 +27,7 @@ def stream(
 ) -> tuple[Tensor, State]:
     """Run ``module`` chunk by chunk over ``x (K, D)``, the tokens of ``mask``; output ``(K, D)`` and the last state."""
     y = torch.full_like(x, float("nan"))
+    state = module.initial_state(mask.shape[0], x) if state is None else state
     for packed, rows in chunks(mask, cuts):
         out, state, _ = module(x[rows], packed, state)
         y[rows] = out

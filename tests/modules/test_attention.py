@@ -57,7 +57,7 @@ def test_grouped_keys_are_repeated_keys() -> None:
     )
     mask = torch.rand(2, 9) < 0.8
     x, packed = torch.randn(int(mask.sum()), D, dtype=torch.float64), Packed.from_mask(mask)
-    out, state, _ = few(x, packed)
+    out, state, _ = few(x, packed, few.initial_state(2, x))
     torch.testing.assert_close(out, many(x, packed).output, rtol=0, atol=1e-12)
     assert isinstance(state, WorkingMemory)
     assert state.rows[0].shape == (2, 3, 2, 2)
@@ -124,7 +124,7 @@ def test_mixer_streams_with_ragged_chunks(data: st.DataObject) -> None:
     module = mixer(window=3)
     x = torch.randn(2, 10, D, dtype=torch.float64)
     whole, _ = module(x)
-    state, done = None, torch.zeros(2, dtype=torch.int64)
+    state, done = module.initial_state(2, x), torch.zeros(2, dtype=torch.int64)
     while bool((done < 10).any()):
         lengths = torch.tensor([data.draw(st.integers(0, min(4, 10 - int(n)))) for n in done])
         if not lengths.any():

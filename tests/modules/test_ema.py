@@ -57,12 +57,14 @@ def test_initialisation() -> None:
 def test_is_the_operation(causal: bool, truncation: int | None) -> None:
     mixer = build(causal, truncation)
     x = torch.randn(2, 11, 6, dtype=torch.float64)
-    y, state = mixer(x)
+    start = mixer.initial_state(2, x)
+    y, state = mixer(x, start)
     weights = (mixer.delta, mixer.alpha, mixer.beta, mixer.gamma, mixer.omega)
     expected, _ = ema(x, *weights, bidirectional=not causal, truncation=truncation)
     torch.testing.assert_close(y, expected)
     assert (state is not None) == causal
-    assert (mixer.initial_state(2, x) is not None) == causal
+    assert (start is not None) == causal
+    assert mixer(x)[1] is None, "whole sequences need no state"
 
 
 @given(data=st.data())
@@ -72,7 +74,8 @@ def test_streams_in_any_split(data: st.DataObject) -> None:
     mixer = build(True, truncation)
     x = torch.randn(2, sum(chunks), 6, dtype=torch.float64)
     lengths = torch.tensor([sum(chunks), data.draw(st.integers(0, sum(chunks)))])
-    whole, last = mixer(x, lengths=lengths)
+    whole, _ = mixer(x, lengths=lengths)
+    _, last = mixer(x, mixer.initial_state(2, x), lengths=lengths)
     parts: list[Tensor] = []
     state, done = mixer.initial_state(2, x), 0
     for size in chunks:
@@ -89,7 +92,7 @@ def test_state_is_bounded_reordered_and_rolled_back() -> None:
     mixer = build(True, truncation=4).float()
     x = torch.randn(3, 40, 6)
     history: StateHistory[EMAState] = StateHistory(limit=5)
-    state, sizes, outputs = None, set(), []
+    state, sizes, outputs = mixer.initial_state(3, x), set(), []
     for t in range(40):
         y, state = mixer(x[:, t : t + 1], state)
         sizes.add(state.nbytes)
@@ -124,7 +127,7 @@ def test_batch_independence(causal: bool) -> None:
 
 def test_bidirectional_refuses_a_state() -> None:
     x = torch.randn(1, 4, 6, dtype=torch.float64)
-    _, state = build(True)(x)
+    state = build(True).initial_state(x.shape[0], x)
     with pytest.raises(StreamingError, match="bidirectional"):
         build(False)(x, state)
 

@@ -1,0 +1,126 @@
+"""The MEGA layer (arXiv 2209.10655): an EMA and gated single-head attention at every token, full or within chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sma.interfaces import Block, BlockOutput, Mixer, Module, ModuleOutput, Norm
+from sma.layer import ActivatedState, SparselyActivated
+from sma.padding import valid_of
+from sma.routing import Packed, Routing
+from sma.state import State
+from sma_models.hybrid import SublayerConfig, always_on
+from sma_modules.ema import EMA
+from sma_modules.gau import SingleHead
+from sma_modules.local_attention import initialise
+from sma_modules.norms import LayerNorm
+
+
+class MegaAttention(SingleHead):
+    """Takes ``[Z | V]`` as its tokens, ``(K, d_qk + d_v)``, and returns the attention's output, ``(K, d_v)``."""
+
+    def forward(self, x: Tensor, packed: Packed, state: State | None = None) -> ModuleOutput:
+        """One chunk; see :class:`~sma_modules.gau.SingleHead`."""
+        self.check(x, packed, state)
+        z, v = x.split_with_sizes([self.config.d_qk, self.d_v], dim=-1)
+        return ModuleOutput(*self.attend_shared(z, v, packed, state))
+
+
+@dataclass(frozen=True)
+class MegaState(State):
+    """The state of the mixer, of the attention and of the feed-forward network."""
+
+    mixer: State | None
+    attention: ActivatedState
+    ffn: State | None
+
+
+class Mega(Block):
+    """``m = SiLU(EMA(norm(x)))``, attention with Z from m and V from norm(x), an update gate, then a feed-forward
+    network.
+
+    With n the normalised input and everything but the attention token by token::
+
+        [U | Z R | H] = W m;  u = sigmoid(U);  z, r = SiLU(Z R);  v = SiLU(W_v n)
+        y = x + u * (dropout(SiLU(H + W_h(attention(z, v) * r))) - x)
+    """
+
+    @dataclass(kw_only=True, frozen=True)
+    class Config(Block.Config):
+        """Options.
+
+        Attributes:
+            mixer: the moving average.
+            attention: its sizes, positions, and ``chunk``; ``window: null, chunk: null`` is full attention.
+            ffn: the feed-forward network behind it, or None.
+            norm: of both.
+            prenorm: normalise in front of each part instead of behind.
+            dropout: on m, on the new value and on the feed-forward network's output.
+        """
+
+        mixer: Mixer.Config = field(default_factory=EMA.Config)
+        attention: MegaAttention.Config = field(default_factory=lambda: MegaAttention.Config(window=None))
+        ffn: Module.Config | None = None
+        norm: Norm.Config = field(default_factory=LayerNorm.Config)
+        prenorm: bool = True
+        dropout: float = 0.0
+
+        def __post_init__(self) -> None:
+            self.require(0 <= self.dropout < 1, "dropout", "must lie in [0, 1)")
+
+    def __init__(self, config: Config, *, d_model: int, causal: bool = False) -> None:
+        super().__init__(config, d_model=d_model, causal=causal)
+        self.prenorm = config.prenorm
+        self.norm = config.norm.build(d_model=d_model)
+        self.mixer = config.mixer.build(d_model=d_model, causal=causal)
+        self.d_qk, self.d_v = config.attention.d_qk, config.attention.d_v or 2 * d_model
+        attention = replace(config.attention, d_v=self.d_v).build(d_model=self.d_qk + self.d_v, causal=causal)
+        self.attention: SparselyActivated = always_on(attention, causal=causal)
+        self.v_proj = nn.Linear(d_model, self.d_v)
+        self.mx_proj = nn.Linear(d_model, 2 * d_model + self.d_qk + self.d_v)
+        self.h_proj = nn.Linear(self.d_v, d_model)
+        initialise(self.v_proj, self.mx_proj, self.h_proj)
+        self.dropout = nn.Dropout(config.dropout)
+        sublayer = SublayerConfig(module=config.ffn, norm=config.norm, dropout=config.dropout) if config.ffn else None
+        self.ffn = sublayer.build(d_model=d_model, causal=causal, prenorm=config.prenorm) if sublayer else None
+
+    def initial_state(self, batch: int, like: Tensor) -> MegaState:
+        attention = self.attention.initial_state(batch, like)
+        ffn = self.ffn.initial_state(batch, like) if self.ffn is not None else None
+        return MegaState(self.mixer.initial_state(batch, like), attention, ffn)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: MegaState | None = None,
+        *,
+        lengths: Tensor | None = None,
+        replay: Mapping[str, Routing] | None = None,
+    ) -> BlockOutput:
+        """One layer; see :class:`sma.interfaces.Block`. Nothing is routed, so ``replay`` has nothing to say."""
+        residual = x
+        if self.prenorm:
+            x = self.norm(x, lengths=lengths)
+        m, mixer_state = self.mixer(x, state.mixer if state else None, lengths=lengths)
+        m = self.dropout(F.silu(m))
+        update, zr, h = self.mx_proj(m).split_with_sizes([self.d_model, self.d_qk + self.d_v, self.d_model], -1)
+        z, r = F.silu(zr).split_with_sizes([self.d_qk, self.d_v], -1)
+        tokens = torch.cat([z, F.silu(self.v_proj(x))], -1)
+        valid = None if lengths is None else valid_of(lengths, x)
+        attended = self.attention(tokens, state.attention if state else None, valid=valid)
+        new = self.dropout(F.silu(h + self.h_proj(attended.output * r)))
+        y = torch.lerp(residual, new, update.sigmoid())
+        if not self.prenorm:
+            y = self.norm(y, lengths=lengths)
+        out = BlockOutput(y)
+        if self.ffn is not None:
+            out = self.ffn(y, state.ffn if state else None, lengths, None)
+        after = None if attended.state is None else MegaState(mixer_state, attended.state, out.state)
+        return BlockOutput(
+            out.x, after, {}, {name.replace("module", "ffn", 1): loss for name, loss in out.losses.items()}
+        )
