@@ -49,7 +49,7 @@ class RateLoss(Configurable):
             active: ``(B, L, M)`` the decision.
             valid: ``(B, L)`` real tokens; the others do not count.
         """
-        pairs = (valid.sum() * score.shape[-1]).clamp(min=1)
+        pairs = (valid.sum() * score.shape[-1]).clamp(min=1).to(score.dtype)
         mean_score = score.masked_fill(~valid[..., None], 0.0).sum() / pairs
         rate = (active & valid[..., None]).sum() / pairs + mean_score - mean_score.detach()
         if self.kind == "squared":

@@ -127,6 +127,13 @@ def scatter_applies(x: Tensor) -> str | None:
     return None
 
 
+def wider(x: Tensor) -> torch.dtype:
+    """The dtype in which to add up many values of ``x``: one step wider, where its device has one."""
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return torch.float32
+    return torch.float64 if x.dtype == torch.float32 and x.device.type != "mps" else x.dtype
+
+
 def operations() -> dict[str, Op]:
     """Every operation that has been loaded, by name."""
     return dict(_ops)

@@ -3,12 +3,17 @@
 import torch
 from torch import Tensor
 
+from sma.ops.backend import wider
 from sma.ops.segment_sum import OP
 
 
 @OP.backend("eager")
 def segment_sum(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """One ``index_add``; no prefix sums, whose differences would lose digits and mix sequences."""
+    """One ``index_add``; no prefix sums, whose differences would lose digits and mix sequences.
+
+    Adding row after row loses more digits than a sum in pairs, so it is done in the next wider dtype.
+    """
     lengths = cu_seqlens.diff()
     sequence = torch.repeat_interleave(lengths, output_size=x.shape[0])
-    return x.new_zeros(lengths.numel(), *x.shape[1:]).index_add(0, sequence, x)
+    wide = x.to(wider(x))
+    return wide.new_zeros(lengths.numel(), *x.shape[1:]).index_add(0, sequence, wide).to(x.dtype)
