@@ -113,7 +113,7 @@ def _continues(state: State | None, batch: int) -> TypeGuard[WorkingMemory]:
 class AttentionMixer(Mixer):
     """:class:`Attention` as an always-on sequence layer: every real token takes part.
 
-    A causal one with a window or a chunk streams; without a bound it returns no state.
+    A causal one with a window or a chunk streams.
     """
 
     @dataclass(kw_only=True, frozen=True)
@@ -157,7 +157,12 @@ class AttentionMixer(Mixer):
         self.streams = self.attention.streams
 
     def initial_state(self, batch: int, like: Tensor) -> State | None:
-        """An empty memory; None for a mixer that does not stream."""
+        """An empty memory.
+
+        Raises:
+            StreamingError: the mixer looks ahead, or its memory has no bound.
+        """
+        super().initial_state(batch, like)
         return self.attention.initial_state(batch, like)
 
     def forward(
@@ -171,7 +176,7 @@ class AttentionMixer(Mixer):
             lengths: ``(B,)`` int64 real tokens per row; None means all.
 
         Returns:
-            ``(B, L, D)``, zero at padding, and the memory after the last real tokens.
+            ``(B, L, D)``, zero at padding, and, given a state, the memory after the last real tokens.
 
         Raises:
             ShapeError: ``x`` is not ``(B, L, d_model)``.
@@ -188,4 +193,4 @@ class AttentionMixer(Mixer):
         rows = x.reshape(-1, width)
         output, memory, _ = self.attention(rows.index_select(0, packed.index), packed, state)
         y = output.new_zeros(batch * length, width).index_copy(0, packed.index, output)
-        return y.view(batch, length, width), memory
+        return y.view(batch, length, width), None if state is None else memory

@@ -97,7 +97,10 @@ class EMA(Mixer):
         )
 
     def initial_state(self, batch: int, like: Tensor) -> State | None:
-        """State before the first token; None when bidirectional."""
-        if not self.causal:
-            return None
+        """State before the first token.
+
+        Raises:
+            StreamingError: the average is bidirectional.
+        """
+        super().initial_state(batch, like)
         return initial_state(batch, self.d_model, self.config.n_state, self.config.truncation, like=like)

@@ -147,7 +147,7 @@ def test_backends_that_cannot_run_say_why() -> None:
     try:
         op.backend("even", applies=lambda n: None if n % 2 == 0 else f"{n} is odd")(lambda n: n // 2)
         assert op(4) == 2
-        with pytest.raises(BackendError, match="only_even: no backend applies: .*3 is odd"):
+        with pytest.raises(BackendError, match=r"only_even: no backend applies: .*3 is odd"):
             op(3)
         with using("even"), pytest.raises(BackendError, match="'even' was forced and cannot run: 3 is odd"):
             op(3)

@@ -57,14 +57,11 @@ def test_initialisation() -> None:
 def test_is_the_operation(causal: bool, truncation: int | None) -> None:
     mixer = build(causal, truncation)
     x = torch.randn(2, 11, 6, dtype=torch.float64)
-    start = mixer.initial_state(2, x)
-    y, state = mixer(x, start)
+    y, state = mixer(x)
+    assert state is None
     weights = (mixer.delta, mixer.alpha, mixer.beta, mixer.gamma, mixer.omega)
     expected, _ = ema(x, *weights, bidirectional=not causal, truncation=truncation)
     torch.testing.assert_close(y, expected)
-    assert (state is not None) == causal
-    assert (start is not None) == causal
-    assert mixer(x)[1] is None, "whole sequences need no state"
 
 
 @given(data=st.data())
@@ -130,6 +127,8 @@ def test_bidirectional_refuses_a_state() -> None:
     state = build(True).initial_state(x.shape[0], x)
     with pytest.raises(StreamingError, match="bidirectional"):
         build(False)(x, state)
+    with pytest.raises(StreamingError, match="looks ahead"):
+        build(False).initial_state(1, x)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from sma.ops.compress import OP
 from sma.routing import Packed
 
 
-@OP.backend("torch_scatter", priority=60, applies=lambda x, packed: scatter_applies(x))
+@OP.backend("torch_scatter", priority=60, applies=lambda x, packed: scatter_applies(x, packed.index))
 def compress(x: Tensor, packed: Packed) -> Tensor:
     """``gather_coo``: the index is sorted, as it needs."""
     out: Tensor = torch_scatter().gather_coo(x.flatten(0, 1), packed.index)

@@ -7,7 +7,7 @@ from sma.ops.extract import OP
 from sma.routing import Packed
 
 
-@OP.backend("torch_scatter", priority=60, applies=lambda h, packed: scatter_applies(h))
+@OP.backend("torch_scatter", priority=60, applies=lambda h, packed: scatter_applies(h, packed.index))
 def extract(h: Tensor, packed: Packed) -> Tensor:
     """``segment_coo`` over a sorted index without repeats: a sum of at most one row each."""
     batch, length = packed.shape
