@@ -16,6 +16,7 @@ def covers(kind: str, namespace: Mapping[str, Any]) -> Callable[[], None]:
         assert suites
         covered = {type(suite.config).owner for suite in suites if hasattr(suite, "config")}
         covered |= {target for suite in suites for target in getattr(suite, "covers", ())}
+        assert not registry().failures(), "a plugin that fails to load would go untested"
         missing = [
             f"{entry.name} ({entry.provider})"
             for entry in registry().entries()
