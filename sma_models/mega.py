@@ -114,7 +114,8 @@ class Mega(Block):
         valid = None if lengths is None else valid_of(lengths, x)
         attended = self.attention(tokens, state.attention if state else None, valid=valid)
         new = self.dropout(F.silu(h + self.h_proj(attended.output * r)))
-        y = torch.lerp(residual, new, update.sigmoid())
+        # Under autocast the residual keeps its dtype, and lerp takes no mixture.
+        y = torch.lerp(residual, new.to(residual.dtype), update.sigmoid().to(residual.dtype))
         if not self.prenorm:
             y = self.norm(y, lengths=lengths)
         out = BlockOutput(y)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from sma_modules.ema import EMA
-from sma_modules.ffn import FFN
-from sma_modules.moe import MoE
-from sma_modules.norms import BatchNorm, ScaleNorm
-
 from sma.configurators import ExpertChoice, GumbelSoftmax, RateLoss, Sigmoid, TopK
 from sma.layer import ActivatedConfig, MixtureConfig
 from sma.testing import BlockSuite
 from sma_models.hybrid import Hybrid, SublayerConfig
+from sma_models.mega import Mega, MegaAttention
 from sma_models.seqboat import SeqBoat
 from sma_modules.attention import Attention
+from sma_modules.ema import EMA
+from sma_modules.ffn import FFN
 from sma_modules.gau import GAU
+from sma_modules.moe import MoE
+from sma_modules.norms import BatchNorm, ScaleNorm
 from tests.laws.table import covers
 
 EMA4 = EMA.Config(n_state=4)
@@ -44,6 +44,27 @@ class TestSeqBoatCausal(BlockSuite):
     )
     causal = True
     streams = True
+
+
+class TestMega(BlockSuite):
+    config = Mega.Config(
+        mixer=EMA4,
+        attention=MegaAttention.Config(d_qk=4, d_v=12, window=None, positions="simple", max_positions=6),
+        ffn=FFN12,
+    )
+    routes = False
+
+
+class TestMegaChunkCausal(BlockSuite):
+    config = Mega.Config(
+        mixer=EMA4,
+        attention=MegaAttention.Config(d_qk=4, d_v=12, window=None, chunk=3, positions="rotary"),
+        ffn=FFN12,
+        prenorm=False,
+    )
+    causal = True
+    streams = True
+    routes = False
 
 
 class TestTransformer(BlockSuite):

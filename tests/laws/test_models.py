@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sma_modules.ema import EMA
-from sma_modules.norms import LayerNorm
 from torch import Tensor, nn
 
 from sma.layer import ActivatedConfig
@@ -14,7 +12,9 @@ from sma.state import State
 from sma.testing import ModelSuite, Result
 from sma_models.heads import Classifier, LanguageModel, Retrieval
 from sma_models.seqboat import SeqBoat
+from sma_modules.ema import EMA
 from sma_modules.gau import GAU
+from sma_modules.norms import LayerNorm
 from tests.laws.table import covers
 
 BLOCK = SeqBoat.Config(

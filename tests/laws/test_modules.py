@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from sma_modules.ffn import FFN
-from sma_modules.moe import MoE
-
 from sma.testing import ModuleSuite
 from sma_modules.attention import Attention
+from sma_modules.ffn import FFN
 from sma_modules.gau import GAU
+from sma_modules.moe import MoE
 from tests.laws.table import covers
 
 

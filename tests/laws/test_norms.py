@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from sma_modules.norms import BatchNorm, LayerNorm, RMSNorm, ScaleNorm, SyncBatchNorm
-
 from sma.testing import NormSuite
+from sma_modules.norms import BatchNorm, LayerNorm, RMSNorm, ScaleNorm, SyncBatchNorm
 from tests.laws.table import covers
 
 
