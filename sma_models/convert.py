@@ -43,7 +43,8 @@ _LAYER = re.compile(_MODEL + r"layers\.(\d+)\.(?:mega_layer|slag_layer)\.(.+)")
 DROPPED = re.compile(_MODEL + r"(?:version|_future_mask|pos_emb\.inv_freq|output_projection\.weight)")
 
 
-def _translate(name: str, rules: tuple[tuple[str, str], ...]) -> str | None:
+def translate(name: str, rules: tuple[tuple[str, str], ...]) -> str | None:
+    """Our name of a published weight, or None when no rule knows it."""
     for pattern, replacement in rules:
         match = re.fullmatch(pattern, name)
         if match:
@@ -61,7 +62,7 @@ def convert_layer(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     converted: dict[str, Tensor] = {}
     for name, tensor in weights.items():
-        ours = _translate(name, LAYER_RULES)
+        ours = translate(name, LAYER_RULES)
         if ours is None:
             raise CheckpointError(f"{name}: not a weight of a published SeqBoat layer")
         converted[ours] = tensor
@@ -88,7 +89,7 @@ def convert(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         if DROPPED.fullmatch(name):
             continue
-        ours = _translate(name, MODEL_RULES)
+        ours = translate(name, MODEL_RULES)
         if ours is None:
             raise CheckpointError(f"{name}: not a weight of a published SeqBoat model")
         converted[ours] = tensor
