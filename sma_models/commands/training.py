@@ -16,6 +16,7 @@ from sma_models.commands.common import RUNS, RunArgument, RunsOption, extra, fin
 if TYPE_CHECKING:
     from sma_models.training.recipe import Recipe
     from sma_models.training.run import Run
+    from sma_models.training.sources import Task
 
 MAY_CHANGE = ("train.device", "train.workers", "data.root")
 """What may differ when a run goes on: where it computes and where the data lie, not what it computes."""
@@ -36,11 +37,12 @@ def train(
     recipe_name, overrides = split_arguments(arguments or [])
     with extra("train"):
         from sma_models.training.loop import train as run_training
-    run, recipe = (
+    opened = (
         _continued(resume, name, recipe_name, overrides, runs) if resume else _new(recipe_name, name, overrides, runs)
     )
+    run, recipe, task = opened
     notes().print(f"run {run.path}", soft_wrap=True)
-    outcome = run_training(run, recipe, console=notes())
+    outcome = run_training(run, recipe, task=task, console=notes())
     if outcome.signal is not None:
         print(
             f"stopped after step {outcome.step} of {recipe.train.steps}; go on with: sma train --resume {run.path}",
@@ -54,21 +56,26 @@ def train(
     return 0
 
 
-def _new(recipe_name: str | None, name: str | None, overrides: list[str], runs: Path) -> tuple[Run, Recipe]:
+def _new(
+    recipe_name: str | None, name: str | None, overrides: list[str], runs: Path
+) -> tuple[Run, Recipe, Task | None]:
     from sma_models.training import recipe as recipes
-    from sma_models.training.run import Run
+    from sma_models.training.loop import open_task
+    from sma_models.training.run import Run, check_name
 
     if recipe_name is None:
         raise ConfigError(
             f"recipe: must be given (known: {', '.join(recipes.recipe_names())}, or a path of a .yaml file), got none"
         )
     recipe = recipes.load_recipe(recipe_name, *overrides)
-    return Run.create(runs, recipes.recipe_name(recipe_name), recipe, name), recipe
+    check_name(runs / recipes.recipe_name(recipe_name), name)
+    task = open_task(recipe)  # before there is a folder: a mistake leaves nothing behind
+    return Run.create(runs, recipes.recipe_name(recipe_name), recipe, name), recipe, task
 
 
 def _continued(
     resume: str, name: str | None, recipe_name: str | None, overrides: list[str], runs: Path
-) -> tuple[Run, Recipe]:
+) -> tuple[Run, Recipe, Task | None]:
     from sma_models.training.run import check_same
 
     if name is not None:
@@ -78,7 +85,7 @@ def _continued(
             raise ConfigError(f"override: only {', '.join(MAY_CHANGE)} may change when a run goes on, got {override!r}")
     run = find_run(resume, runs)
     check_same(run, recipe_name)
-    return run, run.recipe(*overrides)
+    return run, run.recipe(*overrides), None
 
 
 def evaluate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,18 +44,19 @@ class RateMeter:
     """Counts active and real tokens per layer and module over batches."""
 
     def __init__(self) -> None:
-        self._counts: dict[str, tuple[Tensor, Tensor]] = {}
+        self._counts: dict[str, tuple[Tensor, int]] = {}
 
     def add(self, routings: Mapping[str, Routing]) -> None:
         """Count a batch."""
         for name, routing in routings.items():
-            active, valid = routing.active.sum((0, 1)), routing.valid.sum()
-            before = self._counts.get(name, (0, 0))
-            self._counts[name] = (before[0] + active, before[1] + valid)
+            active, valid = routing.active.sum((0, 1)).cpu(), int(routing.valid.sum())
+            if name in self._counts:
+                active, valid = active + self._counts[name][0], valid + self._counts[name][1]
+            self._counts[name] = (active, valid)
 
     def rates(self) -> dict[str, list[float]]:
         """The share of real tokens that were active, by layer and module."""
-        return {name: (active.double() / valid.clamp(min=1)).tolist() for name, (active, valid) in self._counts.items()}
+        return {name: (active.double() / max(valid, 1)).tolist() for name, (active, valid) in self._counts.items()}
 
 
 def batches_of(task: Task, split: str, config: TrainConfig, limit: int | None = None) -> Iterable[Batch]:
@@ -76,7 +77,6 @@ def evaluate(
     config: TrainConfig,
     *,
     limit: int | None = None,
-    seen: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Judge ``model`` on a split, in evaluation mode; it leaves the model and the random number generators as they are.
 
@@ -86,7 +86,6 @@ def evaluate(
         split: one of its splits.
         config: sizes of the batches and precision.
         limit: at most so many batches, drawn at random; None means the whole split.
-        seen: called with the batches done and their number.
 
     Raises:
         ConfigError: there is no such split.
@@ -94,33 +93,30 @@ def evaluate(
     lanes = task.lanes(split, config.evaluation_size) if task.lanes is not None and limit is None else None
     task.split(split)
     batches: Any = lanes if lanes is not None else batches_of(task, split, config, limit)
-    total = len(batches)
     parameter = next(model.parameters())
     meter, sums = RateMeter(), None
     with torch.random.fork_rng(devices=[]), _evaluation_mode(model), autocast(config, parameter.device):
         state = model.initial_state(config.evaluation_size) if lanes is not None else None  # type: ignore[operator]
-        for number, batch in enumerate(_in_order(batches, total)):
+        for batch in _in_order(batches):
             placed = place(batch, parameter.device, parameter.dtype)
             output = run_model(model, placed, task.kind, state)
             state = output.state
-            result = score(output, placed, task.kind)
+            result = score(output, placed, task.kind).exact()
             sums = result if sums is None else sums + result
             meter.add(output.routings)
-            if seen is not None:
-                seen(number + 1, total)
     return _evaluation(task, split, sums, meter)
 
 
-def _in_order(batches: Any, total: int) -> Iterator[Batch]:
+def _in_order(batches: Any) -> Iterator[Batch]:
     # Lanes are no iterable of their own: they are numbered batches.
-    return iter(batches) if isinstance(batches, Iterable) else (batches[k] for k in range(total))
+    return iter(batches) if isinstance(batches, Iterable) else (batches[k] for k in range(len(batches)))
 
 
 def _evaluation(task: Task, split: str, sums: Score | None, meter: RateMeter) -> Evaluation:
     count = 0 if sums is None else int(sums.count)
     if sums is None or count == 0:
         raise ConfigError(f"split: {split!r} must hold something to predict, got none")
-    loss, accuracy = float(sums.loss.double()) / count, float(sums.correct) / count
+    loss, accuracy = float(sums.loss) / count, float(sums.correct) / count
     return Evaluation(loss, quality(task.kind, loss, accuracy), meter.rates(), count)
 
 

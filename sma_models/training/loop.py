@@ -62,7 +62,7 @@ def build_model(recipe: Recipe) -> Model:
     return model.to(torch.float64) if recipe.train.precision == "float64" else model
 
 
-def train(run: Run, recipe: Recipe, *, console: Console | None = None) -> Outcome:
+def train(run: Run, recipe: Recipe, *, task: Task | None = None, console: Console | None = None) -> Outcome:
     """Train ``run`` from its last checkpoint, or from the beginning where there is none, to the end of its recipe.
 
     A run that was interrupted, however that happened, goes on as if it had not been: the same losses, on a CPU bit
@@ -71,6 +71,7 @@ def train(run: Run, recipe: Recipe, *, console: Console | None = None) -> Outcom
     Args:
         run: the folder to write to.
         recipe: of the run.
+        task: its data, where they are open already.
         console: where the progress is shown.
 
     Raises:
@@ -82,7 +83,7 @@ def train(run: Run, recipe: Recipe, *, console: Console | None = None) -> Outcom
         raise ConfigError(f"{run.path}: must be unfinished to be continued, got a finished run")
     console = console or Console(stderr=True)
     with run.locked():
-        task = open_task(recipe)
+        task = task or open_task(recipe)
         model = build_model(recipe)
         start = read_checkpoint(run.checkpoint) if run.checkpoint.exists() else None
         if start is not None:
@@ -94,7 +95,7 @@ def train(run: Run, recipe: Recipe, *, console: Console | None = None) -> Outcom
         done, seconds, signal = _fit(run, recipe, task, model, start, console)
         if signal is not None:
             return Outcome(done, signal=signal)
-        return Outcome(done, summary=_finish(run, recipe, task, model, seconds))
+        return Outcome(done, summary=_finish(run, recipe, task, model, seconds, console))
 
 
 def _fit(
@@ -166,12 +167,14 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _finish(run: Run, recipe: Recipe, task: Task, model: Model, seconds: float) -> dict[str, Any]:
+def _finish(run: Run, recipe: Recipe, task: Task, model: Model, seconds: float, console: Console) -> dict[str, Any]:
     """Judge the trained model, and write the weights and then the results."""
     model = model.to(device_of(recipe.train))
     started = time.perf_counter()
-    judged = [split for split in ("validation", "test") if split in task.splits]
-    results: dict[str, Any] = {split: evaluate(model, task, split, recipe.train).as_dict() for split in judged}
+    results: dict[str, Any] = {}
+    for split in [name for name in ("validation", "test") if name in task.splits]:
+        with console.status(f"judging on {split}"):
+            results[split] = evaluate(model, task, split, recipe.train).as_dict()
     save(model, run.weights)
     summary: dict[str, Any] = {
         "recipe": run.path.parent.name,

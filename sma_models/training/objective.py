@@ -39,6 +39,10 @@ class Score:
     def __add__(self, other: Score) -> Score:
         return Score(self.loss + other.loss, self.correct + other.correct, self.count + other.count)
 
+    def exact(self) -> Score:
+        """The same sums on the CPU in float64, for adding up many."""
+        return Score(self.loss.detach().cpu().double(), self.correct.cpu(), self.count.cpu())
+
 
 def check_fit(config: Model.Config, task: Task) -> None:
     """Refuse a model that cannot do the task, before any work.

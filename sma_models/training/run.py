@@ -46,9 +46,8 @@ class Run:
         Raises:
             ConfigError: the name is no plain name, or there is such a run already.
         """
-        if name is not None and not _NAME.fullmatch(name):
-            raise ConfigError(f"name: must be letters, digits, '.', '_' and '-', got {name!r}")
         parent = runs / recipe_name
+        check_name(parent, name)
         parent.mkdir(parents=True, exist_ok=True)
         fresh = parent / f".new-{os.getpid()}-{time.time_ns()}"
         fresh.mkdir()
@@ -140,14 +139,24 @@ def _claim(fresh: Path, parent: Path, name: str | None) -> Path:
         target = parent / (name or (stamp if attempt == 1 else f"{stamp}-{attempt}"))
         try:
             return fresh.rename(target)
-        except OSError as error:
+        except OSError:
             if not target.exists():
                 raise
             if name is not None:
-                raise ConfigError(
-                    f"name: must be new, got {name!r}: {target} exists; go on with it by --resume {target}"
-                ) from error
+                check_name(parent, name)
     raise ConfigError(f"{parent}: must have room for another run of {stamp}, got 999 of them")
+
+
+def check_name(parent: Path, name: str | None) -> None:
+    """Refuse a name that is no plain name, or that a run in ``parent`` has.
+
+    Raises:
+        ConfigError: it is one of these.
+    """
+    if name is not None and not _NAME.fullmatch(name):
+        raise ConfigError(f"name: must be letters, digits, '.', '_' and '-', got {name!r}")
+    if name is not None and (parent / name).exists():
+        raise ConfigError(f"name: must be new, got {name!r}; go on with that run by --resume {parent / name}")
 
 
 def find_run(text: str, runs: Path) -> Run:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from sma.configurable import BaseConfig
-from sma.errors import ConfigError
+from sma.errors import ConfigError, MissingExtraError
 from sma.interfaces import Plugin
 from sma_models.training.data.batching import Collating
 from sma_models.training.data.datasets import Kind, LabelledDataset, Splits
@@ -102,3 +102,19 @@ def cache_folder() -> Path:
     if chosen:
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sma"
+
+
+def released(name: str, root: str | None) -> Path:
+    """The folder of a published data set: ``root`` when it is given, else what was or is now downloaded into the cache.
+
+    Raises:
+        DataError: the folder is missing, or the download fails.
+        MissingExtraError: a download is needed, and the extra ``train`` is not installed.
+    """
+    try:
+        from sma_models.training.data.download import locate
+    except ImportError as error:
+        raise MissingExtraError(
+            "downloads need pooch, from the extra 'train': pip install 'sparse-modular-activation[train]'"
+        ) from error
+    return locate(name, root=Path(root).expanduser() if root else None, cache=cache_folder())

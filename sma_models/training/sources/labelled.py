@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from sma_models.training.data import image, listops, pathfinder, retrieval, speech, text
-from sma_models.training.sources.base import Data, Task, cache_folder, classification
+from sma_models.training.sources.base import Data, Task, cache_folder, classification, released
 
 
 class Released(Data):
@@ -25,10 +25,7 @@ class Released(Data):
     config: Config
 
     def prepare(self) -> Path:
-        from sma_models.training.data.download import locate
-
-        root = Path(self.config.root).expanduser() if self.config.root else None
-        return locate(self.release, root=root, cache=cache_folder())
+        return released(self.release, self.config.root)
 
 
 class ListOps(Released):

@@ -9,7 +9,7 @@ from typing import Literal
 
 from sma_models.training.data import lm
 from sma_models.training.data.batching import Collating
-from sma_models.training.sources.base import Data, Task, cache_folder
+from sma_models.training.sources.base import Data, Task, released
 
 
 class ByteText(Data):
@@ -121,10 +121,7 @@ class Enwik8(ByteText):
     config: Config
 
     def prepare(self) -> Path:
-        from sma_models.training.data.download import locate
-
-        root = Path(self.config.root).expanduser() if self.config.root else None
-        return locate("enwik8", root=root, cache=cache_folder())
+        return released("enwik8", self.config.root)
 
     def streams(self) -> lm.StreamSplits:
         return lm.load_enwik8(self.prepare())
