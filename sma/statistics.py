@@ -85,9 +85,9 @@ def _fft_flops(x_shape: Any, *args: Any, **kwargs: Any) -> int:
 
 
 _FFT = {
-    torch.ops.aten._fft_r2c.default: _fft_flops,
-    torch.ops.aten._fft_c2r.default: _fft_flops,
-    torch.ops.aten._fft_c2c.default: _fft_flops,
+    torch.ops.aten._fft_r2c: _fft_flops,
+    torch.ops.aten._fft_c2r: _fft_flops,
+    torch.ops.aten._fft_c2c: _fft_flops,
 }
 
 

@@ -90,10 +90,8 @@ class StreamingLaws(SequenceSuite):
         module = self.module()
         before = self._warm(module, self.inputs(2, 5))
         copy = before.clone()
-        first = self.call(module, x := self.inputs(2, 4), before)
-        second = self.call(module, x, copy)
+        self._after(module, self.inputs(2, 4), before)
         assert all(map(torch.equal, before.tensors(), copy.tensors())), "forward changed the state that it was given"
-        assert torch.equal(first.y, second.y)
         shared = {t.untyped_storage().data_ptr() for t in before.tensors() if t.numel()}
         assert not shared & {t.untyped_storage().data_ptr() for t in copy.tensors() if t.numel()}, "clone shares memory"
 

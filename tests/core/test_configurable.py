@@ -1,77 +1,46 @@
-"""Classes with a typed, frozen configuration of their own."""
+"""Classes and their nested configurations belong to each other."""
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, dataclass
+from dataclasses import dataclass
 
 import pytest
 
 from sma.configurable import BaseConfig, Configurable
-from sma.errors import ConfigError, SMAError
-from sma.interfaces import KINDS, Configurator, Module, Norm, Plugin, kind_of
-from tests.core import spec_parts as parts
+from sma.errors import ConfigError
 
 
-def test_config_builds_its_own_class() -> None:
-    built = parts.WideGau.Config(width=5).build(d_model=4, causal=True)
-    assert type(built) is parts.WideGau
-    assert built.config.width == 5
-    assert (built.d_model, built.causal) == (4, True)
+class Wheel(Configurable):
+    @dataclass(kw_only=True, frozen=True)
+    class Config(BaseConfig):
+        spokes: int = 8
+
+        def __post_init__(self) -> None:
+            self.require(self.spokes > 2, "spokes", "must be more than 2")
+
+    def __init__(self, config: Config, *, size: int = 0) -> None:
+        self.config = config
+        self.size = size
 
 
-def test_subclass_without_config_gets_its_own() -> None:
-    assert parts.ScaleNorm.Config is not Norm.Config
-    assert issubclass(parts.ScaleNorm.Config, Norm.Config)
-    assert type(parts.ScaleNorm.Config().build(d_model=2)) is parts.ScaleNorm
-    assert parts.ScaleNorm.Config.__qualname__ == "ScaleNorm.Config"
-    assert Norm.Config.owner is Norm
+class Spare(Wheel):
+    """Has no options of its own."""
 
 
-def test_abstract_config_builds_nothing() -> None:
+def test_a_configuration_builds_its_own_class() -> None:
+    wheel = Wheel.Config(spokes=5).build(size=3)
+    assert (type(wheel), wheel.config.spokes, wheel.size) == (Wheel, 5, 3)
+    spare = Spare.Config(spokes=4).build()
+    assert (type(spare), spare.config.spokes) == (Spare, 4)
+    assert type(Wheel.Config().build()) is Wheel, "a derived class does not take its parent's configuration away"
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(ConfigError, match="spokes: must be more than 2, got 1"):
+        Spare.Config(spokes=1)
     with pytest.raises(ConfigError, match="an abstract configuration builds nothing"):
         BaseConfig().build()
-
-
-def test_config_is_frozen_and_compared_by_value() -> None:
-    config = parts.Gau.Config(window=3)
-    with pytest.raises(FrozenInstanceError):
-        config.window = 4  # type: ignore[misc]
-    assert config == parts.Gau.Config(window=3) != parts.Gau.Config(window=4)
-    assert hash(config) == hash(parts.Gau.Config(window=3))
-
-
-def test_require_names_field_rule_and_value() -> None:
-    with pytest.raises(ConfigError, match=r"^rate: must lie in \[0, 1\], got 1.5$"):
-        parts.Gate.Config(rate=1.5)
-
-
-def test_config_must_derive_from_base_config() -> None:
-    with pytest.raises(ConfigError, match=r"Wrong.Config: must derive from sma.BaseConfig"):
-
-        class Wrong(Configurable):
-            @dataclass
-            class Config:
-                size: int = 1
-
-
-def test_errors_are_value_errors_of_the_library() -> None:
-    assert issubclass(ConfigError, SMAError)
-    assert issubclass(ConfigError, ValueError)
-
-
-@pytest.mark.parametrize(("cls", "kind"), [(parts.Gau, "module"), (parts.Gate, "configurator"), (parts.Net, "model")])
-def test_kind_follows_from_the_base(cls: type[Plugin], kind: str) -> None:
-    assert kind_of(cls) == kind
-    assert issubclass(cls, KINDS[kind])
-
-
-@pytest.mark.parametrize("wrong", [int, 3, Plugin, Configurable])
-def test_kind_of_something_else(wrong: object) -> None:
-    with pytest.raises(ConfigError, match="a plugin class derives from one of block, configurator, "):
-        kind_of(wrong)  # type: ignore[arg-type]
-
-
-def test_kinds_are_the_documented_ones() -> None:
-    assert set(KINDS) >= {"block", "configurator", "mixer", "model", "module", "norm"}
-    assert KINDS["module"] is Module
-    assert KINDS["configurator"] is Configurator
+    with pytest.raises(ConfigError, match=r"Thief.Config: belongs to Wheel; derive one of its own"):
+        type("Thief", (Wheel,), {"Config": Wheel.Config})
+    with pytest.raises(ConfigError, match=r"must derive from sma.BaseConfig"):
+        type("Loner", (Configurable,), {"Config": int})
