@@ -1,17 +1,20 @@
 """Activation checkpointing that keeps the routing: a decision is saved, never taken a second time.
 
 Recomputing a decision can flip it (a different kernel, noise), and then the recomputed activations have other shapes
-than the saved gradients. :func:`checkpoint` saves the few bits of every decision and recomputes everything else.
+than the saved gradients. :func:`checkpoint` saves the few bits of every decision and recomputes everything else. What a
+module counts as it runs, such as the running averages of a batch norm, is counted once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
@@ -31,11 +34,49 @@ def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op is torch.ops.sma.decision.default else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def _modules_of(function: Any) -> Iterator[nn.Module]:
+    """The modules that a callable shows: itself, the owner of a method, what a function refers to by name."""
+    if isinstance(function, partial):
+        yield from _modules_of(function.func)
+        yield from (each for each in (*function.args, *function.keywords.values()) if isinstance(each, nn.Module))
+    elif isinstance(owner := getattr(function, "__self__", function), nn.Module):
+        yield owner
+    elif inspect.isfunction(function):
+        seen = inspect.getclosurevars(function)
+        named = (*seen.nonlocals.values(), *seen.globals.values())
+        yield from (each for each in named if isinstance(each, nn.Module))
+
+
+@contextmanager
+def _copies_of_buffers(modules: list[nn.Module]) -> Iterator[None]:
+    """The modules work on copies of their buffers, which are thrown away afterwards."""
+    owners = {part: dict(part._buffers) for module in modules for part in module.modules() if part._buffers}
+    for part, buffers in owners.items():
+        part._buffers.update({name: None if each is None else each.clone() for name, each in buffers.items()})
+    try:
+        yield
+    finally:
+        for part, buffers in owners.items():
+            part._buffers.update(buffers)
+
+
+def _contexts(modules: list[nn.Module]) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    now, again = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def recompute() -> Iterator[None]:
+        with _copies_of_buffers(modules), again:
+            yield
+
+    return now, recompute()
+
+
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run ``function`` now and again in the backward pass, but with the routing decisions of now.
 
     Args:
-        function: any callable; sparsely activated layers may lie anywhere inside.
+        function: a module, a method of one, or any callable; sparsely activated layers may lie anywhere inside. Buffers
+            keep what the first run made of them, for the modules that a function refers to directly.
         *args: its arguments.
         **kwargs: its keyword arguments.
 
@@ -43,7 +84,14 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         What ``function`` returns.
 
     Example:
-        >>> y = checkpoint(layer, x).output                       # doctest: +SKIP
+        >>> import torch, sma
+        >>> layer, x = sma.SparselyActivated(torch.nn.Linear(4, 4)), torch.randn(2, 5, 4, requires_grad=True)
+        >>> checkpoint(layer, x).output.sum().backward()
+        >>> x.grad.shape
+        torch.Size([2, 5, 4])
     """
-    contexts = partial(create_selective_checkpoint_contexts, _policy)
+    if torch.compiler.is_compiling():  # the compiler sees one graph, in which a buffer changes once
+        contexts = partial(create_selective_checkpoint_contexts, _policy)
+    else:
+        contexts = partial(_contexts, list(_modules_of(function)))
     return torch_checkpoint(function, *args, use_reentrant=False, context_fn=contexts, **kwargs)

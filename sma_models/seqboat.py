@@ -8,9 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch.nn.functional as F
-from sma_modules.ema import EMA
-from sma_modules.gau import GAU
-from sma_modules.norms import LayerNorm
 from torch import Tensor, nn
 
 from sma.interfaces import Block, BlockOutput, Mixer, Norm
@@ -18,6 +15,9 @@ from sma.layer import ActivatedConfig, ActivatedState, init_router
 from sma.padding import valid_of
 from sma.routing import Routing
 from sma.state import State
+from sma_modules.ema import EMA
+from sma_modules.gau import GAU
+from sma_modules.norms import LayerNorm
 
 
 @dataclass(frozen=True)
