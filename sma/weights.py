@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from sma.errors import CheckpointError
+from sma.errors import CheckpointError, ConfigError, SpecError
 from sma.interfaces import Model
 
 if TYPE_CHECKING:
@@ -37,19 +38,37 @@ def save(model: Model, path: str | PathLike[str]) -> None:
 def write_tensors(
     tensors: Mapping[str, Tensor], path: str | PathLike[str], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write tensors to a safetensors file atomically: a temporary file beside it, synced to disk, then renamed."""
+    """Write tensors to a safetensors file atomically: a temporary file beside it, synced to disk, then renamed.
+
+    Raises:
+        CheckpointError: the file cannot be written; what was there before is still there.
+    """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(temporary), metadata
-        )
+        save_file(_apart(tensors), str(temporary), metadata)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(target)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be written ({error})") from error
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors on the CPU, of which no two share memory: tied weights are written under each of their
+    names.
+    """
+    written: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        storage = own.untyped_storage().data_ptr()
+        written[name] = own.clone() if storage in seen else own
+        seen.add(storage)
+    return written
 
 
 def read_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -72,13 +91,19 @@ def load(path: str | PathLike[str]) -> Model:
 
     Raises:
         CheckpointError: the file is broken, holds no spec, or its weights do not fit the spec.
+        SpecError: the spec in the file is not valid, or names what is not registered here.
     """
     from sma.spec import loads
 
     tensors, metadata = read_tensors(path)
     if SPEC_KEY not in metadata:
         raise CheckpointError(f"{path}: holds no spec; build the model and use load_into")
-    model: Model = loads(metadata[SPEC_KEY], name=str(path), kind="model").build()
+    try:
+        model: Model = loads(metadata[SPEC_KEY], name=str(path), kind="model").build()
+    except ConfigError as error:
+        raise SpecError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    except (RuntimeError, MemoryError, OverflowError) as error:  # sizes beyond the memory of this machine
+        raise CheckpointError(f"{path}: its spec cannot be built here ({error})") from error
     _assign(model, tensors, str(path))
     return model.eval()
 
@@ -103,7 +128,7 @@ def check_keys(model: nn.Module, tensors: Mapping[str, Tensor], place: str) -> N
     """Refuse weights whose names or shapes are not the model's.
 
     Raises:
-        CheckpointError: listing what is missing, unexpected and of another shape.
+        CheckpointError: listing what is missing, unexpected, of another shape and of another kind of numbers.
     """
     own = model.state_dict()
     problems = [
@@ -114,13 +139,26 @@ def check_keys(model: nn.Module, tensors: Mapping[str, Tensor], place: str) -> N
             [
                 f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
                 for name in sorted(own.keys() & tensors.keys())
-                if own[name].shape != tensors[name].shape
+                if not is_lazy(own[name]) and own[name].shape != tensors[name].shape
+            ],
+        ),
+        _listed(
+            "of another kind of numbers",
+            [
+                f"{name} {tensors[name].dtype} instead of {own[name].dtype}"
+                for name in sorted(own.keys() & tensors.keys())
+                if _kind(own[name]) != _kind(tensors[name])
             ],
         ),
     ]
     found = [problem for problem in problems if problem]
     if found:
         raise CheckpointError(f"{place}: does not fit the model: {'; '.join(found)}")
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    """Floating point or integer, complex or real: within a kind, weights may be of another precision."""
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def _listed(what: str, names: Iterable[str], most: int = 8) -> str:
