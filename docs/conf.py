@@ -1,11 +1,16 @@
-"""Configuration of the documentation. No network is needed: references into other projects are left as plain text."""
+"""Configuration of the documentation. No network is needed: references into other projects are left as plain text.
+
+Tables and galleries that follow from the code are made by ``generated.py``, beside this file, whenever the pages are built.
+"""
 
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+import generated
 
 import sma
 
@@ -19,6 +24,7 @@ myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 
 html_theme = "furo"
+html_static_path = ["_static"]
 html_title = f"sma {release}"
 
 autodoc_default_options = {"members": True, "undoc-members": True, "show-inheritance": True, "member-order": "bysource"}
@@ -58,7 +64,12 @@ def _resolve_short_name(app: Any, env: Any, node: Any, content: Any) -> Any:
     return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", found[0], node, content)
 
 
+def _fill_in(app: Any, name: str, source: list[str]) -> None:
+    source[0] = generated.fill_in(source[0])
+
+
 def setup(app: Any) -> None:
     """Called by Sphinx."""
+    app.connect("source-read", _fill_in)
     app.connect("autodoc-process-signature", _name_the_config)
     app.connect("missing-reference", _resolve_short_name)
