@@ -118,7 +118,17 @@ def recipe_models() -> str:
                 f"{count_parameters(model):,}",
             ]
         )
-    head = ["recipe", "layers", "D / h / z", "norm", "attention", "window", "positions", "initial temperature", "dropout"]
+    head = [
+        "recipe",
+        "layers",
+        "D / h / z",
+        "norm",
+        "attention",
+        "window",
+        "positions",
+        "initial temperature",
+        "dropout",
+    ]
     return _table([*head, "EMA truncation", "parameters"], rows)
 
 

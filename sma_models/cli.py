@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None takes those of the process.
 
     Returns:
-        The exit code: 0 for success, 2 for a mistake of the user, 128 + n after signal n.
+        The exit code, 0 for success, 2 for a mistake of the user, 128 + n after signal n.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = [each for each in given if each != "--debug"]

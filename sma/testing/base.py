@@ -23,7 +23,7 @@ few = settings(
     phases=(Phase.explicit, Phase.generate),
     suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
-"""Settings of the drawn examples: few, small enough to read as they are, and the same every time."""
+"""Settings of the drawn examples, few, small enough to read as they are, and the same every time."""
 
 lengths_of_rows = st.lists(st.integers(0, 7), min_size=1, max_size=4)
 Test = TypeVar("Test", bound=Callable[..., None])

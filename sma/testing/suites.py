@@ -146,7 +146,7 @@ class ModuleSuite(_LayerSuite):
 
 
 class StockSuite(ModuleSuite):
-    """The same laws for a module that knows nothing of this library: supply :meth:`create` and :meth:`native`.
+    """The same laws for a module that knows nothing of this library: supply ``create`` and :meth:`native`.
 
     Example:
         >>> class TestConvolution(StockSuite):                    # doctest: +SKIP

@@ -134,6 +134,7 @@ RELEASES = {
         ),
     ),
 }
+"""What can be downloaded, by the name of the data set."""
 
 
 def locate(name: str, *, root: Pathlike | None = None, cache: Pathlike | None = None) -> Path:

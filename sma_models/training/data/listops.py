@@ -78,7 +78,7 @@ def generate(sizes: Mapping[str, int] = SIZES, *, seed: int = 0, task: Task | No
         task: the distribution; None means the published one.
 
     Returns:
-        For each split, (tokens as bytes: token i of :data:`VOCABULARY` is byte i, value 0..9) pairs.
+        Pairs (tokens, value 0..9) for each split; the tokens are bytes, byte i for token i of :data:`VOCABULARY`.
 
     Raises:
         ConfigError: a size is negative or the distribution has too few different expressions.

@@ -33,7 +33,7 @@ from sma_models.training.data.randomness import WINDOW, Draws
 
 VOCAB_SIZE = 256
 START = 10
-"""The token before the first byte of a stream: a line feed, so that the vocabulary needs no extra entry."""
+"""The token before the first byte of a stream, a line feed, so that the vocabulary needs no extra entry."""
 IGNORE = -100
 """The target where there is nothing to predict."""
 
