@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import struct
+import warnings
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -43,6 +45,23 @@ _LAYER = re.compile(_MODEL + r"layers\.(\d+)\.(?:mega_layer|slag_layer)\.(.+)")
 DROPPED = re.compile(_MODEL + r"(?:version|_future_mask|pos_emb\.inv_freq|output_projection\.weight)")
 
 
+# What the restricted unpickler raises, which runs a program that may be cut off or changed anywhere.
+UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    MemoryError,
+    OverflowError,
+    struct.error,
+)
+
+
 def translate(name: str, rules: tuple[tuple[str, str], ...]) -> str | None:
     """Our name of a published weight, or None when no rule knows it."""
     for pattern, replacement in rules:
@@ -58,13 +77,15 @@ def convert_layer(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     The rate controller's ``balance``, which the published code does not have, is set to zero.
 
     Raises:
-        CheckpointError: a name is unknown.
+        CheckpointError: a name is unknown, or two are of one weight.
     """
     converted: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         ours = translate(name, LAYER_RULES)
         if ours is None:
             raise CheckpointError(f"{name}: not a weight of a published SeqBoat layer")
+        if ours in converted:
+            raise CheckpointError(f"{name}: {ours} is given twice, under two names")
         converted[ours] = tensor
     converted.setdefault("activate.configurator.balance", torch.zeros(1))
     return converted
@@ -73,12 +94,13 @@ def convert_layer(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def convert(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of a published model as the state dict of a model of this library.
 
+    An output projection that equals the embedding is tied to it and left out; another one becomes ``head.weight``.
+
     Args:
         weights: the ``model`` entry of a published checkpoint.
 
     Raises:
-        CheckpointError: a name is unknown, or an output projection is not tied to the embedding although it has its
-            shape.
+        CheckpointError: a name is unknown, or two are of one weight.
     """
     converted: dict[str, Tensor] = {}
     layers: dict[str, dict[str, Tensor]] = {}
@@ -92,13 +114,16 @@ def convert(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ours = translate(name, MODEL_RULES)
         if ours is None:
             raise CheckpointError(f"{name}: not a weight of a published SeqBoat model")
+        if ours in converted:
+            raise CheckpointError(f"{name}: {ours} is given twice, under two names")
         converted[ours] = tensor
     for number, layer_weights in layers.items():
         converted.update(
             {f"stack.layers.{number}.{name}": tensor for name, tensor in convert_layer(layer_weights).items()}
         )
     projection = weights.get("decoder.output_projection.weight")
-    if projection is not None and not torch.equal(projection, weights["decoder.embed_tokens.weight"]):
+    embedding = weights.get("decoder.embed_tokens.weight")
+    if projection is not None and (embedding is None or not torch.equal(projection, embedding)):
         converted["head.weight"] = projection
     return converted
 
@@ -116,13 +141,20 @@ def read_published(path: str | PathLike[str]) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such file")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of torch about itself, on the way to some of its errors
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a complete checkpoint of tensors ({str(error).splitlines()[0]})") from error
+    except UNREADABLE as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path}: not a complete checkpoint of tensors ({reason})") from error
     weights = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+    if not isinstance(weights, dict) or not weights:
         raise CheckpointError(f"{path}: holds no weights; expected a dictionary of tensors, alone or under 'model'")
+    for name, value in weights.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path}: must hold a dictionary of tensors by name, got {type(value).__name__} under {name!r:.60}"
+            )
     return weights
 
 
