@@ -71,6 +71,7 @@ class Configurator(Part):
     Attributes:
         logits_per_module: how many numbers per token and module the router has to supply; 0 when none is needed.
         causal: True when the decision at t depends on positions up to t only. An instance may set it.
+        adjustable: False when the rate is fixed, so that neither a loss nor a controller can move it.
         balance: ``(M,)`` buffer added to the logits in favour of activation; moved by a rate controller, never by a
             gradient.
     """
@@ -78,6 +79,7 @@ class Configurator(Part):
     kind: ClassVar[str] = "configurator"
     logits_per_module: int = 1
     causal: bool = True
+    adjustable: bool = True
     balance: Tensor
 
     @dataclass(kw_only=True, frozen=True)

@@ -122,21 +122,25 @@ class SparseMixture(nn.Module):
             check_supported(module, layout, causal)
         self._own(modules)
         self.configurator = configurator or TemperedSoftmax(TemperedSoftmax.Config(), n_modules=len(modules))
-        if self.configurator.n_modules != len(modules):
-            raise ConfigError(
-                f"configurator: decides on {self.configurator.n_modules} modules, the layer has {len(modules)}"
-            )
-        if causal and not self.configurator.causal:
-            raise ConfigError(
-                f"configurator: {type(self.configurator).__name__} looks ahead, it is refused in a causal layer"
-            )
         self.rate_loss = rate_loss
         self.controller = controller
+        self._check_configurator(len(modules))
         self.d_model = d_model or next((width for width in map(infer_width, modules) if width), None)
         self._width_known = False
         self.router = self._make_router() if router and self.configurator.logits_per_module else None
         if self.d_model is not None:
             self._know_width(self.d_model)
+
+    def _check_configurator(self, n_modules: int) -> None:
+        configurator = self.configurator
+        name = type(configurator).__name__
+        if configurator.n_modules != n_modules:
+            raise ConfigError(f"configurator: decides on {configurator.n_modules} modules, the layer has {n_modules}")
+        if self.causal and not configurator.causal:
+            raise ConfigError(f"configurator: {name} looks ahead, it is refused in a causal layer")
+        given = "rate_loss" if self.rate_loss else "controller" if self.controller else None
+        if given and not configurator.adjustable:
+            raise ConfigError(f"{given}: must not be given with {name}, whose rate is fixed")
 
     def _own(self, modules: Sequence[nn.Module]) -> None:
         self.members = nn.ModuleList(modules)

@@ -12,6 +12,7 @@ class Always(Configurator):
     """All real tokens are active with confidence 1, so that the layer equals the plain module (SeqBoat-full)."""
 
     logits_per_module = 0
+    adjustable = False
 
     def score(self, logits: Tensor, position: Tensor) -> Tensor:
         return at_least_float32(logits).new_ones(*position.shape, self.n_modules)

@@ -19,6 +19,7 @@ class ExpertChoice(Configurator):
     """
 
     causal = False
+    adjustable = False
 
     @dataclass(kw_only=True, frozen=True)
     class Config(Configurator.Config):
@@ -36,4 +37,4 @@ class ExpertChoice(Configurator):
         return logits.softmax(-1) if self.n_modules > 1 else logits.sigmoid()
 
     def decide(self, score: Tensor, position: Tensor, valid: Tensor) -> Tensor:
-        return top_of_sequence(score + self.balance.to(score.dtype), valid, self.rate)
+        return top_of_sequence(score, valid, self.rate)

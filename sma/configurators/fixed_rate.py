@@ -18,6 +18,7 @@ class FixedRate(Configurator):
     """
 
     logits_per_module = 0
+    adjustable = False
 
     @dataclass(kw_only=True, frozen=True)
     class Config(Configurator.Config):

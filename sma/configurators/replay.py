@@ -61,6 +61,7 @@ class Replay(Configurator):
     """
 
     logits_per_module = 0
+    adjustable = False
     active: Tensor
     confidence: Tensor
 

@@ -43,17 +43,17 @@ class TopK(Configurator):
         self.k = config.k
         self.renormalise = config.renormalise
         self.rate = config.rate
-        self.causal = config.over == "modules"
+        self.causal = self.adjustable = config.over == "modules"
 
     def score(self, logits: Tensor, position: Tensor) -> Tensor:
         logits = at_least_float32(logits[..., 0])
         return logits.softmax(-1) if self.over == "modules" else torch.sigmoid(logits)
 
     def decide(self, score: Tensor, position: Tensor, valid: Tensor) -> Tensor:
-        # The balance moves the choice only, never the confidence (auxiliary-loss-free balancing, arXiv 2408.15664).
-        score = score.detach() + self.balance.to(score.dtype)
         if self.over == "sequence":
             return top_of_sequence(score, valid, self.rate)
+        # The balance moves the choice only, never the confidence (auxiliary-loss-free balancing, arXiv 2408.15664).
+        score = score.detach() + self.balance.to(score.dtype)
         best = score.sort(dim=-1, descending=True, stable=True).indices[..., : self.k]
         return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, True)
 

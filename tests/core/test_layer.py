@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sma.configurators import Always, ExpertChoice, FixedRate, Sigmoid, TopK
+from sma.configurators import Always, ExpertChoice, FixedRate, RateController, RateLoss, Sigmoid, TopK
 from sma.errors import ConfigError, RoutingError, ShapeError, StreamingError
+from sma.interfaces import Configurator
 from sma.layer import ActivatedConfig, MixtureConfig, SparselyActivated, SparseMixture
 from sma.routing import Routing
 from tests.core.parts import Losing, Running
@@ -401,3 +402,23 @@ def test_ranks_that_activate_different_modules_train_together(tmp_path: Path) ->
     torch.multiprocessing.spawn(_train_on_rank, (str(tmp_path),), nprocs=2)
     assert (tmp_path / "done0").exists()
     assert (tmp_path / "done1").exists()
+
+
+@pytest.mark.parametrize(
+    "fixed",
+    [
+        Always(Always.Config()),
+        FixedRate(FixedRate.Config(rate=0.5)),
+        ExpertChoice(ExpertChoice.Config(rate=0.5)),
+        TopK(TopK.Config(over="sequence")),
+    ],
+    ids=lambda configurator: type(configurator).__name__,
+)
+@pytest.mark.parametrize(
+    "held",
+    [{"rate_loss": RateLoss.Config(target=0.5).build()}, {"controller": RateController.Config(target=0.5).build()}],
+    ids=lambda held: next(iter(held)),
+)
+def test_a_fixed_rate_cannot_be_held_elsewhere(fixed: Configurator, held: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(held))}: must not be given with {type(fixed).__name__}"):
+        SparselyActivated(nn.Linear(4, 4), fixed, **held)
