@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sma.errors import ConfigError
-from sma_models.heads import LanguageModel
+from sma.padding import Alignment
+from sma_models.heads import LanguageModel, check_tokens
+from sma_models.stack import StackState
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Refuse options of :func:`sample` that are out of range.
+
+    Raises:
+        ConfigError: which, and its value.
+    """
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(f"temperature: must be 0 or a positive number, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"top_k: must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(f"top_p: must lie in (0, 1], got {top_p}")
 
 
 def sample(
@@ -34,15 +52,11 @@ def sample(
     Raises:
         ConfigError: an argument is out of range.
     """
-    if temperature < 0:
-        raise ConfigError(f"temperature: must not be negative, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ConfigError(f"top_k: must be at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ConfigError(f"top_p: must lie in (0, 1], got {top_p}")
+    check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(-1)
-    probability = torch.softmax(logits.float() / temperature, -1)
+    # The largest becomes 0, so that no temperature is too small to divide by.
+    probability = torch.softmax((logits - logits.amax(-1, keepdim=True)).float() / temperature, -1)
     ranked, order = torch.sort(probability, dim=-1, descending=True, stable=True)
     keep = torch.ones_like(ranked, dtype=torch.bool)
     if top_k is not None:
@@ -53,7 +67,6 @@ def sample(
     return order.gather(-1, drawn).squeeze(-1)
 
 
-@torch.no_grad()
 def stream(
     model: LanguageModel,
     prompt: Tensor,
@@ -78,22 +91,39 @@ def stream(
         generator: see there.
 
     Raises:
-        ConfigError: the prompt is empty or a row of it is all padding.
+        ConfigError: an option is out of range, the prompt is empty or a row of it is all padding.
+        ShapeError: the prompt or ``valid`` have the wrong shape or dtype, or a token is not in the vocabulary.
         StreamingError: the model cannot stream.
     """
-    if prompt.dim() != 2 or prompt.shape[1] == 0 or (valid is not None and not bool(valid.any(1).all())):
+    check_sampling(temperature, top_k, top_p)
+    if prefill_chunk < 1:
+        raise ConfigError(f"prefill_chunk: must be at least 1, got {prefill_chunk}")
+    check_tokens("prompt", prompt, model.vocab_size)
+    Alignment.of(valid, (prompt.shape[0], prompt.shape[1]))
+    if prompt.shape[1] == 0 or (valid is not None and not bool(valid.any(1).all())):
         raise ConfigError(f"prompt: every row needs at least one real token, got shape {tuple(prompt.shape)}")
     state = model.initial_state(prompt.shape[0])
+    draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    return _stream(model, prompt, valid, prefill_chunk, state, draw)
+
+
+@torch.no_grad()
+def _stream(
+    model: LanguageModel,
+    prompt: Tensor,
+    valid: Tensor | None,
+    prefill_chunk: int,
+    state: StackState | None,
+    draw: Callable[[Tensor], Tensor],
+) -> Iterator[Tensor]:
     last = torch.zeros(prompt.shape[0], model.vocab_size, dtype=model.embedding.weight.dtype, device=prompt.device)
     for start in range(0, prompt.shape[1], prefill_chunk):
         chunk = slice(start, start + prefill_chunk)
         mask = None if valid is None else valid[:, chunk]
         out = model(prompt[:, chunk], state, valid=mask)
-        assert out.state is not None
-        state = out.state
-        last = _last_logits(out.logits, mask, last)
+        state, last = out.state, _last_logits(out.logits, mask, last)
     while True:
-        token = sample(last, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        token = draw(last)
         yield token
         out = model(token[:, None], state)
         state, last = out.state, out.logits[:, -1]
@@ -111,8 +141,14 @@ def _last_logits(logits: Tensor, valid: Tensor | None, before: Tensor) -> Tensor
 def generate(model: LanguageModel, prompt: Tensor, max_new_tokens: int, **options: object) -> Tensor:
     """The ``max_new_tokens`` tokens that follow each prompt, ``(B, max_new_tokens)``; options as for :func:`stream`.
 
+    Raises:
+        ConfigError: as for :func:`stream`, and for a negative number of tokens.
+
     Example:
-        >>> generate(model, torch.tensor([[72, 101]]), 16, temperature=0.8)         # doctest: +SKIP
+        >>> import sma
+        >>> model = sma.build("seqboat_small_lm", "d_model=16", "n_layers=2").eval()
+        >>> generate(model, torch.tensor([[72, 101]]), 5, temperature=0.8).shape
+        torch.Size([1, 5])
     """
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens: must not be negative, got {max_new_tokens}")
