@@ -1,6 +1,6 @@
 """Configuration of the documentation. No network is needed: references into other projects are left as plain text.
 
-Tables and galleries that follow from the code are made by ``generated.py``, beside this file, whenever the pages are built.
+Tables and galleries that follow from the code are made by ``generated.py``, beside this file, at every build.
 """
 
 import re
@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
 
 import generated
 

@@ -1,6 +1,7 @@
 """Parts of the documentation that are made from the code when the pages are built, so that they cannot go out of date.
 
-A page holds ``<!-- generated: NAME -->`` alone on a line; the function of that name below supplies the Markdown in its place.
+A page holds ``<!-- generated: NAME -->`` alone on a line; the function of that name below supplies the Markdown in its
+place.
 """
 
 from __future__ import annotations
