@@ -1,4 +1,4 @@
-"""What the pages say is true: every ``python`` block runs, every ``sma`` command is understood, every part has a page."""
+"""What the pages say is true: ``python`` blocks run, ``sma`` commands are understood, every module has a page."""
 
 from __future__ import annotations
 
