@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from sma.adapters import call_module, check_supported, infer_layout, infer_width
 from sma.checkpointing import mark_decision
@@ -166,7 +168,7 @@ class SparseMixture(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # What is loaded before the width is known must not be initialised again once it is.
         weight = state_dict.get(f"{prefix}router.weight")
-        if not self._width_known and weight is not None and not nn.parameter.is_lazy(weight):
+        if not self._width_known and weight is not None and not is_lazy(weight):
             self.d_model, self._width_known = weight.shape[1], True
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -238,6 +240,7 @@ class SparseMixture(nn.Module):
             raise ShapeError(f"{name}: x must be floating point with shape (B, L, D), got {x.dtype} {tuple(x.shape)}")
         if self.d_model is not None and x.shape[-1] != self.d_model:
             raise ShapeError(f"{name}: x must have d_model = {self.d_model} features, got {tuple(x.shape)}")
+        self._check_weights(x)
         if valid is not None and (valid.dtype != torch.bool or valid.shape != x.shape[:2]):
             raise ShapeError(
                 f"{name}: valid must be bool of shape {tuple(x.shape[:2])}, got {valid.dtype} {tuple(valid.shape)}"
@@ -250,6 +253,16 @@ class SparseMixture(nn.Module):
                 raise StreamingError(f"{name}: cannot stream: {reason}")
             if state.seen.shape[0] != x.shape[0]:
                 raise StreamingError(f"{name}: the state is of a batch of {state.seen.shape[0]}, x of {x.shape[0]}")
+
+    def _check_weights(self, x: Tensor) -> None:
+        """The router stands for all weights; modules may mix dtypes, and may run in several."""
+        name, weight = type(self).__name__, self.router.weight if self.router is not None else None
+        if weight is None or is_lazy(weight):
+            return
+        if x.device != weight.device:
+            raise ShapeError(f"{name}: x must be on the device of the layer, {weight.device}, got {x.device}")
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ShapeError(f"{name}: x must be {weight.dtype} like the layer, got {x.dtype}")
 
     def _route(
         self, x: Tensor, logits: Tensor | None, valid: Tensor, position: Tensor, replay: Routing | None
@@ -264,7 +277,7 @@ class SparseMixture(nn.Module):
             logits = self.router(x.masked_fill(~valid[..., None], 0.0))
         elif logits is None:
             logits = x.new_empty(shape)
-        if logits.numel() != x.shape[0] * x.shape[1] * shape[2] * shape[3]:
+        if logits.shape[:2] != shape[:2] or prod(logits.shape[2:]) != shape[2] * shape[3]:
             raise ShapeError(
                 f"{type(self).__name__}: logits must hold (B, L, M, C) = {shape}, got {tuple(logits.shape)}"
             )

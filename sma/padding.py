@@ -24,6 +24,22 @@ def valid_of(lengths: Tensor | None, x: Tensor) -> Tensor:
     return torch.arange(x.shape[1], device=x.device) < lengths[:, None]
 
 
+def check_valid(valid: Tensor | None, shape: tuple[int, int], device: torch.device | None = None) -> None:
+    """Refuse what is no mask of the real tokens of ``(B, L) = shape`` on ``device``; None is one.
+
+    Raises:
+        ShapeError: the mask has another shape or dtype, or is elsewhere.
+    """
+    if valid is None:
+        return
+    if not isinstance(valid, Tensor):
+        raise ShapeError(f"valid: must be a bool tensor of shape {tuple(shape)}, got {type(valid).__name__}")
+    if valid.dtype != torch.bool or tuple(valid.shape) != tuple(shape):
+        raise ShapeError(f"valid: must be bool of shape {tuple(shape)}, got {valid.dtype} {tuple(valid.shape)}")
+    if device is not None and valid.device != device:
+        raise ShapeError(f"valid: must be on the device of the input, {device}, got {valid.device}")
+
+
 @dataclass(frozen=True)
 class Alignment:
     """How the rows of a batch were moved to the left.
@@ -49,8 +65,7 @@ class Alignment:
         """
         if valid is None:
             return Alignment(None, None)
-        if valid.dtype != torch.bool or tuple(valid.shape) != tuple(shape):
-            raise ShapeError(f"valid: must be bool of shape {tuple(shape)}, got {valid.dtype} {tuple(valid.shape)}")
+        check_valid(valid, shape)
         if bool(valid.all()):
             return Alignment(None, None)
         lengths = valid.sum(1)

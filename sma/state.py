@@ -88,9 +88,12 @@ class StateHistory(Generic[S]):
         limit: how many steps back can be reached. Memory is at most ``limit + 1`` states.
 
     Example:
-        >>> history = StateHistory(limit=4)
-        >>> history.push(state0); history.push(state1)            # doctest: +SKIP
-        >>> state = history.rollback(1)                           # doctest: +SKIP
+        >>> from sma import WorkingMemory
+        >>> history, state = StateHistory(limit=4), WorkingMemory.empty(1, 8, torch.zeros(0, 3))
+        >>> history.push(state)
+        >>> history.push(state.clone())
+        >>> history.rollback(1) is state
+        True
     """
 
     def __init__(self, limit: int) -> None:

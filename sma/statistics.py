@@ -115,7 +115,12 @@ def operations(run: Callable[[Mapping[str, Routing] | None], Any]) -> OperationC
         run: calls the model with the given ``replay`` and returns something with ``routings``.
 
     Example:
-        >>> operations(lambda replay: model(tokens, replay=replay)).saved       # doctest: +SKIP
+        >>> import sma
+        >>> model = sma.build("seqboat_small_lm", "d_model=16", "n_layers=2").eval()
+        >>> tokens = torch.randint(256, (1, 50))
+        >>> count = operations(lambda replay: model(tokens, replay=replay))
+        >>> 0 < count.spent <= count.always_on
+        True
     """
     outputs: list[Any] = []
     spent = count_flops(lambda: outputs.append(run(None)))

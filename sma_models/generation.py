@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from sma.errors import ConfigError
-from sma.padding import Alignment
-from sma_models.heads import LanguageModel, check_tokens
+from sma_models.heads import LanguageModel, check_tokens, without_padding
 from sma_models.stack import StackState
 
 
@@ -98,8 +97,8 @@ def stream(
     check_sampling(temperature, top_k, top_p)
     if prefill_chunk < 1:
         raise ConfigError(f"prefill_chunk: must be at least 1, got {prefill_chunk}")
+    prompt = without_padding("prompt", prompt, valid, model.embedding.weight)
     check_tokens("prompt", prompt, model.vocab_size)
-    Alignment.of(valid, (prompt.shape[0], prompt.shape[1]))
     if prompt.shape[1] == 0 or (valid is not None and not bool(valid.any(1).all())):
         raise ConfigError(f"prompt: every row needs at least one real token, got shape {tuple(prompt.shape)}")
     state = model.initial_state(prompt.shape[0])

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sma.errors import ShapeError
+from sma.errors import RoutingError, ShapeError
 from sma.interfaces import Model
+from sma.padding import check_valid
 from sma.routing import Routing
 from sma_models.stack import Stack, StackConfig, StackState
 
@@ -34,13 +35,32 @@ class ModelOutput:
     losses: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def without_padding(name: str, inputs: Tensor, valid: Tensor | None, weight: Tensor) -> Tensor:
+    """The input ``(B, L)`` with zeros at padding, which may hold anything.
+
+    Raises:
+        ShapeError: it is no such tensor, ``valid`` does not fit it, or one is not on the device of ``weight``.
+    """
+    if not isinstance(inputs, Tensor):
+        raise ShapeError(f"{name}: the input must be a tensor (B, L), got {type(inputs).__name__}")
+    if inputs.device != weight.device:
+        raise ShapeError(f"{name}: the input must be on the device of the model, {weight.device}, got {inputs.device}")
+    if valid is None or inputs.dim() != 2:
+        return inputs
+    check_valid(valid, (inputs.shape[0], inputs.shape[1]), inputs.device)
+    return inputs.masked_fill(~valid, 0)
+
+
 def check_tokens(name: str, tokens: Tensor, vocab_size: int) -> None:
     """Refuse what is not a batch of token numbers.
 
     Raises:
         ShapeError: wrong shape or dtype, an empty batch, or (checked on the CPU) a number outside the vocabulary.
     """
-    if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
+    if tokens.dim() != 2 or tokens.dtype not in INTEGERS:
         raise ShapeError(f"{name}: tokens must be integers of shape (B, L), got {tokens.dtype} {tuple(tokens.shape)}")
     if tokens.shape[0] == 0:
         raise ShapeError(f"{name}: the batch must hold at least one sequence, got {tuple(tokens.shape)}")
@@ -60,7 +80,7 @@ class ValueEmbedding(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """``(B, L)`` to ``(B, L, D)``."""
-        return values.unsqueeze(-1) * self.weight + self.bias
+        return values.to(self.weight.dtype).unsqueeze(-1) * self.weight + self.bias
 
 
 class SinusoidalPositions(nn.Module):
@@ -126,14 +146,17 @@ class LanguageModel(Model):
         Args:
             tokens: ``(B, L)`` integers; any L, also 1 or 0.
             state: from :meth:`initial_state` or the previous chunk; None runs whole sequences.
-            valid: ``(B, L)`` bool, True on real tokens; prompts may be padded on either side.
+            valid: ``(B, L)`` bool, True on real tokens; padding may lie anywhere and hold anything.
             replay: routings whose decisions are taken over, by name.
 
         Raises:
-            ShapeError: tokens of the wrong shape, dtype or range.
+            ShapeError: tokens or ``valid`` of the wrong shape, dtype, device or range.
+            StreamingError: the state is of another model or batch.
+            RoutingError: ``replay`` does not fit the model or the tokens.
         """
+        tokens = without_padding("language_model", tokens, valid, self.embedding.weight)
         check_tokens("language_model", tokens, self.vocab_size)
-        x = self.embedding(tokens) * math.sqrt(self.stack.d_model)
+        x = self.embedding(tokens.long()) * math.sqrt(self.stack.d_model)
         out = self.stack(x, state, valid=valid, replay=replay)
         logits = F.linear(out.x, self.embedding.weight) if self.head is None else self.head(out.x)
         return ModelOutput(logits, out.state, out.routings, out.losses)
@@ -200,8 +223,11 @@ class _Encoder(Model):
         self, inputs: Tensor, valid: Tensor | None, replay: Mapping[str, Routing] | None
     ) -> tuple[Tensor, dict[str, Routing], dict[str, Tensor]]:
         """Pooled features ``(B, D)``, routings and losses."""
+        weight = self.embedding.weight
+        assert isinstance(weight, Tensor)
+        inputs = without_padding(type(self).__name__, inputs, valid, weight)
         self._check(inputs)
-        x = self.embedding(inputs)
+        x = self.embedding(inputs if self.vocab_size is None else inputs.long())
         if self.positions is not None:
             column = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape)
             position = column if valid is None else (valid.cumsum(1) - 1).clamp(min=0)
@@ -252,7 +278,8 @@ class Classifier(_Encoder):
 
         Args:
             inputs: ``(B, L)`` token numbers, or real numbers when ``vocab_size`` is None.
-            valid: ``(B, L)`` bool, True on real tokens. A row without any is pooled to zeros.
+            valid: ``(B, L)`` bool, True on real tokens; padding may hold anything. A row of padding is
+                pooled to zeros.
             replay: routings whose decisions are taken over, by name.
 
         Raises:
@@ -283,11 +310,26 @@ class Retrieval(_Encoder):
         """Logits ``(B, n_classes)`` for pairs of sequences ``(B, L1)`` and ``(B, L2)``.
 
         Routings and losses are named ``first.layers...`` and ``second.layers...``.
+
+        Raises:
+            ShapeError: as for :class:`Classifier`, and for two batches of different sizes.
+            RoutingError: ``replay`` does not fit the model or the inputs.
         """
+        masks: tuple[Tensor | None, ...] = tuple(valid) if isinstance(valid, tuple | list) else ()
+        if len(masks) != 2:
+            raise ShapeError(
+                f"Retrieval: valid must be a pair, a mask or None for each side, got {type(valid).__name__}"
+            )
+        sizes = [tuple(side.shape) for side in (first, second) if isinstance(side, Tensor)]
+        if len({size[:1] for size in sizes}) > 1:
+            raise ShapeError(f"Retrieval: both sides must hold as many sequences, got {sizes[0]} and {sizes[1]}")
+        for name in replay or {}:
+            if not name.startswith(("first.", "second.")):
+                raise RoutingError(f"replay: names begin with 'first.' or 'second.', got {name!r}")
         pooled: list[Tensor] = []
         routings: dict[str, Routing] = {}
         losses: dict[str, Tensor] = {}
-        for side, inputs, mask in (("first", first, valid[0]), ("second", second, valid[1])):
+        for side, inputs, mask in (("first", first, masks[0]), ("second", second, masks[1])):
             prefix = f"{side}."
             own = {name.removeprefix(prefix): r for name, r in (replay or {}).items() if name.startswith(prefix)}
             vector, side_routings, side_losses = self._encode(inputs, mask, own or None)

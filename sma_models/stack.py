@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sma.checkpointing import checkpoint
+from sma.errors import RoutingError, StreamingError
 from sma.interfaces import Block, BlockOutput, Model, Norm
 from sma.padding import Alignment, valid_of
 from sma.routing import Routing
@@ -96,7 +97,12 @@ class Stack(nn.Module):
         Returns:
             Features ``(B, L, D)`` (padding holds zeros), state, and routings and losses named ``layers.<i>.<...>``, in
             the columns of ``x``.
+
+        Raises:
+            StreamingError: the state is of another model or batch.
+            RoutingError: ``replay`` names a layer that does not decide, or is of another shape.
         """
+        self._check(x, state, replay)
         alignment = Alignment.of(valid, (x.shape[0], x.shape[1]))
         lengths = alignment.lengths
         x = self.dropout(alignment.align(x))
@@ -116,11 +122,28 @@ class Stack(nn.Module):
             states.append(out.state)
             routings.update({f"layers.{i}.{name}": _moved(r, alignment.restore) for name, r in out.routings.items()})
             losses.update({f"layers.{i}.{name}": loss for name, loss in out.losses.items()})
+        for name in replay or {}:
+            if name not in routings:
+                raise RoutingError(f"replay: no layer {name!r} decides; there are {', '.join(routings) or 'none'}")
         if self.final_norm is not None:
             x = self.final_norm(x, lengths=lengths)
         if lengths is not None:
             x = alignment.restore(x.masked_fill(~valid_of(lengths, x)[..., None], 0.0))
         return BlockOutput(x, None if state is None else replace(state, layers=tuple(states)), routings, losses)
+
+    def _check(self, x: Tensor, state: StackState | None, replay: Mapping[str, Routing] | None) -> None:
+        if state is not None:
+            if not isinstance(state, StackState) or len(state.layers) != len(self.layers):
+                held = f"of {len(state.layers)} layers" if isinstance(state, StackState) else type(state).__name__
+                raise StreamingError(f"state: must be of a model of {len(self.layers)} layers, got {held}")
+            rows = {tensor.shape[0] for tensor in state.tensors()}
+            if rows - {x.shape[0]}:
+                raise StreamingError(f"state: must be of {x.shape[0]} sequences like the input, got {rows.pop()}")
+        for name, routing in (replay or {}).items():
+            if routing.active.shape[:2] != x.shape[:2]:
+                raise RoutingError(
+                    f"replay[{name!r}]: must be of (B, L) = {tuple(x.shape[:2])}, got {tuple(routing.active.shape[:2])}"
+                )
 
 
 def _moved(routing: Routing, move: Any) -> Routing:

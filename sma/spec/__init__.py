@@ -19,7 +19,9 @@ Errors name the path: ``layers[0].module (gau): unknown key 'widow'; did you mea
 
 Example:
     >>> import sma
-    >>> model = sma.build("seqboat_text", "n_layers=6", "norm=rmsnorm")  # doctest: +SKIP
+    >>> model = sma.build("seqboat_text", "d_model=32", "n_layers=2", "blocks[0].norm=rmsnorm")
+    >>> type(model.stack.layers[1].norm).__name__
+    'RMSNorm'
 """
 
 from __future__ import annotations
