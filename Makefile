@@ -11,6 +11,8 @@ STAMP := .venv/.complete
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PACKAGES := sma sma_modules sma_models
 export OMP_NUM_THREADS ?= 1
+# Threads that wait give way: on cores that others use too, spinning ones make everything several times slower.
+export OMP_WAIT_POLICY ?= passive
 export MPLBACKEND ?= Agg
 
 .PHONY: help demo test test-scatter lint types contracts docs doctest examples plugin check venv clean
