@@ -128,7 +128,9 @@ def _refusals_of_a_finished_run(run: Run, tiny: str, runs: list[str], capsys: py
     assert main(["train", "--resume", "tiny/a", *runs]) == 2
     assert "got a finished run" in capsys.readouterr().err
     assert "split: must be one of" in refused(capsys, "eval", "tiny/a", "--split", "dev", *runs)
-    assert "temperature: must not be negative" in refused(capsys, "generate", "tiny/a", "--temperature=-1", *runs)
+    assert "temperature: must be 0 or a positive number, got -1.0" in refused(
+        capsys, "generate", "tiny/a", "--temperature=-1", *runs
+    )
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
 
 
