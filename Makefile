@@ -11,8 +11,9 @@ STAMP := .venv/.complete
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PACKAGES := sma sma_modules sma_models
 export OMP_NUM_THREADS ?= 1
-# Threads that wait give way: on cores that others use too, spinning ones make everything several times slower.
-export OMP_WAIT_POLICY ?= passive
+# Threads that wait for each other spin for microseconds, then give way: on cores that others use too, libgomp's long spin
+# makes everything several times slower.
+export GOMP_SPINCOUNT ?= 10000
 export MPLBACKEND ?= Agg
 
 .PHONY: help demo test test-scatter lint types contracts docs doctest examples plugin check venv clean
