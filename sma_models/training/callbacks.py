@@ -209,7 +209,7 @@ class ProgressBar(Callback):
         tenth = max(self.steps // 10, 1)
         finished_step = not (batch_idx + 1) % _training_module(pl_module).recipe.train.accumulate
         if not self.console.is_terminal and finished_step and (step % tenth == 0 or step == self.steps):
-            self.console.print(f"step {step} of {self.steps}: {shown}", highlight=False)
+            self.console.print(f"step {step} of {self.steps}{': ' if shown else ''}{shown}", highlight=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the finished bar on the screen."""

@@ -134,13 +134,18 @@ def load(
 
 
 def _class_names(folder: Path, classes: Sequence[str] | None) -> tuple[str, ...]:
+    there = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] not in "_."))
+    if not there:
+        reject(folder, "must contain a folder for each class", "none")
     if classes is None:
-        names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] not in "_."))
-        if not names:
-            reject(folder, "must contain a folder for each class", "none")
-        return names
+        return there
     if len(set(classes)) != len(classes) or not classes:
         raise ConfigError(f"classes: must name each class once, got {list(classes)!r}")
+    missing = ", ".join(name for name in classes if name not in there)
+    if missing:
+        reject(
+            folder, f"must contain a folder for each of classes (null takes all: {', '.join(there)})", f"no {missing}"
+        )
     return tuple(classes)
 
 
