@@ -213,7 +213,7 @@ def test_some_classes_can_be_chosen(speech_root: Path, wav: Callable[..., None])
     assert splits.train[0]["values"].shape == (100,)
     with pytest.raises(ConfigError, match="classes: must name each class once"):
         speech.load(speech_root, classes=("yes", "yes"))
-    with pytest.raises(DataError, match="must contain a folder for each of classes .*maybe, no, yes.*got no perhaps"):
+    with pytest.raises(DataError, match=r"must contain a folder for each of classes .*maybe, no, yes.*got no perhaps"):
         speech.load(speech_root, classes=("perhaps",))
 
 

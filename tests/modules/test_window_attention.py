@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sma.errors import ConfigError, ShapeError
 from sma.ops.backend import using
 from sma_modules.ops.window_attention import tiling, window_attention
+from sma_modules.ops.window_attention.eager import fixed_point_sums
 
 RULES = [
     (activation, bias, causal, window, chunk)
@@ -291,3 +292,22 @@ def test_bad_tensors_are_refused() -> None:
     ):
         with pytest.raises(ShapeError, match=message):
             window_attention(*bad, **options)
+
+
+@given(data=st.data())
+def test_fixed_point_sums_are_the_sums(data: st.DataObject) -> None:
+    """What adds up the gradient of a table where threads add in any order."""
+    n, entries = data.draw(st.integers(0, 300)), data.draw(st.integers(1, 5))
+    magnitude = 10.0 ** data.draw(st.integers(-30, 30))
+    x = magnitude * torch.randn(n)
+    index = torch.randint(entries, (n,))
+    exact = torch.zeros(entries, dtype=torch.float64).index_add_(0, index, x.double())
+    sums = fixed_point_sums(x, index, entries)
+    torch.testing.assert_close(sums, exact.float(), rtol=1e-6, atol=1e-6 * magnitude)
+    order = torch.randperm(n)
+    assert torch.equal(fixed_point_sums(x[order], index[order], entries), sums)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_fixed_point_sums_hide_nothing(bad: float) -> None:
+    assert fixed_point_sums(torch.tensor([1.0, bad]), torch.tensor([0, 1]), 2).isnan().all()

@@ -56,10 +56,27 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
-        zeros = grads[0].new_zeros(ctx.entries)
+        grad = grads[0]
         if index.device.type == "cpu":  # one thread, in order
-            return zeros.scatter_add_(0, index, grads[0]), None
-        return zeros.index_put_((index,), grads[0], accumulate=True), None
+            return grad.new_zeros(ctx.entries).scatter_add_(0, index, grad), None
+        if grad.dtype == torch.float64:  # in order of a sort: exact, but slow where entries repeat
+            return grad.new_zeros(ctx.entries).index_put_((index,), grad, accumulate=True), None
+        return fixed_point_sums(grad, index, ctx.entries), None
+
+
+def fixed_point_sums(x: Tensor, index: Tensor, entries: int) -> Tensor:
+    """Sums ``(entries,)`` of ``x (n,)`` by ``index (n,)``, the same bits in whatever order threads add.
+
+    Integer additions commute exactly, floating-point ones do not. The common scale leaves ``62 - log2(n)`` bits below
+    the largest value, more than the 24 of float32 for any n that fits in memory. NaN or Inf anywhere makes every sum
+    NaN.
+    """
+    largest = x.abs().amax().double() if x.numel() else x.new_zeros((), dtype=torch.float64)
+    room = 62 - (largest.clamp(min=1e-300) * max(x.numel(), 1)).log2()
+    scale = torch.exp2(room.floor().clamp(-1000, 1000))
+    units = (x.double() * scale).round().nan_to_num().to(torch.int64)
+    sums = torch.zeros(entries, dtype=torch.int64, device=x.device).index_add_(0, index, units)
+    return torch.where(largest.isfinite(), sums / scale, torch.nan).to(x.dtype)
 
 
 def pick(x: Tensor, rows: Tensor) -> Tensor:
