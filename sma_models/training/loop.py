@@ -134,7 +134,6 @@ def _trainer(run: Run, recipe: Recipe, callbacks: list[Any], done: int) -> Train
         accelerator="gpu" if plan.device == "cuda" else plan.device,
         devices=1,
         precision=_PRECISION[plan.precision],  # type: ignore[arg-type]
-        gradient_clip_val=recipe.optimiser.clip,
         accumulate_grad_batches=plan.accumulate,
         logger=[MetricsFile(run.metrics), board],
         callbacks=callbacks,

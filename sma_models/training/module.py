@@ -101,6 +101,20 @@ class TrainingModule(LightningModule):
         if self.before_step is not None:
             self.before_step()
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip to the recipe's norm.
+
+        Lightning declines to clip for fused optimisers in mixed precision, since they may unscale gradients themselves;
+        bfloat16 needs no scaling, so there is nothing in the way.
+        """
+        if self.recipe.optimiser.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimiser.clip)
+
     def control_rates(self) -> None:
         """Let each controller correct the balance of its layer, once for all that the layer decided in this step."""
         by_layer: dict[SparseMixture, list[Routing]] = {}

@@ -101,6 +101,18 @@ def test_bfloat16_trains(tiny: str, run_recipe: Runner) -> None:
     assert all(value.dtype != torch.bfloat16 for value in run.model().state_dict().values())
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_gradients_are_clipped(tiny: str, run_recipe: Runner, precision: str) -> None:
+    """With a large eps Adam takes steps as long as the gradient, nearly; a tiny clip leaves the weights in place."""
+    plan = ["optimiser.algorithm=adam", "optimiser.eps=1.0", "optimiser.lr=1.0", "optimiser.weight_decay=0"]
+    plan += ["optimiser.warmup=0", "optimiser.power=0", "train.steps=1", f"train.precision={precision}"]
+    weights = []
+    for clip in (1e-12, 1e-2):
+        run, _ = run_recipe(tiny, *plan, f"optimiser.clip={clip}", name=f"clip-{clip}")
+        weights.append(torch.cat([value.detach().flatten() for value in run.model().parameters()]))
+    assert 0.9e-2 < float((weights[1] - weights[0]).norm()) < 1.01e-2
+
+
 def test_an_evaluation_leaves_no_trace(tiny: str, run_recipe: Runner) -> None:
     runs = [run_recipe(tiny, "train.steps=9", f"train.eval_every={n}", name=f"every-{n}")[0] for n in (0, 2)]
     curves = [[row["loss"] for row in read_metrics(run.metrics)] for run in runs]
