@@ -68,11 +68,6 @@ class WorkingMemory(State):
         rows = tuple(row.new_zeros(batch, capacity, *row.shape[1:]) for row in like)
         return cls(rows, torch.zeros(batch, dtype=torch.int64, device=like[0].device))
 
-    @classmethod
-    def last(cls, capacity: int, packed: Packed, *rows: Tensor) -> Self:
-        """The memory after the first chunk of a stream: ``empty(...).append(packed, *rows).memory``, but cheaper."""
-        return cls(_last(rows, packed.cu_seqlens, capacity), packed.lengths)
-
     def append(self, packed: Packed, *rows: Tensor) -> Appended:
         """Put new tokens behind the remembered ones.
 

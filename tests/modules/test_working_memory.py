@@ -46,25 +46,18 @@ def test_remembers_the_last_tokens(chunks: list[list[list[bool]]], capacity: int
         assert not memory.rows[0].squeeze(-1)[unused].any()
 
 
-@given(chunks=MASKS, capacity=st.integers(0, 5))
-def test_last_is_append_to_nothing(chunks: list[list[list[bool]]], capacity: int) -> None:
-    for mask in chunks:
-        packed = Packed.from_mask(torch.tensor(mask, dtype=torch.bool).view(2, -1))
-        rows = torch.rand(packed.index.numel(), 3), torch.arange(packed.index.numel())
-        short = WorkingMemory.last(capacity, packed, *rows)
-        long = WorkingMemory.empty(2, capacity, *rows).append(packed, *rows).memory
-        for a, b in zip(short.tensors(), long.tensors(), strict=True):
-            assert a.dtype == b.dtype
-            assert torch.equal(a, b)
-
-
 def _chunk() -> tuple[Packed, Tensor]:
     return Packed.from_mask(torch.tensor([[True, True], [False, True]])), torch.tensor([[1.0], [2.0], [3.0]])
 
 
+def _after(capacity: int, packed: Packed, rows: Tensor) -> WorkingMemory:
+    """The memory of a stream's first chunk."""
+    return WorkingMemory.empty(packed.batch, capacity, rows).append(packed, rows).memory
+
+
 def test_append_leaves_the_old_memory_alone() -> None:
     packed, rows = _chunk()
-    memory = WorkingMemory.last(2, packed, rows)
+    memory = _after(2, packed, rows)
     copy = memory.clone()
     memory.append(packed, -rows)
     assert all(torch.equal(a, b) for a, b in zip(memory.tensors(), copy.tensors(), strict=True))
@@ -73,7 +66,7 @@ def test_append_leaves_the_old_memory_alone() -> None:
 def test_gradient_goes_back_through_the_memory() -> None:
     packed, rows = _chunk()
     rows.requires_grad_()
-    memory = WorkingMemory.last(1, packed, rows)
+    memory = _after(1, packed, rows)
     (both,), _, _, _ = memory.append(packed, 10 * rows)
     (grad,) = torch.autograd.grad(both.sum(), rows)
     assert grad.flatten().tolist() == [10, 11, 11]
@@ -81,13 +74,13 @@ def test_gradient_goes_back_through_the_memory() -> None:
 
 def test_reorder_takes_rows_along() -> None:
     packed, rows = _chunk()
-    memory = WorkingMemory.last(2, packed, rows).reorder(torch.tensor([1, 1, 0]))
+    memory = _after(2, packed, rows).reorder(torch.tensor([1, 1, 0]))
     assert contents(memory) == [[3.0], [3.0], [1.0, 2.0]]
 
 
 def test_takes_the_dtype_of_new_rows() -> None:
     packed, rows = _chunk()
-    both, _, _, memory = WorkingMemory.last(2, packed, rows).append(packed, rows.bfloat16())
+    both, _, _, memory = _after(2, packed, rows).append(packed, rows.bfloat16())
     assert both[0].dtype == memory.rows[0].dtype == torch.bfloat16
 
 
