@@ -116,14 +116,12 @@ def torch_scatter() -> Any:
     return torch_scatter
 
 
-def scatter_applies(x: Tensor, index: Tensor) -> str | None:
-    """Why torch-scatter cannot work on ``x`` with ``index``, or None."""
+def scatter_applies(x: Tensor) -> str | None:
+    """Why torch-scatter cannot work on ``x``, or None."""
     if importlib.util.find_spec("torch_scatter") is None:
         return "torch-scatter is not installed (extra 'scatter')"
     if x.dtype in (torch.bfloat16, torch.bool):
         return f"torch-scatter has no kernels for {x.dtype}"
-    if x.numel() == 0 or index.numel() == 0:
-        return "torch-scatter divides by zero on empty tensors, which ends the process"
     if x.device.type not in ("cpu", "cuda"):
         return f"torch-scatter has no kernels for device {x.device.type}"
     return None

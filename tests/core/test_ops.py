@@ -6,10 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sma.checkpointing import mark_decision
+from sma.configurators import FixedRate
 from sma.errors import BackendError, ShapeError
+from sma.layer import SparselyActivated
 from sma.ops import compress, extract, operations, segment_sum, using
 from sma.ops.backend import Op
 from sma.ops.compress import OP as COMPRESS
@@ -199,3 +201,16 @@ def test_packed_views_agree() -> None:
     assert packed.position.tolist() == [101, 102, 108, 110, 111]
     assert (packed.max_length, packed.batch, packed.shape) == (3, 3, (3, 4))
     assert Packed.from_mask(mask).position.tolist() == [1, 2, 0, 2, 3]
+
+
+@pytest.mark.scatter
+def test_torch_scatter_takes_layers_in_which_nothing_is_active() -> None:
+    layer = SparselyActivated(nn.Linear(3, 3), FixedRate(FixedRate.Config(rate=0.0)))
+    x = torch.randn(2, 4, 3, requires_grad=True)
+    with using("torch_scatter"):
+        output = layer(x).output
+        sums = segment_sum(torch.zeros(0, 3), torch.zeros(3, dtype=torch.int64))
+    output.sum().backward()
+    assert torch.equal(output, torch.zeros(2, 4, 3))
+    assert torch.equal(x.grad, torch.zeros(2, 4, 3))
+    assert torch.equal(sums, torch.zeros(2, 3))
