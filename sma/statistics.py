@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from sma.ops import segment_sum
+from sma.ops import segment_sum, using
 from sma.routing import Packed, Routing
 
 
@@ -94,9 +93,12 @@ _FFT = {
 def count_flops(run: Callable[[], Any]) -> int:
     """Floating-point operations of everything that ``run`` calls: matrix products, convolutions, attention, transforms.
 
-    Element-wise work is not counted, as usual.
+    Element-wise work is not counted, as usual. The operations of this library run on their eager backend meanwhile: the
+    counter cannot look into kernels.
     """
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_FFT) as counter:
+    from torch.utils.flop_counter import FlopCounterMode  # loads Triton, where that is installed
+
+    with torch.no_grad(), using("eager"), FlopCounterMode(display=False, custom_mapping=_FFT) as counter:
         run()
     return int(counter.get_total_flops())
 

@@ -14,6 +14,10 @@ from hypothesis import HealthCheck, settings
 
 from tests.shapes import check_annotated_shapes
 
+# Before the first import of triton: without a GPU its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Before the first import of these packages. Only the operations: their annotations say every shape.
 check_annotated_shapes("sma.ops", "sma_modules.ops")
 

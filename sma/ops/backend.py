@@ -103,6 +103,12 @@ def using(name: str) -> Iterator[None]:
         _forced.name = before
 
 
+def forced_backend() -> str | None:
+    """The name that :func:`using` forces at present, or None."""
+    name: str | None = getattr(_forced, "name", None)
+    return name
+
+
 def torch_scatter() -> Any:
     """The optional package torch-scatter.
 

@@ -1,0 +1,100 @@
+"""What the Triton backends share: when they apply, how a launch becomes a custom operator, seeds for their noise.
+
+Triton itself is imported inside ``triton_kernel.py`` of an operation only, at the first use.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sma.ops.backend import forced_backend
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MINIMUM_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def interpreting() -> bool:
+    """True where kernels run in Triton's interpreter, on a CPU: for tests, far too slow for anything else."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not_triton(x: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> str | None:
+    """Why kernels written in Triton cannot run on ``x``, or None.
+
+    Args:
+        x: the tensor that decides on device and dtype.
+        dtypes: what the kernel can work on.
+    """
+    if not _installed():
+        return "triton is not installed"
+    if x.dtype not in dtypes:
+        return f"the kernel takes {', '.join(str(each).removeprefix('torch.') for each in dtypes)}, got {x.dtype}"
+    if x.device.type == "cpu" and interpreting():
+        return None if forced_backend() == "triton" else "Triton's interpreter is for tests and has to be forced"
+    if x.device.type != "cuda":
+        return f"the kernel runs on CUDA devices, got {x.device.type}"
+    if interpreting():
+        return "TRITON_INTERPRET=1 keeps kernels off the device"
+    if torch.version.hip is None and _capability(x.device.index or 0) < MINIMUM_CAPABILITY:
+        have = ".".join(map(str, _capability(x.device.index or 0)))
+        return f"the kernel needs compute capability 8.0, the device has {have}"
+    return None
+
+
+def kernel(
+    name: str, *, fake: Callable[..., Any], mutates: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a custom operator ``sma::name`` of a function that launches kernels.
+
+    The operator is what ``torch.compile`` and ``torch.export`` see. Called eagerly the function runs as it is, on the
+    device of its first tensor: the dispatcher would cost more time than many a kernel. Gradients are up to a
+    ``torch.autograd.Function`` around it.
+
+    Args:
+        name: of the operator.
+        fake: same signature; returns empty tensors of the right shapes and dtypes.
+        mutates: names of arguments that are written to.
+    """
+
+    def register(run: Callable[..., Any]) -> Callable[..., Any]:
+        operator = torch.library.custom_op(f"sma::{name}", run, mutates_args=mutates)
+        operator.register_fake(fake)
+
+        @functools.wraps(run)
+        def call(*args: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return operator(*args)
+            first = next(each for each in args if isinstance(each, Tensor))
+            if first.is_cuda and first.device.index != torch.cuda.current_device():
+                with torch.cuda.device(first.device):
+                    return run(*args)
+            return run(*args)
+
+        call.operator = operator  # type: ignore[attr-defined]
+        return call
+
+    return register
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """``(1,)`` int64 for the noise of one call, from torch's generator of the device (and so kept under activation
+    checkpointing, and fresh at every replay of a CUDA graph).
+    """
+    return torch.randint(0, 2**31 - 1, (1,), device=device)
