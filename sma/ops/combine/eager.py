@@ -1,0 +1,47 @@
+"""combine with the operations of PyTorch, one after the other."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sma.ops.combine import OP, Plan, RowNorm, out_dtype
+from sma.ops.extract import extract
+from sma.routing import Packed
+
+
+@OP.backend("eager")
+def combine(
+    h: Tensor,
+    packed: Packed,
+    weight: Tensor | None,
+    skip: Tensor | None,
+    residual: Tensor | None,
+    norm: RowNorm | None,
+    plan: Plan,
+) -> Tensor:
+    """Weigh the rows, put them back, add, activate, normalise."""
+    dtype = out_dtype(h, skip, residual).dtype
+    if weight is not None:
+        rows = packed.index if packed.real is None else packed.index.clamp(max=packed.row.numel() - 1)
+        h = h * weight.reshape(-1).index_select(0, rows).to(h.dtype)[:, None]
+    if not plan.drop_sum:
+        h = torch.dropout(h, plan.dropout, plan.dropout > 0)
+    y = extract(h, packed)
+    y = y if skip is None else skip + y
+    if plan.drop_sum:
+        y = torch.dropout(y, plan.dropout, plan.dropout > 0)
+    y = y if residual is None else y + residual
+    y = F.silu(y) if plan.activation == "silu" else y
+    return (y if norm is None else row_norm(y, norm)).to(dtype)
+
+
+def row_norm(x: Tensor, norm: RowNorm) -> Tensor:
+    """Normalise the features of each token ``(..., D)``, rounded once, at the end."""
+    width = x.shape[-1]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if norm.centred:
+        out = F.layer_norm(wide, (width,), None, None, norm.eps)
+    else:
+        out = F.rms_norm(wide, (width,), None, norm.eps)
+    out = out if norm.weight is None else out * norm.weight
+    return (out if norm.bias is None else out + norm.bias).to(x.dtype)
