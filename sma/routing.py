@@ -63,7 +63,7 @@ class Packed:
         """``(K,)`` int64: 0-based position of each token among the active tokens of its sequence in this chunk."""
         return torch.arange(self.index.numel(), device=self.index.device) - self.cu_seqlens[self.sequence]
 
-    @cached_property
+    @property
     def real(self) -> Tensor | None:
         """``(K,)`` bool: rows that hold a token; None when all do."""
         return self.index < self.shape[0] * self.shape[1] if self.fixed else None

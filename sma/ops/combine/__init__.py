@@ -58,7 +58,7 @@ def combine(
     dropout: float = 0.0,
     drop_sum: bool = False,
 ) -> Float[Tensor, "batch length dim"]:
-    """``norm(act(skip + dropout(weight * extract(h)) + residual))``, or with ``drop_sum`` the dropout around the skip too.
+    """``norm(act(skip + dropout(weight * extract(h)) + residual))``; ``drop_sum`` puts the dropout around the skip too.
 
     Args:
         h: ``(K, D)`` output of the module, one row per active token.
@@ -90,7 +90,9 @@ def combine(
     if not 0 <= dropout < 1:
         raise ConfigError(f"combine: dropout must be in [0, 1), got {dropout}")
     if h.dim() != 2 or h.shape[0] != packed.index.numel():
-        raise ShapeError(f"combine: h must be ({packed.index.numel()}, D), one row per active token, got {tuple(h.shape)}")
+        raise ShapeError(
+            f"combine: h must be ({packed.index.numel()}, D), one row per active token, got {tuple(h.shape)}"
+        )
     expected = (*packed.shape, h.shape[1])
     for name, value, shape in (
         ("weight", weight, packed.shape),

@@ -22,7 +22,7 @@ def combine(
     """Weigh the rows, put them back, add, activate, normalise."""
     dtype = out_dtype(h, skip, residual).dtype
     if weight is not None:
-        rows = packed.index if packed.real is None else packed.index.clamp(max=packed.row.numel() - 1)
+        rows = packed.index if not packed.fixed else packed.index.clamp(max=packed.row.numel() - 1)
         h = h * weight.reshape(-1).index_select(0, rows).to(h.dtype)[:, None]
     if not plan.drop_sum:
         h = torch.dropout(h, plan.dropout, plan.dropout > 0)

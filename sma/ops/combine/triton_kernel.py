@@ -22,18 +22,18 @@ PROGRAMS = 2048
 
 
 @triton.jit
-def _kept(seed, place, dropout):  # type: ignore[no-untyped-def]
+def _kept(seed, place, dropout):
     """What a number is multiplied by: 0 or ``1 / (1 - dropout)``, always the same for a seed and a place."""
     return tl.where(tl.rand(tl.load(seed), place) >= dropout, 1.0 / (1.0 - dropout), 0.0)
 
 
 @triton.jit
-def _silu(x):  # type: ignore[no-untyped-def]
+def _silu(x):
     return x / (1.0 + tl.exp(-x))
 
 
 @triton.jit
-def _scale(y, norm_eps, inside, D, CENTRED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _scale(y, norm_eps, inside, D, CENTRED: tl.constexpr):
     """``y`` with mean square 1 (and mean 0), and the factor ``(BLOCK_T,)`` for that."""
     if CENTRED:
         y = tl.where(inside, y - (tl.sum(y, 1) / D)[:, None], 0.0)
@@ -42,7 +42,7 @@ def _scale(y, norm_eps, inside, D, CENTRED: tl.constexpr):  # type: ignore[no-un
 
 
 @triton.jit
-def forward_kernel(  # type: ignore[no-untyped-def]
+def forward_kernel(
     h,
     row,
     weight,
@@ -104,7 +104,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def backward_kernel(  # type: ignore[no-untyped-def]
+def backward_kernel(
     grad,
     total,
     h,
@@ -416,7 +416,8 @@ class _Combine(torch.autograd.Function):
         ctx.save_for_backward(total, h, row, weight, norm_weight, norm_bias, seed)
         ctx.options, ctx.fixed = options, fixed
         ctx.dtypes = [None if each is None else each.dtype for each in (skip, residual)]
-        return out
+        result: Tensor = out
+        return result
 
     @staticmethod
     @once_differentiable
@@ -474,7 +475,7 @@ def combine(
         plan.dropout,
         plan.drop_sum,
     )
-    out: Tensor = _Combine.apply(  # type: ignore[no-untyped-call]
+    flat: Tensor = _Combine.apply(
         h.contiguous(),
         packed.row,
         None if weight is None else weight.contiguous().view(-1),
@@ -485,4 +486,5 @@ def combine(
         options,
         packed.fixed,
     )
-    return out.view(*packed.shape, d)
+    out: Tensor = flat.view(*packed.shape, d)
+    return out

@@ -22,9 +22,7 @@ WARPS = 4
 
 
 @triton.jit
-def take_kernel(  # type: ignore[no-untyped-def]
-    source, index, out, rows, limit, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def take_kernel(source, index, out, rows, limit, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     """``out[r] = source[index[r]]``, zeros where the index is not in ``0 .. limit - 1``."""
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -35,9 +33,7 @@ def take_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def add_kernel(  # type: ignore[no-untyped-def]
-    into, index, rows_in, rows, limit, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def add_kernel(into, index, rows_in, rows, limit, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     """``into[index[r]] += rows_in[r]`` for an index without repeats."""
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -115,7 +111,7 @@ class _Compress(torch.autograd.Function):
 
 def compress_through(x: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
     """See :func:`sma.ops.compress.compress_through`."""
-    return _Compress.apply(x, packed.index, packed.row)  # type: ignore[no-any-return,no-untyped-call]
+    return _Compress.apply(x, packed.index, packed.row)  # type: ignore[no-any-return]
 
 
 def compress(x: Tensor, packed: Packed) -> Tensor:

@@ -17,7 +17,8 @@ class _Extract(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, index: Tensor, row: Tensor) -> Tensor:
         ctx.save_for_backward(index)
         ctx.shape = h.shape
-        return take(flat(h, index.numel()), row)
+        out: Tensor = take(flat(h, index.numel()), row)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -28,5 +29,5 @@ class _Extract(torch.autograd.Function):
 
 def extract(h: Tensor, packed: Packed) -> Tensor:
     """See :func:`sma.ops.extract.extract`."""
-    rows: Tensor = _Extract.apply(h, packed.index, packed.row)  # type: ignore[no-untyped-call]
-    return rows.view(*packed.shape, *h.shape[1:])
+    out: Tensor = _Extract.apply(h, packed.index, packed.row).view(*packed.shape, *h.shape[1:])
+    return out

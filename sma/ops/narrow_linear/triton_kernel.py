@@ -20,7 +20,7 @@ TOKENS_PER_PROGRAM = 512
 
 
 @triton.jit
-def forward_kernel(  # type: ignore[no-untyped-def]
+def forward_kernel(
     x,
     weight,
     bias,
@@ -50,7 +50,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def backward_kernel(  # type: ignore[no-untyped-def]
+def backward_kernel(
     x,
     weight,
     grad_out,
@@ -164,9 +164,7 @@ def _backward(x: Tensor, weight: Tensor, grad_out: Tensor, through: Tensor | Non
 
 class _NarrowLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, valid: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, valid)
         return forward(x, weight, bias, valid), x.view_as(x)
@@ -187,4 +185,4 @@ class _NarrowLinear(torch.autograd.Function):
 def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """See :func:`sma.ops.narrow_linear.narrow_linear`."""
     valid = None if valid is None else valid.contiguous()
-    return _NarrowLinear.apply(x.contiguous(), weight.contiguous(), bias, valid)  # type: ignore[no-any-return,no-untyped-call]
+    return _NarrowLinear.apply(x.contiguous(), weight.contiguous(), bias, valid)  # type: ignore[no-any-return]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Int
@@ -15,7 +15,8 @@ from sma.ops.kernel import why_not_triton
 OP = Op("pack")
 
 
-class PackedRows(NamedTuple):
+@dataclass(frozen=True)
+class PackedRows:
     """Where the True entries of a mask ``(B, L)`` are.
 
     Attributes:

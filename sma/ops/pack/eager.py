@@ -9,7 +9,7 @@ from sma.ops.pack import OP, PackedRows
 @OP.backend("eager")
 def pack(mask: Tensor, position: Tensor | None, capacity: int | None) -> PackedRows:
     """One search for the True entries; with a capacity a running count instead, which looks at no value."""
-    batch, length = mask.shape
+    length = mask.shape[1]
     flat = mask.reshape(-1)
     lengths = mask.sum(1)
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])

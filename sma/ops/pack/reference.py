@@ -27,11 +27,14 @@ def pack(mask: Tensor, position: Tensor | None, capacity: int | None) -> PackedR
     spare = 0 if capacity is None else capacity - len(index)
     index += [batch * length] * spare
     where += [0] * spare
-    integers = {"dtype": torch.int64, "device": mask.device}
+
+    def integers(values: list[int] | int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=mask.device)
+
     return PackedRows(
-        torch.tensor(index, **integers),  # type: ignore[arg-type]
-        torch.tensor(bounds, **integers),  # type: ignore[arg-type]
+        integers(index),
+        integers(bounds),
         torch.tensor(row, dtype=torch.int32, device=mask.device),
-        torch.tensor(where, **integers),  # type: ignore[arg-type]
-        None if capacity is None else torch.tensor(overflow, **integers),  # type: ignore[arg-type]
+        integers(where),
+        None if capacity is None else integers(overflow),
     )

@@ -15,7 +15,7 @@ WARPS = 4
 
 
 @triton.jit
-def count_kernel(mask, counts, total, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def count_kernel(mask, counts, total, BLOCK: tl.constexpr):
     """True entries of each block of the flattened mask."""
     block = tl.program_id(0)
     token = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -24,7 +24,7 @@ def count_kernel(mask, counts, total, BLOCK: tl.constexpr):  # type: ignore[no-u
 
 
 @triton.jit
-def place_kernel(  # type: ignore[no-untyped-def]
+def place_kernel(
     mask,
     ends,
     position,
@@ -36,6 +36,7 @@ def place_kernel(  # type: ignore[no-untyped-def]
     length,
     batch,
     rows,
+    stride,
     HAS_POSITION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -50,7 +51,7 @@ def place_kernel(  # type: ignore[no-untyped-def]
     tl.store(row + token, tl.where(kept, rank, -1), mask=inside)
     tl.store(index + rank, token, mask=kept)
     column = token % length
-    t = tl.load(position + token, mask=kept, other=0) if HAS_POSITION else column
+    t = tl.load(position + (token // length) * stride + column, mask=kept, other=0) if HAS_POSITION else column
     tl.store(where + rank, t.to(tl.int64), mask=kept)
     bound = tl.minimum(rank, rows).to(tl.int64)
     tl.store(cu_seqlens + token // length, bound, mask=inside & (column == 0))
@@ -73,13 +74,11 @@ def count(mask: Tensor) -> Tensor:
 def _place_fake(
     mask: Tensor, ends: Tensor, position: Tensor | None, rows: int, spare: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    integers = {"dtype": torch.int64, "device": mask.device}
-    return (
-        torch.empty(rows, **integers),  # type: ignore[arg-type]
-        torch.empty(mask.shape[0] + 1, **integers),  # type: ignore[arg-type]
-        torch.empty(mask.numel(), dtype=torch.int32, device=mask.device),
-        torch.empty(rows, **integers),  # type: ignore[arg-type]
-    )
+    def integers(size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.int64, device=mask.device)
+
+    row = torch.empty(mask.numel(), dtype=torch.int32, device=mask.device)
+    return integers(rows), integers(mask.shape[0] + 1), row, integers(rows)
 
 
 @kernel("pack_place", fake=_place_fake)
@@ -103,6 +102,7 @@ def place(
         mask.shape[1],
         mask.shape[0],
         rows,
+        0 if position is None else position.stride(0),
         HAS_POSITION=position is not None,
         BLOCK=BLOCK,
         num_warps=WARPS,
@@ -115,7 +115,8 @@ def pack(mask: Tensor, position: Tensor | None, capacity: int | None) -> PackedR
     mask = mask.contiguous()
     ends = count(mask).cumsum(0, dtype=torch.int32)
     rows = int(ends[-1]) if capacity is None else capacity
-    position = None if position is None else position.contiguous()
+    if position is not None and position.stride(1) != 1:  # rows may be the same one over and over
+        position = position.contiguous()
     index, cu_seqlens, row, where = place(mask, ends, position, rows, capacity is not None)
     overflow = None if capacity is None else (ends[-1].long() - capacity).clamp(min=0)
     return PackedRows(index, cu_seqlens, row, where, overflow)
