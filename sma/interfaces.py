@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from sma.configurable import BaseConfig, Configurable
 from sma.errors import ConfigError, StreamingError
-from sma.ops.combine import RowNorm
+from sma.ops.row_norm import RowNorm
 from sma.routing import Routing
 from sma.state import State
 

@@ -10,26 +10,11 @@ from torch import Tensor
 from sma.errors import ConfigError, ShapeError
 from sma.ops.backend import Op
 from sma.ops.kernel import why_not_triton
+from sma.ops.row_norm import WIDEST, RowNorm
 from sma.routing import Packed
 
 OP = Op("combine")
 Activation = Literal["none", "silu"]
-
-
-class RowNorm(NamedTuple):
-    """A normalisation over the features of each token, ``weight * x / sqrt(mean(x^2) + eps) + bias``.
-
-    Attributes:
-        centred: subtract the mean first (layer norm).
-        eps: added to the mean square.
-        weight: ``(D,)``, ``(1,)`` or None.
-        bias: ``(D,)`` or None.
-    """
-
-    centred: bool
-    eps: float
-    weight: Tensor | None
-    bias: Tensor | None
 
 
 class Plan(NamedTuple):
@@ -108,10 +93,6 @@ def combine(
 def out_dtype(h: Tensor, skip: Tensor | None, residual: Tensor | None) -> Tensor:
     """The tensor whose dtype the result has."""
     return residual if residual is not None else skip if skip is not None else h
-
-
-WIDEST = 8192
-"""A token is held by one program: more features do not fit its registers."""
 
 
 def _why_not(

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sma.ops.combine import OP, Plan, RowNorm, out_dtype
+from sma.ops.combine import OP, Plan, out_dtype
 from sma.ops.extract import extract
+from sma.ops.row_norm import RowNorm
+from sma.ops.row_norm.eager import row_norm
 from sma.routing import Packed
 
 
@@ -33,15 +35,3 @@ def combine(
     y = y if residual is None else y + residual
     y = F.silu(y) if plan.activation == "silu" else y
     return (y if norm is None else row_norm(y, norm)).to(dtype)
-
-
-def row_norm(x: Tensor, norm: RowNorm) -> Tensor:
-    """Normalise the features of each token ``(..., D)``, rounded once, at the end."""
-    width = x.shape[-1]
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    if norm.centred:
-        out = F.layer_norm(wide, (width,), None, None, norm.eps)
-    else:
-        out = F.rms_norm(wide, (width,), None, norm.eps)
-    out = out if norm.weight is None else out * norm.weight
-    return (out if norm.bias is None else out + norm.bias).to(x.dtype)

@@ -4,16 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sma.ops.combine import OP, Plan, RowNorm, out_dtype
+from sma.ops.combine import OP, Plan, out_dtype
+from sma.ops.row_norm import RowNorm
+from sma.ops.row_norm.reference import normalise
 from sma.routing import Packed
-
-
-def normalise(x: Tensor, norm: RowNorm) -> Tensor:
-    """One token ``(D,)``."""
-    centred = x - x.mean() if norm.centred else x
-    out = centred / (centred.square().mean() + norm.eps).sqrt()
-    out = out if norm.weight is None else out * norm.weight.to(x.dtype)
-    return out if norm.bias is None else out + norm.bias.to(x.dtype)
 
 
 @OP.backend("reference", priority=90)

@@ -10,15 +10,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sma.ops.combine import Plan, RowNorm, out_dtype
+from sma.ops.combine import Plan, out_dtype
 from sma.ops.kernel import draw_seed, kernel
+from sma.ops.row_norm import RowNorm
+from sma.ops.row_norm.triton_kernel import affine, scale, shares, sizes, stride, unscale
+from sma.ops.row_norm.triton_kernel import total as sum_of
 from sma.routing import Packed
-
-ELEMENTS = 4096
-"""Numbers of a block of tokens, with WARPS warps."""
-WARPS = 4
-PROGRAMS = 2048
-"""About how many programs share the gradients of the norm's weights."""
 
 
 @triton.jit
@@ -30,15 +27,6 @@ def _kept(seed, place, dropout):
 @triton.jit
 def _silu(x):
     return x / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def _scale(y, norm_eps, inside, D, CENTRED: tl.constexpr):
-    """``y`` with mean square 1 (and mean 0), and the factor ``(BLOCK_T,)`` for that."""
-    if CENTRED:
-        y = tl.where(inside, y - (tl.sum(y, 1) / D)[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(y * y, 1) / D + norm_eps)
-    return y * rstd[:, None], rstd
 
 
 @triton.jit
@@ -95,11 +83,8 @@ def forward_kernel(
     if SILU:
         s = _silu(s)
     if NORM:
-        s, _ = _scale(tl.where(inside, s, 0.0), norm_eps, inside, D, CENTRED)
-        if WEIGHT_STRIDE >= 0:
-            s = s * tl.load(norm_weight + d * WEIGHT_STRIDE, mask=d < D, other=0).to(tl.float32)
-        if HAS_BIAS:
-            s += tl.load(norm_bias + d, mask=d < D, other=0).to(tl.float32)
+        s, _ = scale(tl.where(inside, s, 0.0), norm_eps, inside, D, CENTRED)
+        s = affine(s, norm_weight, norm_bias, d, D, WEIGHT_STRIDE, HAS_BIAS)
     tl.store(out + place, s.to(out.dtype.element_ty), mask=inside)
 
 
@@ -151,16 +136,13 @@ def backward_kernel(
             s = tl.load(total + place, mask=inside, other=0).to(tl.float32)
             if NORM:
                 y = _silu(s) if SILU else s
-                scaled, rstd = _scale(tl.where(inside, y, 0.0), norm_eps, inside, D, CENTRED)
+                scaled, rstd = scale(tl.where(inside, y, 0.0), norm_eps, inside, D, CENTRED)
                 if HAS_BIAS:
                     sum_bias += tl.sum(g, 0)[None, :]
                 if WEIGHT_STRIDE >= 0:
                     sum_weight += tl.sum(g * scaled, 0)[None, :]
                     g = g * tl.load(norm_weight + d * WEIGHT_STRIDE, mask=d < D, other=0).to(tl.float32)
-                g = g - scaled * (tl.sum(g * scaled, 1) / D)[:, None]
-                if CENTRED:
-                    g = g - (tl.sum(tl.where(inside, g, 0.0), 1) / D)[:, None]
-                g = g * rstd[:, None]
+                g = unscale(g, scaled, rstd, inside, D, CENTRED)
             if SILU:
                 gate = 1.0 / (1.0 + tl.exp(-s))
                 g = g * gate * (1.0 + s * (1.0 - gate))
@@ -201,16 +183,6 @@ class Options(NamedTuple):
     def keep(self) -> bool:
         """Whether the sum has to be kept for the backward."""
         return self.silu or self.norm
-
-
-def _sizes(d: int) -> tuple[int, int, int]:
-    """Tokens and features of a block, and warps."""
-    block_d = max(triton.next_power_of_2(d), 16)
-    return max(1, ELEMENTS // block_d), block_d, WARPS if block_d <= ELEMENTS else 2 * WARPS
-
-
-def _stride(norm_weight: Tensor | None) -> int:
-    return -1 if norm_weight is None else int(norm_weight.numel() > 1)
 
 
 def _forward_fake(
@@ -255,7 +227,7 @@ def forward(
         h, row, weight, skip, residual, norm_weight, norm_bias, seed, silu, norm, centred, eps, dropout, drop_sum
     )
     tokens, d = out.shape
-    block_t, block_d, warps = _sizes(d)
+    block_t, block_d, warps = sizes(d)
     forward_kernel[(triton.cdiv(tokens, block_t),)](
         h,
         row,
@@ -277,7 +249,7 @@ def forward(
         SILU=silu,
         NORM=norm,
         CENTRED=centred,
-        WEIGHT_STRIDE=_stride(norm_weight),
+        WEIGHT_STRIDE=stride(norm_weight),
         HAS_BIAS=norm_bias is not None,
         DROP=seed is not None,
         DROP_SUM=drop_sum,
@@ -310,7 +282,7 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     apart = need_skip and seed is not None and drop_sum
     nothing = grad.new_empty(0)
-    _, programs = _shares(grad.shape[0], h.shape[1])
+    _, programs = shares(grad.shape[0], h.shape[1])
     shared = grad.new_empty(programs, h.shape[1], dtype=torch.float32)
     return (
         torch.empty_like(grad) if need_residual or (need_skip and not apart) else nothing,
@@ -320,13 +292,6 @@ def _backward_fake(
         shared if norm and norm_weight is not None else nothing,
         torch.empty_like(shared) if norm and norm_bias is not None else nothing,
     )
-
-
-def _shares(tokens: int, d: int) -> tuple[int, int]:
-    """Blocks for each program of the backward, and programs."""
-    blocks = triton.cdiv(tokens, _sizes(d)[0])
-    each = triton.cdiv(blocks, PROGRAMS)
-    return each, triton.cdiv(blocks, each)
 
 
 @kernel("combine_backward", fake=_backward_fake)
@@ -358,8 +323,8 @@ def backward(
     )  # fmt: skip
     grad_sum, grad_skip, grad_h, grad_weight, share_weight, share_bias = outs
     tokens, d = grad.shape
-    block_t, block_d, warps = _sizes(d)
-    each, programs = _shares(tokens, d)
+    block_t, block_d, warps = sizes(d)
+    each, programs = shares(tokens, d)
     backward_kernel[(programs,)](
         grad,
         total,
@@ -382,7 +347,7 @@ def backward(
         SILU=silu,
         NORM=norm,
         CENTRED=centred,
-        WEIGHT_STRIDE=_stride(norm_weight),
+        WEIGHT_STRIDE=stride(norm_weight),
         HAS_BIAS=norm_bias is not None,
         DROP=seed is not None,
         DROP_SUM=drop_sum,
@@ -437,19 +402,11 @@ class _Combine(torch.autograd.Function):
             None if weight is None else grad_weight.to(weight.dtype),
             for_skip.to(skip_dtype) if need_skip else None,
             grad_sum.to(residual_dtype) if need_residual else None,
-            _total(share_weight, norm_weight),
-            _total(share_bias, norm_bias),
+            sum_of(share_weight, norm_weight),
+            sum_of(share_bias, norm_bias),
             None,
             None,
         )
-
-
-def _total(shares: Tensor, parameter: Tensor | None) -> Tensor | None:
-    """The gradient of a parameter of the norm from the programs' shares ``(programs, D)``."""
-    if parameter is None:
-        return None
-    total = shares.sum(0) if parameter.numel() == shares.shape[1] else shares.sum()
-    return total.reshape(parameter.shape).to(parameter.dtype)
 
 
 def combine(
