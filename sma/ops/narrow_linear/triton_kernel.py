@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 from sma.ops.kernel import kernel
 
 BLOCK_D = 128
-BLOCK_T = 32
+BLOCK_T = 8
 WARPS = 4
-TOKENS_PER_PROGRAM = 512
+TOKENS_PER_PROGRAM = 256
 """Tokens over which a program of the backward pass adds up the gradient of the weights."""
 
 
@@ -58,13 +58,13 @@ def backward_kernel(
     grad_weight,
     grad_bias,
     tokens,
+    blocks,
     D,
     C: tl.constexpr,
     PADDED_C: tl.constexpr,
     HAS_THROUGH: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCKS: tl.constexpr,
 ):
     """``grad_x = through + grad_out W`` (in place when through is there), and this program's share of the others."""
     program = tl.program_id(0)
@@ -72,8 +72,8 @@ def backward_kernel(
     outputs = tl.arange(0, PADDED_C)[:, None]
     total = tl.zeros((PADDED_C, BLOCK_D), tl.float32)
     total_bias = tl.zeros((PADDED_C, 1), tl.float32)
-    for block in range(BLOCKS):
-        t = (program.to(tl.int64) * BLOCKS + block) * BLOCK_T + tl.arange(0, BLOCK_T)
+    for block in range(blocks):
+        t = (program.to(tl.int64) * blocks + block) * BLOCK_T + tl.arange(0, BLOCK_T)
         touched = tl.zeros((BLOCK_T,), tl.int1)
         for c in tl.static_range(C):
             touched = touched | (tl.load(grad_out + t * C + c, mask=t < tokens, other=0) != 0)  # NaN is
@@ -150,13 +150,13 @@ def _backward(x: Tensor, weight: Tensor, grad_out: Tensor, through: Tensor | Non
         grad_weight,
         grad_bias,
         tokens,
+        TOKENS_PER_PROGRAM // BLOCK_T,
         d,
         C=outputs,
         PADDED_C=triton.next_power_of_2(outputs),
         HAS_THROUGH=through is not None,
         BLOCK_T=BLOCK_T,
         BLOCK_D=BLOCK_D,
-        BLOCKS=TOKENS_PER_PROGRAM // BLOCK_T,
         num_warps=WARPS,
     )
     return grad_x, grad_weight.sum(0).to(weight.dtype), grad_bias.sum(0).to(weight.dtype)
