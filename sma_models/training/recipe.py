@@ -73,7 +73,8 @@ class TrainConfig(BaseConfig):
         precision: of the arithmetic; with ``bfloat16`` the weights stay in float32 (mixed precision).
         seed: of the weights, the order of the samples and dropout.
         resident: keep the samples on the device and put the batches together there, which takes no time of the
-            processor; null means where the data set can and has at most 1 GiB. The batches are the same.
+            processor; null means on an accelerator, where the data set can and has at most 1 GiB. The batches are the
+            same.
         workers: processes that read data in advance, where the samples are not kept on the device; the batches are
             the same for every number.
         device: where to compute; ``auto`` takes an accelerator when there is one.

@@ -103,17 +103,20 @@ def test_what_is_kept_on_the_device() -> None:
     large = PixelDataset(
         np.lib.stride_tricks.as_strided(np.zeros(1, np.uint8), (LIMIT + 1, 1), (0, 0)), LABELS, 4, 0, 1
     )
-    assert Source().keeps(small)
-    assert not Source(resident=False).keeps(small)
-    assert not Source().keeps(large)
-    assert Source(resident=True).keeps(large)
+    gpu = torch.device("cuda")
+    assert Source(gpu).keeps(small)
+    assert not Source(gpu, resident=False).keeps(small)
+    assert not Source(gpu).keeps(large)
+    assert Source(gpu, resident=True).keeps(large)
+    assert not Source().keeps(small), "on a CPU there is nothing to gain"
+    assert Source(resident=True).keeps(small)
 
 
 def test_what_cannot_be_kept_on_the_device(speech_root: Path) -> None:  # noqa: F811
     changes = (f"data.root={speech_root}", "data.classes=[no,yes]", "data.length=400", "model.n_classes=2")
     recipe = load_recipe("speech", *changes, "train.resident=true")
     train = open_task(recipe).train
-    assert not Source().keeps(train)
+    assert not Source(torch.device("cuda")).keeps(train)
     with pytest.raises(ConfigError, match=r"train.resident: must be false or null for Recordings, .* got true"):
         loader(train, BatchPlan(2, 1), source=recipe.train.source(DEVICE))
 

@@ -88,7 +88,7 @@ def test_a_training_step_reads_nothing_back(
 
     monkeypatch.setattr(TrainingModule, "__init__", remembered)
     plan = ["train.steps=14", "train.log_every=6", "train.checkpoint_every=9", "train.eval_every=0"]
-    plan += ["optimiser.algorithm=adamw", f"optimiser.clip={clip}", "train.precision=bfloat16"]
+    plan += ["optimiser.algorithm=adamw", f"optimiser.clip={clip}", "train.precision=bfloat16", "train.resident=true"]
     with reads(monkeypatch, lambda: steps[0].step if steps else -1) as counter:
         run_recipe(tiny, *plan)
     during = {step for step in counter.seen if step > 0}
@@ -101,7 +101,7 @@ def test_an_evaluation_reads_as_often_for_many_batches_as_for_few(
 ) -> None:
     counts = []
     for size in (1, 8):
-        recipe = load_recipe(tiny, f"train.eval_batch_size={size}")
+        recipe = load_recipe(tiny, f"train.eval_batch_size={size}", "train.resident=true")
         task, model = open_task(recipe), build_model(recipe)
         with monkeypatch.context() as patched, reads(patched, lambda: 0) as counter:
             evaluate(model, task, "validation", recipe.train, limit=limit)
