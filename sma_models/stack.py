@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sma.checkpointing import checkpoint
@@ -105,6 +106,8 @@ class Stack(nn.Module):
         self._check(x, state, replay)
         alignment = Alignment.of(valid, (x.shape[0], x.shape[1]))
         lengths = alignment.lengths
+        if torch.is_autocast_enabled(x.device.type):  # or every layer would read and write float32
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         x = self.dropout(alignment.align(x))
         states: list[State | None] = []
         routings: dict[str, Routing] = {}

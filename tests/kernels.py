@@ -24,6 +24,7 @@ class Compilation:
         signature: type of every argument that is no constant: ``*bf16``, ``*fp32``, ``*i64``, ``i32``, ``fp32``, ...
         constants: values of the ``tl.constexpr`` arguments.
         options: ``num_warps``, ``num_stages``.
+        divisible: integer arguments that are multiples of 16, which a launch finds out by itself; pointers always are.
         capability: of the GPU.
     """
 
@@ -32,6 +33,7 @@ class Compilation:
     signature: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, int] = field(default_factory=dict)
+    divisible: list[str] = field(default_factory=list)
     capability: int = 90
 
 
@@ -74,8 +76,14 @@ def _compile(each: Compilation) -> Resources:
     function = getattr(importlib.import_module(each.module), each.kernel)
     function = getattr(function, "fn", function) if not hasattr(function, "arg_names") else function
     signature = {name: "constexpr" if name in each.constants else each.signature[name] for name in function.arg_names}
+    aligned = [
+        place
+        for place, name in enumerate(function.arg_names)
+        if signature[name].startswith("*") or name in each.divisible
+    ]
+    attributes = {(place,): [["tt.divisibility", 16]] for place in aligned}
     built = triton.compile(
-        ASTSource(function, signature, each.constants),
+        ASTSource(function, signature, each.constants, attributes),
         target=GPUTarget("cuda", each.capability, 32),
         options=each.options,
     )

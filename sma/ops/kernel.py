@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any
@@ -73,7 +74,8 @@ def kernel(
     """
 
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
-        operator = torch.library.custom_op(f"sma::{name}", run, mutates_args=mutates)
+        schema = torch.library.infer_schema(inspect.unwrap(run), mutates_args=mutates)
+        operator = torch.library.custom_op(f"sma::{name}", run, mutates_args=mutates, schema=schema)
         operator.register_fake(fake)
 
         @functools.wraps(run)

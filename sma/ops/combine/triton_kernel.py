@@ -104,6 +104,7 @@ def backward_kernel(
     grad_norm_weight,
     grad_norm_bias,
     tokens,
+    blocks,
     D,
     dropout,
     norm_eps,
@@ -118,17 +119,16 @@ def backward_kernel(
     KEEP: tl.constexpr,
     STORE_SUM: tl.constexpr,
     STORE_SKIP: tl.constexpr,
-    BLOCKS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Blocks of tokens one after the other, and their share of the gradients of the norm."""
     program = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)[None, :]
-    sum_weight = tl.zeros((1, BLOCK_D), tl.float32)
-    sum_bias = tl.zeros((1, BLOCK_D), tl.float32)
-    for block in range(BLOCKS):
-        t = (program.to(tl.int64) * BLOCKS + block) * BLOCK_T + tl.arange(0, BLOCK_T)
+    sum_weight = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)  # over the blocks; over their tokens at the end
+    sum_bias = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for block in range(blocks):
+        t = (program.to(tl.int64) * blocks + block) * BLOCK_T + tl.arange(0, BLOCK_T)
         inside = (t < tokens)[:, None] & (d < D)
         place = t[:, None] * D + d
         g = tl.load(grad + place, mask=inside, other=0).to(tl.float32)
@@ -138,9 +138,9 @@ def backward_kernel(
                 y = _silu(s) if SILU else s
                 scaled, rstd = scale(tl.where(inside, y, 0.0), norm_eps, inside, D, CENTRED)
                 if HAS_BIAS:
-                    sum_bias += tl.sum(g, 0)[None, :]
+                    sum_bias += g
                 if WEIGHT_STRIDE >= 0:
-                    sum_weight += tl.sum(g * scaled, 0)[None, :]
+                    sum_weight += g * scaled
                     g = g * tl.load(norm_weight + d * WEIGHT_STRIDE, mask=d < D, other=0).to(tl.float32)
                 g = unscale(g, scaled, rstd, inside, D, CENTRED)
             if SILU:
@@ -164,9 +164,9 @@ def backward_kernel(
             g = g * w[:, None]
         tl.store(grad_h + r[:, None] * D + d, g.to(grad_h.dtype.element_ty), mask=cells)
     if NORM and WEIGHT_STRIDE >= 0:
-        tl.store(grad_norm_weight + program * D + d, sum_weight, mask=d < D)
+        tl.store(grad_norm_weight + program * D + d, tl.sum(sum_weight, 0)[None, :], mask=d < D)
     if NORM and HAS_BIAS:
-        tl.store(grad_norm_bias + program * D + d, sum_bias, mask=d < D)
+        tl.store(grad_norm_bias + program * D + d, tl.sum(sum_bias, 0)[None, :], mask=d < D)
 
 
 class Options(NamedTuple):
@@ -281,16 +281,18 @@ def _backward_fake(
     need_skip: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     apart = need_skip and seed is not None and drop_sum
-    nothing = grad.new_empty(0)
-    _, programs = shares(grad.shape[0], h.shape[1])
-    shared = grad.new_empty(programs, h.shape[1], dtype=torch.float32)
+    programs = shares(grad.shape[0], h.shape[1])[1]
+
+    def part(there: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return grad.new_empty(shape if there else (0,), dtype=dtype)
+
     return (
-        torch.empty_like(grad) if need_residual or (need_skip and not apart) else nothing,
-        torch.empty_like(grad) if apart else nothing,
+        part(need_residual or (need_skip and not apart), *grad.shape, dtype=grad.dtype),
+        part(apart, *grad.shape, dtype=grad.dtype),
         torch.zeros_like(h) if fixed else torch.empty_like(h),
-        nothing if weight is None else grad.new_empty(row.numel(), dtype=torch.float32),
-        shared if norm and norm_weight is not None else nothing,
-        torch.empty_like(shared) if norm and norm_bias is not None else nothing,
+        part(weight is not None, row.numel()),
+        part(norm and norm_weight is not None, programs, h.shape[1]),
+        part(norm and norm_bias is not None, programs, h.shape[1]),
     )
 
 
@@ -340,6 +342,7 @@ def backward(
         share_weight,
         share_bias,
         tokens,
+        each,
         d,
         dropout,
         eps,
@@ -354,7 +357,6 @@ def backward(
         KEEP=silu or norm,
         STORE_SUM=grad_sum.numel() > 0,
         STORE_SKIP=grad_skip.numel() > 0,
-        BLOCKS=each,
         BLOCK_T=block_t,
         BLOCK_D=block_d,
         num_warps=warps,

@@ -67,11 +67,7 @@ def _check(x: Tensor, packed: Packed) -> None:
         raise ShapeError(f"compress: x must begin with (B, L) = {packed.shape} as packed, got {tuple(x.shape)}")
 
 
-@OP.backend(
-    "triton",
-    priority=10,
-    applies=lambda x, packed: "there is nothing to move" if x.numel() == 0 else why_not_triton(x),
-)
+@OP.backend("triton", priority=10, applies=lambda x, packed: why_not_triton(x))
 def _triton(x: Tensor, packed: Packed) -> Tensor:
     from sma.ops.compress.triton_kernel import compress as run
 

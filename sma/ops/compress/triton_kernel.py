@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def add_(into: Tensor, index: Tensor, rows: Tensor) -> None:
 
 def flat(x: Tensor, rows: int) -> Tensor:
     """``(rows, everything else)``, contiguous."""
-    return x.contiguous().view(rows, -1)
+    return x.contiguous().view(rows, prod(x.shape) // rows if rows else prod(x.shape[1:]))
 
 
 class _Compress(torch.autograd.Function):

@@ -41,11 +41,7 @@ def extract(h: Float[Tensor, "active *features"], packed: Packed) -> Float[Tenso
     return out
 
 
-@OP.backend(
-    "triton",
-    priority=10,
-    applies=lambda h, packed: "there is nothing to move" if h.numel() == 0 else why_not_triton(h),
-)
+@OP.backend("triton", priority=10, applies=lambda h, packed: why_not_triton(h))
 def _triton(h: Tensor, packed: Packed) -> Tensor:
     from sma.ops.extract.triton_kernel import extract as run
 

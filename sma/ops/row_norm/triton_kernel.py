@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from sma.ops.kernel import kernel
 from sma.ops.row_norm import RowNorm
 
-ELEMENTS = 4096
+ELEMENTS = 1024
 """Numbers of a block of tokens, with WARPS warps."""
 WARPS = 4
 PROGRAMS = 2048
@@ -82,38 +82,38 @@ def backward_kernel(
     share_weight,
     share_bias,
     tokens,
+    blocks,
     D,
     eps,
     CENTRED: tl.constexpr,
     WEIGHT_STRIDE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    BLOCKS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Blocks of tokens one after the other, and their share of the gradients of weight and bias."""
     program = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)[None, :]
-    sum_weight = tl.zeros((1, BLOCK_D), tl.float32)
-    sum_bias = tl.zeros((1, BLOCK_D), tl.float32)
-    for block in range(BLOCKS):
-        t = (program.to(tl.int64) * BLOCKS + block) * BLOCK_T + tl.arange(0, BLOCK_T)
+    sum_weight = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)  # over the blocks; over their tokens at the end
+    sum_bias = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for block in range(blocks):
+        t = (program.to(tl.int64) * blocks + block) * BLOCK_T + tl.arange(0, BLOCK_T)
         inside = (t < tokens)[:, None] & (d < D)
         place = t[:, None] * D + d
         g = tl.load(grad + place, mask=inside, other=0).to(tl.float32)
         y = tl.load(x + place, mask=inside, other=0).to(tl.float32)
         scaled, rstd = scale(y, eps, inside, D, CENTRED)
         if HAS_BIAS:
-            sum_bias += tl.sum(g, 0)[None, :]
+            sum_bias += g
         if WEIGHT_STRIDE >= 0:
-            sum_weight += tl.sum(g * scaled, 0)[None, :]
+            sum_weight += g * scaled
             g = g * tl.load(weight + d * WEIGHT_STRIDE, mask=d < D, other=0).to(tl.float32)
         g = unscale(g, scaled, rstd, inside, D, CENTRED)
         tl.store(grad_x + place, g.to(grad_x.dtype.element_ty), mask=inside)
     if WEIGHT_STRIDE >= 0:
-        tl.store(share_weight + program * D + d, sum_weight, mask=d < D)
+        tl.store(share_weight + program * D + d, tl.sum(sum_weight, 0)[None, :], mask=d < D)
     if HAS_BIAS:
-        tl.store(share_bias + program * D + d, sum_bias, mask=d < D)
+        tl.store(share_bias + program * D + d, tl.sum(sum_bias, 0)[None, :], mask=d < D)
 
 
 def sizes(d: int) -> tuple[int, int, int]:
@@ -196,12 +196,12 @@ def backward(
         x if weight is None else weight,
         *outs,
         tokens,
+        each,
         d,
         eps,
         CENTRED=centred,
         WEIGHT_STRIDE=stride(weight),
         HAS_BIAS=bias is not None,
-        BLOCKS=each,
         BLOCK_T=block_t,
         BLOCK_D=block_d,
         num_warps=warps,
