@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sma.interfaces import Module, ModuleOutput
-from sma_modules.ffn import ACTIVATIONS, FFN, Activation
-from sma_modules.ops.expert_matmul import combine, dispatch, expert_matmul, order_by_expert
+from sma_modules.ffn import ACTIVATIONS, FFN, Activation, compute_dtype
+from sma_modules.ops.expert_matmul import ExpertOrder, combine, dispatch, expert_matmul, order_by_expert
+from sma_modules.ops.feed_forward import activate
 
 
 class MoE(Module):
@@ -106,16 +107,19 @@ class MoE(Module):
             weight = weight / weight.sum(-1, keepdim=True)
 
         order = order_by_expert(choice, self.config.n_experts)
-        rows = dispatch(x, order)
-        dtype = rows.dtype
-        hidden = self.act(expert_matmul(rows, (self.up if self.gate is None else self.gate).to(dtype), order.counts))
-        if self.gate is not None:
-            hidden = hidden * expert_matmul(rows, self.up.to(dtype), order.counts)
-        # Under autocast the hidden rows have another dtype than the input.
-        y = combine(expert_matmul(hidden, self.down.to(hidden.dtype), order.counts), weight, order)
+        y = combine(self._experts(dispatch(x.to(compute_dtype(x)), order), order), weight, order)
         if self.shared is not None:
             y = y + self.shared(x)
         return ModuleOutput(y, losses=self._losses(logits, probability, order.counts))
+
+    def _experts(self, rows: Tensor, order: ExpertOrder) -> Tensor:
+        """Every row through its expert."""
+
+        def times(rows: Tensor, matrices: Tensor) -> Tensor:
+            return expert_matmul(rows, matrices.to(rows.dtype), order.counts, order.ends)
+
+        gate = None if self.gate is None else times(rows, self.gate)
+        return times(activate(times(rows, self.up), gate, self.config.activation), self.down)
 
     def _logits(self, x: Tensor) -> Tensor:
         """``(T, E)`` in float32, or float64 for float64 inputs: rounding decides who is chosen."""

@@ -74,8 +74,12 @@ def _compile(each: Compilation) -> Resources:
     function = getattr(importlib.import_module(each.module), each.kernel)
     function = getattr(function, "fn", function) if not hasattr(function, "arg_names") else function
     signature = {name: "constexpr" if name in each.constants else each.signature[name] for name in function.arg_names}
+    # Tensors begin at whole 16 bytes, which decides how wide loads are and so how many registers they take.
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if signature[name].startswith("*")
+    }
     built = triton.compile(
-        ASTSource(function, signature, each.constants),
+        ASTSource(function, signature, each.constants, aligned),
         target=GPUTarget("cuda", each.capability, 32),
         options=each.options,
     )

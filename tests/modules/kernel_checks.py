@@ -1,0 +1,73 @@
+"""What the tests of kernels share: the device, forced runs with gradients, guarded memory, the low-precision rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sma.ops import using
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MARGIN = 64
+
+
+def run(backend: str, function: Callable[..., Tensor], args: Sequence[Any]) -> list[Tensor]:
+    """Output of ``function`` and the gradients of its floating-point arguments, under a forced backend."""
+    args = [a.detach().clone().requires_grad_() if differentiable(a) else a for a in args]
+    with using(backend):
+        out = function(*args)
+        # In bfloat16, so that they are the same numbers in every dtype.
+        weights = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=torch.bfloat16).view_as(out)
+        inputs = [a for a in args if differentiable(a)]
+        return [out.detach(), *torch.autograd.grad((out * weights.to(out.dtype)).sum(), inputs)]
+
+
+def differentiable(value: Any) -> bool:
+    """Whether :func:`run` differentiates an argument."""
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def check_low_precision(function: Callable[..., Tensor], args: Sequence[Any], dtype: torch.dtype) -> None:
+    """Against float64, output and gradients: at most twice the eager backend's error, the largest and the mean."""
+    args = [a.to(dtype) if differentiable(a) else a for a in args]
+    exact = run("eager", function, [a.double() if differentiable(a) else a for a in args])
+    mine, eager = run("triton", function, args), run("eager", function, args)
+    for i, (a, b, c) in enumerate(zip(mine, eager, exact, strict=True)):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        for measure in (torch.max, torch.mean):
+            if a.numel():
+                error, base = (float(measure((each.double() - c).abs())) for each in (a, b))
+                # One rounding of the largest value is within what any order of adding up may give.
+                slack = torch.finfo(dtype).eps * float(measure(c.abs())) / 4
+                assert error <= 2 * base + slack, f"{dtype}, result {i}, {measure.__name__}: {error:.2e}, {base:.2e}"
+
+
+@contextmanager
+def guarded() -> Iterator[list[Tensor]]:
+    """``new_empty`` gives memory full of NaN (integers: -1) inside a wall of it; the wall must still stand at the end.
+
+    A test then sees values that a kernel forgot to write, and fails when one wrote outside.
+    """
+    walls: list[Tensor] = []
+    plain = torch.Tensor.new_empty
+
+    def new_empty(self: Tensor, *size: Any, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+        shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        count = int(torch.Size(shape).numel())
+        whole = plain(self, count + 2 * _MARGIN, dtype=dtype or self.dtype, **options)
+        whole.fill_(float("nan") if whole.is_floating_point() else -1)
+        walls.extend((whole[:_MARGIN], whole[_MARGIN + count :]))
+        return whole[_MARGIN : _MARGIN + count].view(shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", new_empty)
+        yield walls
+    assert walls
+    assert all(bool((wall.isnan() if wall.is_floating_point() else wall == -1).all()) for wall in walls)
