@@ -11,6 +11,8 @@ from sma.interfaces import Module
 from sma_modules.ops.feed_forward import Activation, Linear, feed_forward
 from sma_modules.ops.feed_forward.eager import ACTIVATIONS
 
+__all__ = ["ACTIVATIONS", "FFN", "Activation", "compute_dtype"]
+
 
 class FFN(Module):
     """``down(act(up(x)))``, or gated ``down(act(gate(x)) * up(x))``: SwiGLU with ``silu``, GEGLU with ``gelu``.

@@ -53,7 +53,8 @@ def gradient_tile(dtype: torch.dtype, rows: int, experts: int, d_in: int, d_out:
     bm = _power(d_in, 16, most)
     wide = bm == 128 and d_out >= 256
     bn = 256 if wide else _power(d_out, 16, most)
-    return Tile(bm, bn, _power(triton.cdiv(rows, experts), 16, 32 if dtype == torch.float32 else 64), 8 if wide else 4, 3)
+    bk = _power(triton.cdiv(rows, experts), 16, 32 if dtype == torch.float32 else 64)
+    return Tile(bm, bn, bk, 8 if wide else 4, 3)
 
 
 @triton.jit
@@ -168,7 +169,7 @@ def _fake_product(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> 
 
 @kernel("expert_matmul", fake=_fake_product)
 def rows_times_matrices(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:
-    """``x (R, d_in) @ weight (E, d_in, d_out)``, or transposed ``x (R, d_out) @ weight^T``, row by row of its expert."""
+    """``x (R, d_in) @ weight (E, d_in, d_out)``, or transposed ``x (R, d_out) @ weight^T``, row by row."""
     out = _fake_product(x, weight, ends, transposed)
     (rows, depth), cols, experts = x.shape, out.shape[1], weight.shape[0]
     if not depth:
@@ -178,7 +179,8 @@ def rows_times_matrices(x: Tensor, weight: Tensor, ends: Tensor, transposed: boo
         row_tiles = triton.cdiv(rows, tile.rows) + experts
         product_kernel[(row_tiles * triton.cdiv(cols, tile.cols),)](
             x.contiguous(), weight.contiguous(), ends, out, rows, row_tiles, depth, cols, transposed, experts,
-            triton.next_power_of_2(experts), tile.rows, tile.cols, tile.depth, GROUP, FLOAT32_PRECISION, _widen(x), num_warps=tile.warps, num_stages=tile.stages,
+            triton.next_power_of_2(experts), tile.rows, tile.cols, tile.depth, GROUP, FLOAT32_PRECISION, _widen(x),
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out
 

@@ -36,9 +36,7 @@ def order_by_expert(choice: Int[Tensor, "tokens top_k"], n_experts: int) -> Expe
         ([1, 2, 3, 0], [2, 1, 1])
     """
     if choice.dim() != 2 or choice.is_floating_point():
-        raise ShapeError(
-            f"order_by_expert: choice must be (T, k) integers, got {choice.dtype} {tuple(choice.shape)}"
-        )
+        raise ShapeError(f"order_by_expert: choice must be (T, k) integers, got {choice.dtype} {tuple(choice.shape)}")
     order: ExpertOrder = ORDER(choice, n_experts)
     return order
 

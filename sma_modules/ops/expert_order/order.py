@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class ExpertOrder:
+class ExpertOrder(NamedTuple):
     """The order in which T tokens, each going to k experts, are sorted by expert.
 
     Attributes:

@@ -27,7 +27,8 @@ def order_by_expert(choice: Tensor, n_experts: int) -> ExpertOrder:
     """A counting sort in two launches."""
     from sma_modules.ops.expert_order import triton_kernel
 
-    return ExpertOrder(*triton_kernel.order_by_expert(choice, n_experts), choice.shape[1])
+    order, inverse, counts, ends = triton_kernel.order_by_expert(choice, n_experts)
+    return ExpertOrder(order, inverse, counts, ends, choice.shape[1])
 
 
 def _dispatch_applies(x: Tensor, order: ExpertOrder) -> str | None:

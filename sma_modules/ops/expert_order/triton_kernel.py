@@ -80,9 +80,7 @@ def place_kernel(
 
 
 @triton.jit
-def spread_kernel(
-    x, order, rows, n_rows, D: tl.constexpr, TOP_K: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr
-):
+def spread_kernel(x, order, rows, n_rows, D: tl.constexpr, TOP_K: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
     """``rows[r] = x[order[r] // k]``."""
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
@@ -217,9 +215,7 @@ def gather(rows: Tensor, inverse: Tensor, weight: Tensor | None, top_k: int) -> 
     return y
 
 
-def _fake_combine_backward(
-    grad: Tensor, rows: Tensor, inverse: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:
+def _fake_combine_backward(grad: Tensor, rows: Tensor, inverse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return rows.new_empty(rows.shape), weight.new_empty(weight.shape)
 
 

@@ -70,7 +70,7 @@ def activate_backward_kernel(
     BD: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Gradients of ``ROWS x BD`` values, a tile of BR rows at a time; their column sums to ``sums (programs, 1 or 2, D)``."""
+    """Gradients of ``ROWS x BD`` values, BR rows at a time; their column sums to ``sums (programs, 1 or 2, D)``."""
     program = tl.program_id(0)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     sum_up = tl.zeros((BR, BD), tl.float32)
