@@ -1,9 +1,9 @@
 """expert_matmul: every row times the matrix of its own expert.
 
-The router stays outside: a mixture is ``order_by_expert``, ``dispatch``, ``expert_matmul``, activation,
-``expert_matmul``, ``combine``. Nothing is dropped and rows are only gathered, in both directions, so results are
-deterministic and a token's result does not depend on the other tokens (up to the rounding of a matrix product of
-another size).
+The router stays outside: a mixture is ``choose_experts``, ``order_by_expert``, ``dispatch``, ``expert_matmul``,
+``activate``, ``expert_matmul``, ``combine``. Nothing is dropped and rows are only gathered, in both directions, so
+results are deterministic and a token's result does not depend on the other tokens (up to the rounding of a matrix
+product of another size).
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from torch import Tensor
 
 from sma.errors import ShapeError
 from sma.ops.backend import Op
-from sma_modules.ops.expert_order import ExpertOrder, combine, dispatch, order_by_expert
 
-__all__ = ["OP", "ExpertOrder", "combine", "dispatch", "expert_matmul", "order_by_expert"]
+__all__ = ["OP", "expert_matmul"]
 
 OP = Op("expert_matmul")
 

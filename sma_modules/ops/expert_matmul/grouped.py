@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sma.ops.backend import forced_backend
-from sma.ops.kernel import why_not_triton
+from sma.ops.kernel import capability, why_not_triton
 from sma_modules.ops.expert_matmul import OP
 
 # The rule between the two where both apply: PyTorch's product from so many multiplications (rows * d_in * d_out) on.
@@ -25,7 +25,7 @@ _ALIGNMENT = 8  # bfloat16 values in 16 bytes
 def _why_not_grouped_mm(x: Tensor, weight: Tensor, counts: Tensor, ends: Tensor | None = None) -> str | None:
     if x.dtype != torch.bfloat16:
         return f"grouped_mm multiplies bfloat16 without waiting for the device, got {x.dtype}"
-    if not x.is_cuda or torch.version.hip is not None or torch.cuda.get_device_capability(x.device)[0] != 9:
+    if not x.is_cuda or torch.version.hip is not None or capability(x.device.index or 0)[0] != 9:
         return f"grouped_mm waits for every device but CUDA ones of capability 9.x, got {x.device}"
     if any(width % _ALIGNMENT for width in weight.shape[1:]) or not weight.shape[1] * weight.shape[2]:
         return f"grouped_mm needs widths in multiples of {_ALIGNMENT}, got {tuple(weight.shape[1:])}"
