@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from sma.interfaces import Module
+from sma_modules.ops.feed_forward import Activation, Linear, feed_forward
+from sma_modules.ops.feed_forward.eager import ACTIVATIONS
 
-Activation = Literal["relu", "gelu", "silu"]
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+__all__ = ["ACTIVATIONS", "FFN", "Activation", "compute_dtype"]
 
 
 class FFN(Module):
@@ -63,6 +62,35 @@ class FFN(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (K, D)``, or any leading shape, to the same shape."""
+        maps = [self.up, self.down] if self.gate is None else [self.up, self.gate, self.down]
+        if all(map(_is_plain, maps)) and not (self.training and self.dropout.p):
+            dtype = compute_dtype(x)
+            up, gate, down = (_weights(each, dtype) for each in (self.up, self.gate, self.down))
+            assert up is not None
+            assert down is not None
+            y = feed_forward(x.to(dtype).reshape(-1, x.shape[-1]), up, gate, down, self.config.activation)
+            return y.reshape(x.shape)
         hidden = self.act(self.up(x)) if self.gate is None else self.act(self.gate(x)) * self.up(x)
         out: Tensor = self.down(self.dropout(hidden))
         return out
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product of ``x`` is computed: that of autocast where it is on."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a projection is nothing but its weights: not replaced, not parametrised, watched by no hook."""
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    return type(linear) is nn.Linear and not any(hooks)
+
+
+def _weights(linear: nn.Linear | None, dtype: torch.dtype) -> Linear | None:
+    if linear is None:
+        return None
+    autocast = linear.weight.dtype != dtype and torch.is_autocast_enabled(linear.weight.device.type)
+    weight, bias = linear.weight, linear.bias
+    return Linear(weight.to(dtype), None if bias is None else bias.to(dtype)) if autocast else Linear(weight, bias)

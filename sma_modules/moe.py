@@ -9,8 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sma.interfaces import Module, ModuleOutput
-from sma_modules.ffn import ACTIVATIONS, FFN, Activation
-from sma_modules.ops.expert_matmul import combine, dispatch, expert_matmul, order_by_expert
+from sma_modules.ffn import ACTIVATIONS, FFN, Activation, compute_dtype
+from sma_modules.ops.expert_matmul import expert_matmul
+from sma_modules.ops.expert_order import ExpertOrder, combine, dispatch, order_by_expert
+from sma_modules.ops.expert_routing import Choice, choose_experts
+from sma_modules.ops.feed_forward import activate
 
 
 class MoE(Module):
@@ -97,25 +100,21 @@ class MoE(Module):
 
     def forward(self, x: Tensor) -> ModuleOutput:
         """``x (T, D)`` to the same shape, with the two losses, already weighted."""
-        logits = self._logits(x)
-        probability = logits.softmax(-1)
-        # A stable sort and not topk: which of two equal experts comes first must not depend on the device.
-        choice = probability.detach().argsort(dim=-1, descending=True, stable=True)[:, : self.config.top_k]
-        weight = probability.gather(1, choice)
-        if self.config.renormalise:
-            weight = weight / weight.sum(-1, keepdim=True)
-
-        order = order_by_expert(choice, self.config.n_experts)
-        rows = dispatch(x, order)
-        dtype = rows.dtype
-        hidden = self.act(expert_matmul(rows, (self.up if self.gate is None else self.gate).to(dtype), order.counts))
-        if self.gate is not None:
-            hidden = hidden * expert_matmul(rows, self.up.to(dtype), order.counts)
-        # Under autocast the hidden rows have another dtype than the input.
-        y = combine(expert_matmul(hidden, self.down.to(hidden.dtype), order.counts), weight, order)
+        choice = choose_experts(self._logits(x), self.config.top_k, self.config.renormalise)
+        order = order_by_expert(choice.expert, self.config.n_experts)
+        y = combine(self._experts(dispatch(x.to(compute_dtype(x)), order), order), choice.weight, order)
         if self.shared is not None:
             y = y + self.shared(x)
-        return ModuleOutput(y, losses=self._losses(logits, probability, order.counts))
+        return ModuleOutput(y, losses=self._losses(choice, order.counts))
+
+    def _experts(self, rows: Tensor, order: ExpertOrder) -> Tensor:
+        """Every row through its expert."""
+
+        def times(rows: Tensor, matrices: Tensor) -> Tensor:
+            return expert_matmul(rows, matrices.to(rows.dtype), order.counts, order.ends)
+
+        gate = None if self.gate is None else times(rows, self.gate)
+        return times(activate(times(rows, self.up), gate, self.config.activation), self.down)
 
     def _logits(self, x: Tensor) -> Tensor:
         """``(T, E)`` in float32, or float64 for float64 inputs: rounding decides who is chosen."""
@@ -123,12 +122,10 @@ class MoE(Module):
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(dtype), self.router.weight.to(dtype))
 
-    def _losses(self, logits: Tensor, probability: Tensor, counts: Tensor) -> dict[str, Tensor]:
-        tokens = max(logits.shape[0], 1)
-        share = counts.to(probability.dtype) / (tokens * self.config.top_k)
-        balance = self.config.n_experts * (share * (probability.sum(0) / tokens)).sum()
-        z = logits.logsumexp(-1).square().sum() / tokens
+    def _losses(self, choice: Choice, counts: Tensor) -> dict[str, Tensor]:
+        share = counts.to(choice.probability.dtype) / max(choice.expert.numel(), 1)
+        balance = self.config.n_experts * (share * choice.probability).sum()
         return {
             "load_balance": self.config.load_balance_weight * balance,
-            "router_z": self.config.z_loss_weight * z,
+            "router_z": self.config.z_loss_weight * choice.square,
         }

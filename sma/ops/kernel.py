@@ -44,15 +44,16 @@ def why_not_triton(x: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> str |
         return f"the kernel runs on CUDA devices, got {device.type}"
     elif INTERPRETING:
         return "TRITON_INTERPRET=1 keeps kernels off the device"
-    elif torch.version.hip is None and _capability(device.index or 0) < MINIMUM_CAPABILITY:
-        have = ".".join(map(str, _capability(device.index or 0)))
+    elif torch.version.hip is None and capability(device.index or 0) < MINIMUM_CAPABILITY:
+        have = ".".join(map(str, capability(device.index or 0)))
         return f"the kernel needs compute capability 8.0, the device has {have}"
     if x.dtype not in dtypes:
         return f"the kernel takes {', '.join(str(each).removeprefix('torch.') for each in dtypes)}, got {x.dtype}"
     return None
 
 
-def _capability(index: int) -> tuple[int, int]:
+def capability(index: int) -> tuple[int, int]:
+    """The compute capability of a CUDA device."""
     if index not in _capabilities:
         _capabilities[index] = torch.cuda.get_device_capability(index)
     return _capabilities[index]

@@ -346,7 +346,7 @@ def _forward_sweep(
     LEAVES: tl.constexpr, STREAM: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr, SAVE: tl.constexpr,
     DIRECTIONS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """One direction of one chunk. The last direction adds what the first left in ``scratch`` and finishes the output."""
+    """One direction of one chunk. The last one adds what the first left in ``scratch`` and finishes the output."""
     REVERSE: tl.constexpr = direction == 1
     correction = _coefficient(table, CORRECTION, direction, dim, columns, inside, DIRECTIONS, N)
     if LEAVES:

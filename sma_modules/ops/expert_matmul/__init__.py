@@ -1,34 +1,39 @@
-"""expert_matmul: every row times the matrix of its own expert, and the sorting that brings rows of one expert together.
+"""expert_matmul: every row times the matrix of its own expert.
 
-The router stays outside: a mixture is ``order_by_expert``, ``dispatch``, ``expert_matmul``, activation,
-``expert_matmul``, ``combine``. Nothing is dropped and rows are only gathered, in both directions, so results are
-deterministic and a token's result does not depend on the other tokens (up to the rounding of a matrix product of
-another size).
+The router stays outside: a mixture is ``choose_experts``, ``order_by_expert``, ``dispatch``, ``expert_matmul``,
+``activate``, ``expert_matmul``, ``combine``. Nothing is dropped and rows are only gathered, in both directions, so
+results are deterministic and a token's result does not depend on the other tokens (up to the rounding of a matrix
+product of another size).
 """
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sma.errors import ShapeError
 from sma.ops.backend import Op
-from sma_modules.ops.expert_matmul.ordering import ExpertOrder, combine, dispatch, order_by_expert
 
-__all__ = ["OP", "ExpertOrder", "combine", "dispatch", "expert_matmul", "order_by_expert"]
+__all__ = ["OP", "expert_matmul"]
 
 OP = Op("expert_matmul")
 
 
 def expert_matmul(
-    x: Float[Tensor, "rows d_in"], weight: Float[Tensor, "experts d_in d_out"], counts: Int[Tensor, " experts"]
+    x: Float[Tensor, "rows d_in"],
+    weight: Float[Tensor, "experts d_in d_out"],
+    counts: Int[Tensor, " experts"],
+    ends: Int[Tensor, " experts"] | None = None,
 ) -> Float[Tensor, "rows d_out"]:
     """Multiply rows that are sorted by expert with their experts' matrices.
 
     Args:
         x: ``(R, d_in)``: first the rows of expert 0, then those of expert 1, and so on.
         weight: ``(E, d_in, d_out)`` in the dtype of ``x``.
-        counts: ``(E,)`` integers, the rows of each expert, R in total.
+        counts: ``(E,)`` integers, the rows of each expert, R in total. On an accelerator nobody looks (that would wait
+            for the device): rows beyond the total then go to the last expert, counts beyond R end at R.
+        ends: ``(E,)`` int32, the running sum of ``counts`` where it is at hand (``ExpertOrder.ends``).
 
     Returns:
         ``(R, d_out)``. Experts without rows get a zero gradient.
@@ -52,12 +57,17 @@ def expert_matmul(
             f"expert_matmul: counts must be {weight.shape[0]} integers, one per expert, got {counts.dtype} "
             f"{tuple(counts.shape)}"
         )
-    if counts.device.type == "cpu" and (int(counts.sum()) != x.shape[0] or bool((counts < 0).any())):
+    if ends is not None and (ends.shape != counts.shape or ends.dtype != torch.int32):
+        raise ShapeError(
+            f"expert_matmul: ends must be int32 of shape {tuple(counts.shape)}, got {ends.dtype} {tuple(ends.shape)}"
+        )
+    looking = counts.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looking and (int(counts.sum()) != x.shape[0] or bool((counts < 0).any())):
         raise ShapeError(
             f"expert_matmul: counts must be 0 or more and add up to the {x.shape[0]} rows of x, got {counts.tolist()}"
         )
-    out: Tensor = OP(x, weight, counts)
+    out: Tensor = OP(x, weight, counts, ends)
     return out
 
 
-from sma_modules.ops.expert_matmul import eager, reference  # noqa: E402,F401  (registers the backends)
+from sma_modules.ops.expert_matmul import eager, grouped, reference  # noqa: E402,F401  (registers the backends)

@@ -1,50 +1,38 @@
-"""Bringing the rows of one expert together, and back. Only gathers, also in the backward pass."""
+"""Sorting by expert, dispatch and combine in PyTorch's own operations. Only gathers, also in the backward pass."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class ExpertOrder:
-    """The order in which T tokens, each going to k experts, are sorted by expert.
-
-    Attributes:
-        order: ``(T * k,)`` int64: sorted row r is entry ``order[r]`` of the flattened ``(T, k)`` choice.
-        inverse: ``(T * k,)`` int64: entry e of the choice is sorted row ``inverse[e]``.
-        counts: ``(E,)`` int64: rows of each expert.
-        top_k: k.
-    """
-
-    order: Tensor
-    inverse: Tensor
-    counts: Tensor
-    top_k: int
+from sma_modules.ops.expert_order import COMBINE, DISPATCH, ORDER
+from sma_modules.ops.expert_order.order import ExpertOrder
 
 
+@ORDER.backend("eager")
 def order_by_expert(choice: Tensor, n_experts: int) -> ExpertOrder:
-    """Sort the entries of ``choice (T, k)``, expert numbers in 0..E-1; tokens of one expert keep their order."""
+    """One stable sort; its inverse by one scatter without collisions."""
     order = choice.flatten().argsort(stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
     # Comparing and adding is deterministic on every device; bincount is not.
     counts = (choice.flatten()[:, None] == torch.arange(n_experts, device=choice.device)).sum(0)
-    return ExpertOrder(order, inverse, counts, choice.shape[1])
+    return ExpertOrder(order, inverse, counts, counts.cumsum(0, dtype=torch.int32), choice.shape[1])
 
 
+@DISPATCH.backend("eager")
 def dispatch(x: Tensor, order: ExpertOrder) -> Tensor:
-    """``x (T, D)`` to rows sorted by expert ``(T * k, D)``, each token k times."""
+    """A gather of rows."""
     sources = order.order // order.top_k
     rows: Tensor = _Gather.apply(x, sources, order.inverse, order.top_k)  # type: ignore[no-untyped-call]
     return rows
 
 
+@COMBINE.backend("eager")
 def combine(rows: Tensor, weight: Tensor, order: ExpertOrder) -> Tensor:
-    """Weighted sum over each token's experts: ``rows (T * k, D)`` and ``weight (T, k)`` to ``(T, D)``."""
+    """A gather of rows and a sum."""
     entries: Tensor = _Gather.apply(rows, order.inverse, order.order, 1)  # type: ignore[no-untyped-call]
     entries = entries.reshape(*weight.shape, rows.shape[1])
     return (entries * weight[..., None].to(rows.dtype)).sum(1)

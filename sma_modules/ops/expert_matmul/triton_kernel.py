@@ -1,0 +1,203 @@
+"""Grouped matrix products as Triton kernels: one program a tile, which finds its expert by itself.
+
+How many rows an expert has is known on the device only. R rows of E experts make at most ``R / BM + E`` tiles of BM
+rows, none of which crosses from one expert to the next: so many programs start, and those beyond the last tile stop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton  # type: ignore[import-untyped,unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
+from torch import Tensor
+
+from sma.ops.kernel import kernel
+
+# "tf32x3" (tensor cores, about the error of float32) or "ieee" (none).
+FLOAT32_PRECISION = "tf32x3"
+# Row tiles that walk over the columns together, so that they find each other's data in the cache.
+GROUP = 8
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows, columns and depth of a tile, warps that work on it, and stages of its pipeline of loads."""
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def _power(n: int, low: int, high: int) -> int:
+    """The power of two next above n, in low..high."""
+    return int(max(low, min(high, triton.next_power_of_2(max(n, 1)))))
+
+
+def product_tile(dtype: torch.dtype, rows: int, experts: int, depth: int, cols: int) -> Tile:
+    """The tile for ``(R, depth) @ (E, depth, cols)``, from the rows that an expert has on average."""
+    most = 64 if dtype == torch.float32 else 128
+    bm = _power(triton.cdiv(rows, experts), 16, most)
+    bk = _power(depth, 16, 32 if dtype == torch.float32 else 64)
+    wide = bm == 128 and cols >= 256
+    bn = 256 if wide else _power(cols, 16, most)
+    return Tile(bm, bn, bk, 8 if wide else 4, 3)
+
+
+def gradient_tile(dtype: torch.dtype, rows: int, experts: int, d_in: int, d_out: int) -> Tile:
+    """The tile for the gradient of the matrices, ``(d_in, rows) @ (rows, d_out)`` for each expert."""
+    most = 64 if dtype == torch.float32 else 128
+    bm = _power(d_in, 16, most)
+    wide = bm == 128 and d_out >= 256
+    bn = 256 if wide else _power(d_out, 16, most)
+    bk = _power(triton.cdiv(rows, experts), 16, 32 if dtype == torch.float32 else 64)
+    return Tile(bm, bn, bk, 8 if wide else 4, 3)
+
+
+@triton.jit
+def product_kernel(
+    x,
+    weight,
+    ends,
+    out,
+    rows,
+    row_tiles,
+    DEPTH: tl.constexpr,
+    COLS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    E: tl.constexpr,
+    E_PAD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """One tile of ``out[r] = x[r] @ weight[e(r)]``, or of ``x[r] @ weight[e(r)]^T``."""
+    col_tiles: tl.constexpr = (COLS + BN - 1) // BN
+    program = tl.program_id(0)
+    group = program // (GROUP * col_tiles)
+    height = tl.minimum(row_tiles - group * GROUP, GROUP)
+    tile = group * GROUP + program % (GROUP * col_tiles) % height
+    col_tile = program % (GROUP * col_tiles) // height
+
+    # Which expert: the first one whose tiles, counted from expert 0, reach beyond this one.
+    e = tl.arange(0, E_PAD)
+    end = tl.load(ends + e, mask=e < E, other=0)
+    begin = tl.load(ends + e - 1, mask=(e > 0) & (e < E), other=0)
+    begin, end = tl.minimum(tl.maximum(begin, 0), rows), tl.minimum(tl.maximum(end, 0), rows)
+    tiles = tl.cdiv(tl.maximum(end - begin, 0), BM)
+    last = tl.cumsum(tiles, 0)
+    expert = tl.sum((last <= tile).to(tl.int32), 0)
+    if expert < E:
+        mine = e == expert
+        first = tl.sum(tl.where(mine, begin + (tile - last + tiles) * BM, 0), 0)
+        stop = tl.sum(tl.where(mine, end, 0), 0)
+
+        r = first + tl.arange(0, BM)
+        n = col_tile * BN + tl.arange(0, BN)
+        k = tl.arange(0, BK)
+        a_at = x + r.to(tl.int64)[:, None] * DEPTH + k[None, :]
+        b_at = weight + expert.to(tl.int64) * (DEPTH * COLS)
+        if TRANSPOSED:
+            b_at += n[None, :] * DEPTH + k[:, None]
+        else:
+            b_at += k[:, None] * COLS + n[None, :]
+        total = tl.zeros((BM, BN), tl.float32)
+        for start in range(0, DEPTH, BK):
+            a_mask, b_mask = (r < stop)[:, None], (n < COLS)[None, :]
+            if DEPTH % BK:
+                a_mask, b_mask = a_mask & (start + k < DEPTH)[None, :], b_mask & (start + k < DEPTH)[:, None]
+            a = tl.load(a_at, mask=a_mask, other=0.0)
+            b = tl.load(b_at, mask=b_mask, other=0.0)
+            if WIDEN:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            total = tl.dot(a, b, total, input_precision=PRECISION)
+            a_at += BK
+            b_at += BK if TRANSPOSED else BK * COLS
+        at = out + r.to(tl.int64)[:, None] * COLS + n[None, :]
+        tl.store(at, total.to(out.dtype.element_ty), mask=(r < stop)[:, None] & (n < COLS)[None, :])
+
+
+@triton.jit
+def gradient_kernel(
+    x,
+    grad,
+    ends,
+    out,
+    rows,
+    D_IN: tl.constexpr,
+    D_OUT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """One tile of ``out[e] = sum_r x[r]^T grad[r]`` over the rows of expert e; zeros where it has none."""
+    row_tiles: tl.constexpr = (D_IN + BM - 1) // BM
+    expert = tl.program_id(1)
+    m = tl.program_id(0) % row_tiles * BM + tl.arange(0, BM)
+    n = tl.program_id(0) // row_tiles * BN + tl.arange(0, BN)
+    begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    begin, end = tl.minimum(tl.maximum(begin, 0), rows), tl.minimum(tl.maximum(tl.load(ends + expert), 0), rows)
+    total = tl.zeros((BM, BN), tl.float32)
+    for start in range(begin, end, BK):
+        r = start + tl.arange(0, BK)
+        inside = (r < end)[:, None]
+        a = tl.load(x + r.to(tl.int64)[:, None] * D_IN + m[None, :], mask=inside & (m < D_IN)[None, :], other=0.0)
+        b = tl.load(grad + r.to(tl.int64)[:, None] * D_OUT + n[None, :], mask=inside & (n < D_OUT)[None, :], other=0.0)
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
+    at = out + expert.to(tl.int64) * (D_IN * D_OUT) + m[:, None] * D_OUT + n[None, :]
+    tl.store(at, total.to(out.dtype.element_ty), mask=(m < D_IN)[:, None] & (n < D_OUT)[None, :])
+
+
+def _widen(x: Tensor) -> bool:
+    """Triton's interpreter cannot multiply bfloat16."""
+    return bool(triton.knobs.runtime.interpret) and x.dtype == torch.bfloat16
+
+
+def _fake_product(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1 if transposed else 2])
+
+
+@kernel("expert_matmul", fake=_fake_product)
+def rows_times_matrices(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:
+    """``x (R, d_in) @ weight (E, d_in, d_out)``, or transposed ``x (R, d_out) @ weight^T``, row by row."""
+    out = _fake_product(x, weight, ends, transposed)
+    (rows, depth), cols, experts = x.shape, out.shape[1], weight.shape[0]
+    if not depth:
+        return out.zero_()
+    if rows and cols:
+        tile = product_tile(x.dtype, rows, experts, depth, cols)
+        row_tiles = triton.cdiv(rows, tile.rows) + experts
+        product_kernel[(row_tiles * triton.cdiv(cols, tile.cols),)](
+            x.contiguous(), weight.contiguous(), ends, out, rows, row_tiles, depth, cols, transposed, experts,
+            triton.next_power_of_2(experts), tile.rows, tile.cols, tile.depth, GROUP, FLOAT32_PRECISION, _widen(x),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return out
+
+
+def _fake_gradient(x: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(ends.shape[0], x.shape[1], grad.shape[1])
+
+
+@kernel("expert_matmul_backward", fake=_fake_gradient)
+def rows_times_rows(x: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
+    """``(E, d_in, d_out)``: for each expert ``x^T grad`` over its rows of ``x (R, d_in)`` and ``grad (R, d_out)``."""
+    out = _fake_gradient(x, grad, ends)
+    experts, d_in, d_out = out.shape
+    if out.numel():
+        tile = gradient_tile(x.dtype, x.shape[0], experts, d_in, d_out)
+        gradient_kernel[(triton.cdiv(d_in, tile.rows) * triton.cdiv(d_out, tile.cols), experts)](
+            x.contiguous(), grad.contiguous(), ends, out, x.shape[0], d_in, d_out, tile.rows, tile.cols, tile.depth,
+            FLOAT32_PRECISION, _widen(x), num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return out

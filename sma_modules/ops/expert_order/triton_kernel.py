@@ -1,0 +1,235 @@
+"""Counting sort by expert, and the movement of rows between tokens and experts, as Triton kernels."""
+
+from __future__ import annotations
+
+import torch
+import triton  # type: ignore[import-untyped,unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
+from torch import Tensor
+
+from sma.ops.kernel import kernel
+
+# What may be tuned. The sort: programs at most, cells (entries x experts) that one program compares at a time, warps.
+SORT_PROGRAMS = 128
+SORT_CELLS = 8192
+SORT_WARPS = 8
+# The movement: elements of a tile, and its width at most.
+TILE = 4096
+TILE_WIDTH = 1024
+WARPS = 4
+
+
+@triton.jit
+def count_kernel(choice, counts, n_entries, share, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK: tl.constexpr):
+    """``counts (programs, E)``: how many entries of each program's share go to each expert."""
+    program = tl.program_id(0)
+    experts = tl.arange(0, E_PAD)
+    count = tl.zeros((E_PAD,), tl.int32)
+    for start in range(program * share, program * share + share, BLOCK):
+        entry = start + tl.arange(0, BLOCK)
+        # A number out of range goes to the nearest expert: every entry must find a row.
+        expert = tl.minimum(tl.maximum(tl.load(choice + entry, mask=entry < n_entries, other=0), 0), E - 1)
+        expert = tl.where(entry < n_entries, expert, -1)
+        count += tl.sum((expert[:, None] == experts[None, :]).to(tl.int32), 0)
+    tl.store(counts + program * E + experts, count, mask=experts < E)
+
+
+@triton.jit
+def place_kernel(
+    choice,
+    counts,
+    order,
+    inverse,
+    total_out,
+    ends_out,
+    n_entries,
+    share,
+    programs,
+    E: tl.constexpr,
+    E_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """Give every entry its sorted row: behind the smaller experts, the earlier programs and its own predecessors."""
+    program = tl.program_id(0)
+    experts = tl.arange(0, E_PAD)
+    # In chunks, so that (programs, experts) fit into registers whatever their number.
+    total = tl.zeros((E_PAD,), tl.int32)
+    earlier = tl.zeros((E_PAD,), tl.int32)
+    for first in range(0, programs, PROGRAMS):
+        row = first + tl.arange(0, PROGRAMS)
+        inside = (row[:, None] < programs) & (experts[None, :] < E)
+        count = tl.load(counts + row[:, None] * E + experts[None, :], mask=inside, other=0)
+        total += tl.sum(count, 0)
+        earlier += tl.sum(tl.where(row[:, None] < program, count, 0), 0)
+    ends = tl.cumsum(total, 0)
+    if program == 0:
+        tl.store(total_out + experts, total.to(tl.int64), mask=experts < E)
+        tl.store(ends_out + experts, ends, mask=experts < E)
+    base = ends - total + earlier
+    for start in range(program * share, program * share + share, BLOCK):
+        entry = start + tl.arange(0, BLOCK)
+        expert = tl.minimum(tl.maximum(tl.load(choice + entry, mask=entry < n_entries, other=0), 0), E - 1)
+        expert = tl.where(entry < n_entries, expert, -1)
+        mine = expert[:, None] == experts[None, :]
+        ones = mine.to(tl.int32)
+        row = tl.sum(tl.where(mine, base[None, :] + tl.cumsum(ones, 0) - 1, 0), 1)
+        tl.store(inverse + entry, row.to(tl.int64), mask=entry < n_entries)
+        tl.store(order + row, entry.to(tl.int64), mask=entry < n_entries)
+        base += tl.sum(ones, 0)
+
+
+@triton.jit
+def spread_kernel(x, order, rows, n_rows, D: tl.constexpr, TOP_K: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
+    """``rows[r] = x[order[r] // k]``."""
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    source = tl.load(order + r, mask=r < n_rows, other=0) // TOP_K
+    inside = (r[:, None] < n_rows) & (d[None, :] < D)
+    value = tl.load(x + source[:, None] * D + d[None, :], mask=inside)
+    tl.store(rows + r.to(tl.int64)[:, None] * D + d[None, :], value, mask=inside)
+
+
+@triton.jit
+def gather_kernel(
+    rows,
+    inverse,
+    weight,
+    y,
+    n_tokens,
+    D: tl.constexpr,
+    TOP_K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """``y[t] = sum_i w[t, i] rows[inverse[t k + i]]``, added up in float32 in the order of i."""
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    inside = (t[:, None] < n_tokens) & (d[None, :] < D)
+    total = tl.zeros((BT, BD), tl.float32)
+    for i in tl.static_range(TOP_K):
+        row = tl.load(inverse + t * TOP_K + i, mask=t < n_tokens, other=0)
+        value = tl.load(rows + row[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            value *= tl.load(weight + t * TOP_K + i, mask=t < n_tokens, other=0.0).to(tl.float32)[:, None]
+        total += value
+    tl.store(y + t.to(tl.int64)[:, None] * D + d[None, :], total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def combine_backward_kernel(
+    grad,
+    rows,
+    inverse,
+    weight,
+    grad_rows,
+    grad_weight,
+    n_tokens,
+    D: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """``drows[inverse[t k + i]] = w[t, i] dy[t]`` and ``dw[t, i] = dy[t] . rows[inverse[t k + i]]``, each once."""
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    known = t < n_tokens
+    for i in tl.static_range(TOP_K):
+        row = tl.load(inverse + t * TOP_K + i, mask=known, other=0)
+        w = tl.load(weight + t * TOP_K + i, mask=known, other=0.0).to(tl.float32)
+        dot = tl.zeros((BT, BD), tl.float32)
+        for start in tl.static_range(0, D, BD):
+            d = start + tl.arange(0, BD)
+            inside = known[:, None] & (d[None, :] < D)
+            dy = tl.load(grad + t.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+            place = row[:, None] * D + d[None, :]
+            dot += dy * tl.load(rows + place, mask=inside, other=0.0).to(tl.float32)
+            tl.store(grad_rows + place, (w[:, None] * dy).to(grad_rows.dtype.element_ty), mask=inside)
+        tl.store(grad_weight + t * TOP_K + i, tl.sum(dot, 1).to(grad_weight.dtype.element_ty), mask=known)
+
+
+def _tile(d: int) -> tuple[int, int]:
+    """Rows and columns of a tile of ``(., d)``."""
+    width = min(triton.next_power_of_2(max(d, 1)), TILE_WIDTH)
+    return max(TILE // width, 1), width
+
+
+def _fake_order(choice: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    entries = choice.numel()
+    return (
+        choice.new_empty(entries, dtype=torch.int64),
+        choice.new_empty(entries, dtype=torch.int64),
+        choice.new_empty(n_experts, dtype=torch.int64),
+        choice.new_empty(n_experts, dtype=torch.int32),
+    )
+
+
+@kernel("expert_order", fake=_fake_order)
+def order_by_expert(choice: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """order, inverse, counts and ends (see ``ExpertOrder``) of ``choice (T, k)``, in two launches."""
+    order, inverse, counts, ends = _fake_order(choice, n_experts)
+    entries, e_pad = choice.numel(), triton.next_power_of_2(n_experts)
+    block = min(max(SORT_CELLS // e_pad, 16), 1024)
+    share = triton.cdiv(triton.cdiv(max(entries, 1), SORT_PROGRAMS), block) * block
+    programs = triton.cdiv(max(entries, 1), share)
+    shared = choice.new_empty(programs, n_experts, dtype=torch.int32)
+    choice = choice.contiguous()
+    count_kernel[(programs,)](choice, shared, entries, share, n_experts, e_pad, block, num_warps=SORT_WARPS)
+    place_kernel[(programs,)](
+        choice, shared, order, inverse, counts, ends, entries, share, programs, n_experts, e_pad, block,
+        min(block, SORT_PROGRAMS), num_warps=SORT_WARPS,
+    )  # fmt: skip
+    return order, inverse, counts, ends
+
+
+def _fake_spread(x: Tensor, order: Tensor, top_k: int) -> Tensor:
+    return x.new_empty(order.shape[0], x.shape[1])
+
+
+@kernel("expert_dispatch", fake=_fake_spread)
+def spread(x: Tensor, order: Tensor, top_k: int) -> Tensor:
+    """``x (T, D)`` to ``(T * k, D)``: row r is token ``order[r] // k``."""
+    x, rows = x.contiguous(), _fake_spread(x, order, top_k)
+    if rows.numel():
+        br, bd = _tile(x.shape[1])
+        grid = (triton.cdiv(rows.shape[0], br), triton.cdiv(x.shape[1], bd))
+        spread_kernel[grid](x, order, rows, rows.shape[0], x.shape[1], top_k, br, bd, num_warps=WARPS)
+    return rows
+
+
+def _fake_gather(rows: Tensor, inverse: Tensor, weight: Tensor | None, top_k: int) -> Tensor:
+    return rows.new_empty(inverse.shape[0] // top_k, rows.shape[1])
+
+
+@kernel("expert_combine", fake=_fake_gather)
+def gather(rows: Tensor, inverse: Tensor, weight: Tensor | None, top_k: int) -> Tensor:
+    """``rows (T * k, D)`` to ``(T, D)``: the sum of each token's k rows, weighted where ``weight (T, k)`` is given."""
+    rows, y = rows.contiguous(), _fake_gather(rows, inverse, weight, top_k)
+    if y.numel():
+        bt, bd = _tile(y.shape[1])
+        grid = (triton.cdiv(y.shape[0], bt), triton.cdiv(y.shape[1], bd))
+        given = rows if weight is None else weight.contiguous()
+        gather_kernel[grid](
+            rows, inverse, given, y, y.shape[0], y.shape[1], top_k, weight is not None, bt, bd, num_warps=WARPS
+        )
+    return y
+
+
+def _fake_combine_backward(grad: Tensor, rows: Tensor, inverse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape), weight.new_empty(weight.shape)
+
+
+@kernel("expert_combine_backward", fake=_fake_combine_backward)
+def combine_backward(grad: Tensor, rows: Tensor, inverse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the rows and of the weights of ``combine``, from that of its output ``(T, D)``."""
+    grad_rows, grad_weight = _fake_combine_backward(grad, rows, inverse, weight)
+    tokens, top_k = weight.shape
+    if rows.numel():
+        bt, bd = _tile(rows.shape[1])
+        combine_backward_kernel[(triton.cdiv(tokens, bt),)](
+            grad.contiguous(), rows.contiguous(), inverse, weight.contiguous(), grad_rows, grad_weight, tokens,
+            rows.shape[1], top_k, bt, bd, num_warps=WARPS,
+        )  # fmt: skip
+    else:
+        grad_weight.zero_()
+    return grad_rows, grad_weight

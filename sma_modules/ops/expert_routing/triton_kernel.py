@@ -1,0 +1,187 @@
+"""Softmax, choice, weights and the sums of the losses in one Triton kernel, and their gradient in another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-untyped,unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
+from torch import Tensor
+
+from sma.ops.kernel import kernel
+
+# What may be tuned: tokens x experts of a program, and its warps.
+CELLS = 1024
+WARPS = 4
+
+
+@triton.jit
+def _softmax(logits, t, e, known, E: tl.constexpr):
+    """Probabilities of the tokens ``t``, 0 outside, and their logsumexp."""
+    at = t.to(tl.int64)[:, None] * E + e[None, :]
+    x = tl.load(logits + at, mask=known[:, None] & (e < E)[None, :], other=float("-inf"))
+    x = tl.where(known[:, None], x, 0.0)
+    most = tl.max(x, 1)
+    power = tl.where((e < E)[None, :], tl.exp(x - most[:, None]), 0.0)
+    total = tl.sum(power, 1)
+    return power / total[:, None], most + tl.log(total)
+
+
+@triton.jit
+def choose_kernel(
+    logits,
+    expert_out,
+    weight_out,
+    sums,
+    n_tokens,
+    E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    E_PAD: tl.constexpr,
+    K_PAD: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """Experts and weights of BT tokens; ``sums (programs, E + 1)``: their probabilities, and logsumexp squared."""
+    program = tl.program_id(0)
+    t = program * BT + tl.arange(0, BT)
+    e = tl.arange(0, E_PAD)
+    known = t < n_tokens
+    p, log_total = _softmax(logits, t, e, known, E)
+    to = sums + program.to(tl.int64) * (E + 1)
+    tl.store(to + e, tl.sum(tl.where(known[:, None], p, 0.0), 0), mask=e < E)
+    tl.store(to + E, tl.sum(tl.where(known, log_total * log_total, 0.0), 0))
+
+    left = tl.where((e < E)[None, :], p, -1.0)
+    k = tl.arange(0, K_PAD)
+    experts = tl.zeros((BT, K_PAD), tl.int32)
+    weights = tl.zeros((BT, K_PAD), tl.float32)
+    for i in tl.static_range(TOP_K):
+        best = tl.max(left, 1)
+        # The first of the best; where all are NaN none is, and any expert will do.
+        expert = tl.min(tl.where(left == best[:, None], e[None, :], E_PAD), 1)
+        expert = tl.where(expert < E, expert, i)
+        left = tl.where(e[None, :] == expert[:, None], -1.0, left)
+        experts = tl.where((k == i)[None, :], expert[:, None], experts)
+        weights = tl.where((k == i)[None, :], best[:, None], weights)
+    if RENORMALISE:
+        weights /= tl.sum(weights, 1)[:, None]
+    at, inside = t.to(tl.int64)[:, None] * TOP_K + k[None, :], known[:, None] & (k < TOP_K)[None, :]
+    tl.store(expert_out + at, experts.to(tl.int64), mask=inside)
+    tl.store(weight_out + at, weights, mask=inside)
+
+
+@triton.jit
+def choose_backward_kernel(
+    logits,
+    expert,
+    grad_weight,
+    grad_probability,
+    grad_square,
+    grad_logits,
+    n_tokens,
+    E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    E_PAD: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """The gradient of the logits of BT tokens, from those of weights, mean probabilities and mean square."""
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    e = tl.arange(0, E_PAD)
+    known = t < n_tokens
+    p, log_total = _softmax(logits, t, e, known, E)
+    of_p = tl.zeros((BT, E_PAD), tl.float32)
+    chosen = tl.zeros((BT,), tl.float32)
+    along = tl.zeros((BT,), tl.float32)
+    hit = tl.zeros((BT, E_PAD), tl.float32)
+    for i in tl.static_range(TOP_K):
+        at = t.to(tl.int64) * TOP_K + i
+        mine = e[None, :] == tl.load(expert + at, mask=known, other=0)[:, None]
+        g = tl.load(grad_weight + at, mask=known, other=0.0)
+        probability = tl.sum(tl.where(mine, p, 0.0), 1)
+        chosen += probability
+        along += g * probability
+        of_p += tl.where(mine, g[:, None], 0.0)
+        hit += tl.where(mine, 1.0, 0.0)
+    if RENORMALISE:
+        # w_i = p_i / s with s = sum_j p_j:  dp_i = (dw_i - sum_j dw_j w_j) / s.
+        of_p = (of_p - hit * (along / chosen)[:, None]) / chosen[:, None]
+    of_p += (tl.load(grad_probability + e, mask=e < E, other=0.0) / n_tokens)[None, :]
+    grad = p * (of_p - tl.sum(p * of_p, 1)[:, None])
+    grad += p * (tl.load(grad_square) * 2.0 * log_total / n_tokens)[:, None]
+    at = t.to(tl.int64)[:, None] * E + e[None, :]
+    tl.store(grad_logits + at, grad, mask=known[:, None] & (e < E)[None, :])
+
+
+def _tile(experts: int) -> tuple[int, int]:
+    """Experts, padded, and tokens of a program."""
+    padded = int(triton.next_power_of_2(experts))
+    return padded, max(CELLS // padded, 1)
+
+
+def _fake_choose(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, experts = logits.shape
+    return (
+        logits.new_empty(tokens, top_k, dtype=torch.int64),
+        logits.new_empty(tokens, top_k),
+        logits.new_empty(experts + 1),
+    )
+
+
+@kernel("expert_routing", fake=_fake_choose)
+def _choose(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Experts, weights, and the sums over tokens ``(E + 1,)``."""
+    (tokens, experts), (padded, block) = logits.shape, _tile(logits.shape[1])
+    expert, weight, total = _fake_choose(logits, top_k, renormalise)
+    if not tokens:
+        return expert, weight, total.zero_()
+    programs = triton.cdiv(tokens, block)
+    sums = logits.new_empty(programs, experts + 1)
+    choose_kernel[(programs,)](
+        logits.contiguous(), expert, weight, sums, tokens, experts, top_k, renormalise, padded,
+        triton.next_power_of_2(top_k), block, num_warps=WARPS,
+    )  # fmt: skip
+    return expert, weight, sums.sum(0)
+
+
+def _fake_backward(
+    logits: Tensor, expert: Tensor, weight: Tensor, probability: Tensor, square: Tensor, renormalise: bool
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@kernel("expert_routing_backward", fake=_fake_backward)
+def _choose_backward(
+    logits: Tensor, expert: Tensor, weight: Tensor, probability: Tensor, square: Tensor, renormalise: bool
+) -> Tensor:
+    """The gradient of the logits, from those of weights, mean probabilities and mean square."""
+    grad = _fake_backward(logits, expert, weight, probability, square, renormalise)
+    (tokens, experts), (padded, block) = logits.shape, _tile(logits.shape[1])
+    if tokens:
+        choose_backward_kernel[(triton.cdiv(tokens, block),)](
+            logits.contiguous(), expert, weight.contiguous(), probability.contiguous(), square.contiguous(), grad,
+            tokens, experts, expert.shape[1], renormalise, padded, block, num_warps=WARPS,
+        )  # fmt: skip
+    return grad
+
+
+class _ChooseExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, top_k: int, renormalise: bool) -> Any:
+        expert, weight, sums = _choose(logits, top_k, renormalise)
+        means = sums / max(logits.shape[0], 1)
+        ctx.save_for_backward(logits, expert)
+        ctx.mark_non_differentiable(expert)
+        ctx.renormalise = renormalise
+        return expert, weight, means[:-1], means[-1]
+
+    @staticmethod
+    def backward(ctx: Any, _: None, weight: Tensor, probability: Tensor, square: Tensor) -> Any:
+        logits, expert = ctx.saved_tensors
+        return _choose_backward(logits, expert, weight, probability, square, ctx.renormalise), None, None
+
+
+def choose_experts(logits: Tensor, top_k: int, renormalise: bool) -> Any:
+    """The four fields of ``Choice``."""
+    return _ChooseExperts.apply(logits, top_k, renormalise)

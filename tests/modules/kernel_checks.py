@@ -1,0 +1,78 @@
+"""What the tests of kernels share: the device, forced runs with gradients, guarded memory, the low-precision rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sma.ops import using
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton's interpreter rounds to bfloat16 towards zero, which doubles the error: there float16 stands for both.
+DTYPES = (torch.float32, torch.float16) if DEVICE == "cpu" else (torch.float32, torch.bfloat16, torch.float16)
+_MARGIN = 64
+
+
+def run(backend: str, function: Callable[..., Tensor], args: Sequence[Any]) -> list[Tensor]:
+    """Output of ``function`` and the gradients of its floating-point arguments, under a forced backend."""
+    args = [a.detach().clone().requires_grad_() if differentiable(a) else a for a in args]
+    with using(backend):
+        out = function(*args)
+        # In bfloat16, so that they are the same numbers in every dtype.
+        weights = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=torch.bfloat16).view_as(out)
+        inputs = [a for a in args if differentiable(a)]
+        return [out.detach(), *torch.autograd.grad((out * weights.to(out.dtype)).sum(), inputs)]
+
+
+def differentiable(value: Any) -> bool:
+    """Whether :func:`run` differentiates an argument."""
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def check_low_precision(function: Callable[..., Tensor], args: Sequence[Any], dtype: torch.dtype) -> None:
+    """Against float64, output and gradients: at most twice the eager backend's error, the largest and the mean."""
+    args = [a.to(dtype) if differentiable(a) else a for a in args]
+    exact = run("eager", function, [a.double() if differentiable(a) else a for a in args])
+    check_errors(run("triton", function, args), run("eager", function, args), exact)
+
+
+def check_errors(mine: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
+    """Each of ``mine`` is at most twice as far from ``exact`` as the ``eager`` one, the largest and the mean error."""
+    for i, (a, b, c) in enumerate(zip(mine, eager, exact, strict=True)):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        for measure in (torch.max, torch.mean):
+            if a.numel():
+                error, base = (float(measure((each.double() - c).abs())) for each in (a, b))
+                # A fraction of one rounding, for results that eager operations happen to get exactly right.
+                slack = torch.finfo(a.dtype).eps * float(measure(c.abs())) / 4
+                assert error <= 2 * base + slack, f"result {i}, {measure.__name__}: {error:.2e}, {base:.2e}"
+
+
+@contextmanager
+def guarded() -> Iterator[list[Tensor]]:
+    """``new_empty`` gives memory full of NaN (integers: -1) inside a wall of it; the wall must still stand at the end.
+
+    A test then sees values that a kernel forgot to write, and fails when one wrote outside.
+    """
+    walls: list[Tensor] = []
+    plain = torch.Tensor.new_empty
+
+    def new_empty(self: Tensor, *size: Any, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+        shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        count = int(torch.Size(shape).numel())
+        whole = plain(self, count + 2 * _MARGIN, dtype=dtype or self.dtype, **options)
+        whole.fill_(float("nan") if whole.is_floating_point() else -1)
+        walls.extend((whole[:_MARGIN], whole[_MARGIN + count :]))
+        return whole[_MARGIN : _MARGIN + count].view(shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", new_empty)
+        yield walls
+    assert walls
+    assert all(bool((wall.isnan() if wall.is_floating_point() else wall == -1).all()) for wall in walls)
