@@ -153,7 +153,10 @@ class Stack(nn.Module):
 
 
 def _moved(routing: Routing, move: Any) -> Routing:
-    return Routing(move(routing.active), move(routing.confidence), move(routing.valid), move(routing.position))
+    active, confidence, valid, position = map(
+        move, (routing.active, routing.confidence, routing.valid, routing.position)
+    )
+    return replace(routing, active=active, confidence=confidence, valid=valid, position=position)
 
 
 def _replay_of(replay: Mapping[str, Routing] | None, prefix: str, alignment: Alignment) -> dict[str, Routing] | None:
