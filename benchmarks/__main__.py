@@ -23,7 +23,7 @@ import torch
 from benchmarks.measure import measure
 from benchmarks.results import ROOT, Record, environment
 from benchmarks.subjects import Setting
-from benchmarks.tables import HEAD, errors, text_table, workload_cells
+from benchmarks.tables import HEAD, remarks, text_table, workload_cells
 from benchmarks.timing import Clock
 from benchmarks.workloads import WORKLOADS
 
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
         record.write(options.json)
         print(f"\n{name}: {workload.title}; train: {workload.train}")
         written = [vars(result) for result in results]
-        print("\n".join([*errors(written), text_table(HEAD, workload_cells(written, about))]), flush=True)
+        print("\n".join([*remarks(written), text_table(HEAD, workload_cells(written, about))]), flush=True)
 
 
 def sweep(options: argparse.Namespace) -> None:

@@ -87,6 +87,7 @@ def _prepare(row: Row, setting: Setting, result: Result) -> Subject:
             subject.peak = torch.cuda.max_memory_allocated()
         result.train_mib = (subject.peak - before) / 2**20
     result.share = subject.share
+    result.overflow = getattr(subject.module, "overflow", 0)
     result.parameters = subject.parameters
     return subject
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import HEAD, PROFILE_HEAD, errors, markdown_table, profile_cells, workload_cells
+from benchmarks.tables import HEAD, PROFILE_HEAD, markdown_table, profile_cells, remarks, workload_cells
 
 RESULTS = Path(__file__).parent / "results"
 STATIC = Path(__file__).parent.parent / "docs" / "_static"
@@ -75,8 +75,8 @@ def _section(name: str, record: dict[str, Any]) -> str:
         what.append(f"Peer: {about['peer']}; ours: {about['ours']}.")
     what.append(_environment(record["environment"]))
     parts = [" ".join(what), markdown_table(HEAD, workload_cells(timed, about))]
-    if errors(rows):
-        parts.append("Not measured: " + "; ".join(errors(rows)) + ".")
+    if remarks(rows):
+        parts.append("Remarks: " + "; ".join(remarks(rows)) + ".")
     return "\n\n".join(parts)
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch._C._profiler import _RecordFunctionFast  # a launch in it is linked to it, unlike with record_function
 from torch.profiler import ProfilerActivity
 
 from benchmarks.rows import load, model
 from benchmarks.subjects import Setting
 from benchmarks.tables import PROFILE_HEAD, milliseconds, profile_cells, text_table
 from benchmarks.timing import Clock
+from sma.ops import Op
+
+OURS = "sma::"
 
 PROFILED = {
     "text-4k": ("seqboat_text", 0.15),
@@ -26,25 +32,33 @@ PROFILED = {
 
 GROUPS = (
     ("optimiser", r"adam|multi_tensor"),
-    ("EMA", r"(^|[_:])ema(_|$)|fft|convolution"),
-    ("attention", r"attention|attn|flash|fmha|softmax_warp|bmm"),
-    ("routing and compress", r"rout|compress|decide|pack|cumsum|scan|nonzero|sort|cub|index|gather|take"),
+    ("EMA", r"(^|[_:])ema(_|:|$)|fft|convolution"),
+    ("attention", r"attention|attn|gau|flash|fmha|softmax_warp|bmm"),
+    ("routing and compress", r"rout|narrow|compress|decide|pack|cumsum|scan|nonzero|sort|cub|index|gather|take"),
     ("merge", r"merge|extract|scatter|combine"),
     ("norm", r"norm"),
-    ("projections", r"gemm|nvjet|cutlass|cublas|matmul|addmm|::mm|splitk|linear"),
+    ("projections", r"gemm|nvjet|cutlass|cublas|matmul|addmm|::mm|splitk|linear|feed_forward|expert"),
     ("copies and casts", r"memcpy|memset|copy|cast|convert|fill|zero"),
     ("loss", r"cross_entropy|nll|log_softmax|logsoftmax"),
     ("element by element", r"elementwise|reduce|dropout|bernoulli|silu|gelu|sigmoid|::(mul|add|sub|div|exp|sum)"),
 )
-"""The first pattern found in the name of a kernel says what it does; the rest is ``other``. Kernels of our own carry
-the name of their operation; what eager operations are made of mostly shows as copies and ``element by element``.
-"""
+"""The first pattern found says what a kernel does; the rest is ``other``."""
 
 
-def group_of(kernel: str) -> str:
-    """What a kernel does, by its name."""
-    name = kernel.lower()
-    return next((group for group, pattern in GROUPS if re.search(pattern, name)), "other")
+def group_of(kernel: str, path: Sequence[str] = ()) -> str:
+    """What a kernel does.
+
+    Args:
+        kernel: its name.
+        path: what launched it, the innermost first. An operation of ours among them decides; otherwise the kernel's
+            own name does, and where that says nothing, what launched it.
+    """
+    own = next((name for name in path if name.startswith(OURS)), None)
+    for name in (own,) if own else (kernel, *path):
+        for group, pattern in GROUPS:
+            if re.search(pattern, name.lower()):
+                return group
+    return "other"
 
 
 @dataclass(frozen=True)
@@ -141,7 +155,7 @@ def profile_of(name: str, setting: Setting, limits: Ceilings, steps: int = 3) ->
     work = work_of(load(spec, setting), setting, subject.share or share, subject.parameters)
     groups = []
     for group in dict.fromkeys([*(group for group, _ in GROUPS), "other"]):
-        members = [kernel for kernel in kernels if group_of(kernel["name"]) == group]
+        members = [kernel for kernel in kernels if kernel["group"] == group]
         floor = limits.floor_ms(work[group]) if group in work else None
         if members or floor:
             times = {"ms": sum(each["ms"] for each in members), "calls": sum(each["calls"] for each in members)}
@@ -151,26 +165,93 @@ def profile_of(name: str, setting: Setting, limits: Ceilings, steps: int = 3) ->
 
 
 def _kernels(train: Callable[[], None], setting: Setting, steps: int) -> list[dict[str, Any]]:
-    """Time and number of calls in one step of every kernel (on a CPU: of every operation), by name."""
+    """Time and number of calls in one step of every kernel (on a CPU: of every operation), by group and name."""
     on_gpu = setting.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with torch.profiler.profile(activities=activities) as profiler:
+    with named_operations(), torch.profiler.profile(activities=activities) as profiler:
         for _ in range(steps):
             train()
         Clock(setting.device).now()
-    kernels = []
-    for event in profiler.key_averages():
-        kernel = str(event.device_type).endswith("CUDA")
-        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        if kernel == on_gpu and spent > 0 and not event.is_user_annotation:
-            kernels.append({"name": event.key[:160], "ms": spent / 1e3 / steps, "calls": event.count / steps})
-    return kernels
+    total: defaultdict[tuple[str, str], float] = defaultdict(float)
+    calls: Counter[tuple[str, str]] = Counter()
+    for name, path, microseconds in spent(profiler.events(), on_gpu):
+        # Kernels of ours are called alike; the launch says of which operation they are.
+        named = path[0] if path and path[0].startswith(OURS) and path[0].endswith(name) else name
+        total[group_of(name, path), named[:160]] += microseconds
+        calls[group_of(name, path), named[:160]] += 1
+    return [
+        {"group": group, "name": name, "ms": total[group, name] / 1e3 / steps, "calls": calls[group, name] / steps}
+        for group, name in total
+    ]
+
+
+def spent(events: Iterable[Any], on_gpu: bool) -> Iterator[tuple[str, list[str], float]]:
+    """Name, what launched it (the innermost first) and microseconds of every kernel, or on a CPU of every operation."""
+    events = list(events)
+    missing: defaultdict[str, float] = defaultdict(float)
+    for event in events:
+        if str(event.device_type).endswith("CUDA"):
+            # Kernels that nothing is known to have launched are counted without a path.
+            if on_gpu and not event.is_user_annotation:
+                missing[event.name] += event.time_range.elapsed_us()
+        elif on_gpu:
+            for kernel in event.kernels:
+                missing[kernel.name] -= kernel.duration
+                yield kernel.name, _path(event), kernel.duration
+        elif not event.is_user_annotation:
+            yield event.name, _path(event)[1:], event.self_cpu_time_total
+    for name, microseconds in missing.items():
+        if microseconds > 1:
+            yield name, [], microseconds
+
+
+def _path(event: Any) -> list[str]:
+    names = []
+    while event is not None:
+        names.append(event.name)
+        event = event.cpu_parent
+    return names
+
+
+@contextmanager
+def named_operations() -> Iterator[None]:
+    """Inside the ``with`` block the profiler sees operations of ours, and launches of Triton kernels, by name."""
+    with ExitStack() as stack:
+        stack.enter_context(_wrapped(Op, "__call__", lambda op: f"{OURS}{op.name}"))
+        with suppress(ImportError):
+            from triton.runtime.jit import JITFunction
+
+            stack.enter_context(_wrapped(JITFunction, "run", _kernel_name))
+        yield
+
+
+def _kernel_name(function: Any) -> str:
+    """``sma::<operation>::<kernel>`` for ours, which lie in a folder that is called like the operation."""
+    place = str(function.fn.__module__).split(".")
+    operation = place[-2] if place[0].startswith("sma") and len(place) > 1 else place[-1]
+    return f"{OURS if place[0].startswith('sma') else ''}{operation}::{function.fn.__name__}"
+
+
+@contextmanager
+def _wrapped(cls: Any, method: str, name: Callable[[Any], str]) -> Iterator[None]:
+    """A method of a class under a name of its own in the profile."""
+    original = getattr(cls, method)
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _RecordFunctionFast(name(self)):
+            return original(self, *args, **kwargs)
+
+    setattr(cls, method, run)
+    try:
+        yield
+    finally:
+        setattr(cls, method, original)
 
 
 def show(profile: dict[str, Any]) -> str:
     """A table of one profile for the terminal, with the longest kernels first."""
     top = [
-        f"{milliseconds(each['ms']):>8} ms {each['calls']:6.0f} x  [{group_of(each['name'])}] {each['name'][:90]}"
+        f"{milliseconds(each['ms']):>8} ms {each['calls']:6.0f} x  [{each['group']}] {each['name'][:90]}"
         for each in profile["kernels"][:12]
     ]
     title = f"{profile['workload']}, r {profile['share']:.2f}: a training step of {milliseconds(profile['wall_ms'])} ms"

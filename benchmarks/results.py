@@ -27,6 +27,7 @@ class Result:
         model: the label of the row.
         parameters: how many the model has.
         share: of the tokens that were active, where that is decided.
+        overflow: active tokens that found no room in a fixed capacity.
         train_ms: a training step (or the forward and backward pass) in every round.
         forward_ms: the forward pass in every round.
         train_mib: peak of allocated memory of a training step (or of the forward pass, where there is no other),
@@ -39,6 +40,7 @@ class Result:
     model: str
     parameters: int | None = None
     share: float | None = None
+    overflow: int = 0
     train_ms: list[float] | None = None
     forward_ms: list[float] | None = None
     train_mib: float | None = None

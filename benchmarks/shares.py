@@ -59,18 +59,23 @@ class Ours(nn.Module):
     Args:
         model: a model, or a sparsely activated layer.
         share: of active tokens to settle at; None where nothing is decided.
+
+    Attributes:
+        overflow: tokens that found no room in a fixed capacity when the share was last measured.
     """
 
     def __init__(self, model: nn.Module, share: float | None) -> None:
         super().__init__()
         self.model = model
         self.share = share
+        self.overflow = 0
         self._seen: list[float] | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         out: Any = self.model(inputs)
         if self._seen is not None:
-            routings = [out.routing] if isinstance(out, Activated) else out.routings.values()
+            routings = [out.routing] if isinstance(out, Activated) else list(out.routings.values())
+            self.overflow = sum(int(routing.overflow.sum()) for routing in routings if routing.overflow is not None)
             self._seen = [float(routing.rate().mean()) for routing in routings]
         logits: Tensor = out.output if isinstance(out, Activated) else out.x if hasattr(out, "x") else out.logits
         return logits

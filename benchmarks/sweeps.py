@@ -16,7 +16,7 @@ from benchmarks.peers import FlashBlock
 from benchmarks.rows import Row, model_case
 from benchmarks.shares import Ours
 from benchmarks.subjects import Setting, Subject, module_subject
-from benchmarks.tables import errors, factor, milliseconds, text_table
+from benchmarks.tables import factor, milliseconds, remarks, text_table
 from benchmarks.timing import Clock, Spread, crossing, times_as_fast
 
 DENSE = "dense"
@@ -176,7 +176,7 @@ def show(sweep: dict[str, Any]) -> str:
         spreads = {row["model"]: Spread.of(row["train_ms"]) for row in point["rows"]}
         cells = [milliseconds(s.median) if (s := spreads.get(label)) else "-" for label in labels]
         lines.append([f"{point['x']:g}", *cells, factor(speeds.get(point["x"]))])
-        wrong += [f"{point['x']:g}, {error}" for error in errors(point["rows"])]
+        wrong += [f"{point['x']:g}, {remark}" for remark in remarks(point["rows"])]
     where = sweep["crossover_train_ms"]
     end = f"as fast as {DENSE} at {sweep['axis']} {where:.3g}" if where else f"does not cross {DENSE}"
     table = text_table([sweep["axis"], *(f"{label} ms" for label in labels), f"x {DENSE}"], lines)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import sma
 from benchmarks import pages, peers
 from benchmarks.__main__ import main
 from benchmarks.figures import draw
-from benchmarks.profiles import Ceilings, Work, group_of
-from benchmarks.rows import LM, load
+from benchmarks.profiles import Ceilings, Work, group_of, spent
+from benchmarks.rows import BYTES, LM, load
+from benchmarks.shares import Ours
 from benchmarks.subjects import Setting, model_subject
 from benchmarks.sweeps import crossover
-from benchmarks.tables import HEAD, workload_cells
+from benchmarks.tables import HEAD, remarks, workload_cells
 from benchmarks.workloads import WORKLOADS
 
 SMALL = ["--device", "cpu", "--scale", "small", "--rounds", "2"]
@@ -108,12 +111,22 @@ def test_the_page_shows_the_latest_at_full_size(record: dict[str, Any], tmp_path
     assert "1.00..3.00" in page
     assert "70.0..80.0" not in page
     assert "The rest goes into sorting." in page.split("### ffn")[0]
-    assert "Not measured: ours r=0.15, graph: not available: " in page
+    assert "Remarks: ours r=0.15, graph: not available: " in page
 
 
 def test_what_was_measured_before_is_still_read() -> None:
     assert "### text-4k" in pages.workloads()
     assert "### lm-8k" in pages.workloads()
+
+
+def test_tokens_without_room_are_reported() -> None:
+    config: Any = sma.load_spec("seqboat_text", "d_model=32", "n_layers=2", "blocks[0].activate.capacity=0.1")
+    setting = Setting(torch.device("cpu"), torch.float32).of(2, 64)
+    ours = Ours(config.build(), 0.9)
+    model_subject(ours, BYTES, setting, ours.settle)
+    assert ours.overflow == 2 * (128 - 13)  # in each layer as many as are not among the first 13 of the batch
+    row = {"model": "ours", "overflow": ours.overflow}
+    assert remarks([row, {"model": "other", "overflow": 0}]) == ["ours: 230 tokens found no room"]
 
 
 def test_unknown_names_are_refused() -> None:
@@ -133,6 +146,34 @@ def test_the_published_layer_gets_the_sizes_of_the_spec() -> None:
     options = peers.published_options(load("seqboat_lm", Setting(torch.device("cpu"), torch.float32)), LM, 8192)
     assert (options["embed_dim"], options["zdim"], options["hdim"], options["window_size"]) == (616, 128, 1232, 1024)
     assert (options["rel_pos_bias"], options["max_positions"], options["bidirectional"]) == ("rotary", 8192, False)
+
+
+def test_a_kernel_belongs_to_what_launched_it() -> None:
+    def event(name: str, parent: Any = None, kernels: tuple[Any, ...] = (), device: str = "CPU") -> SimpleNamespace:
+        taken = SimpleNamespace(elapsed_us=lambda: 5.0)
+        return SimpleNamespace(
+            name=name,
+            cpu_parent=parent,
+            kernels=kernels,
+            device_type=f"DeviceType.{device}",
+            time_range=taken,
+            is_user_annotation=False,
+        )
+
+    kernel = SimpleNamespace(name="forward_kernel", duration=3.0)
+    scope = event("_CombineBackward")
+    launch = event("sma::combine::forward_kernel", scope, (kernel,))
+    on_device = [event("forward_kernel", device="CUDA"), event("gemm", device="CUDA")]
+    found = list(spent([scope, launch, *on_device], on_gpu=True))
+    # What no launch is known for, 5 - 3 microseconds of the first kernel and all of the second, is there all the same.
+    assert found == [
+        ("forward_kernel", ["sma::combine::forward_kernel", "_CombineBackward"], 3.0),
+        ("forward_kernel", [], 2.0),
+        ("gemm", [], 5.0),
+    ]
+    assert [group_of(name, path) for name, path, _ in found] == ["merge", "other", "projections"]
+    assert group_of("gemm", ["aten::mm", "sma::ema"]) == "EMA"
+    assert group_of("nothing", ["aten::fft"]) == "EMA"
 
 
 @pytest.mark.parametrize(
