@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sma.ops.backend import forced_backend
 from sma.ops.kernel import capability, why_not_triton
@@ -102,6 +103,7 @@ class _Triton(torch.autograd.Function):
         return rows_times_matrices(x, weight, ends, False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         from sma_modules.ops.expert_matmul.triton_kernel import rows_times_matrices, rows_times_rows
 

@@ -37,24 +37,33 @@ def _power(n: int, low: int, high: int) -> int:
     return int(max(low, min(high, triton.next_power_of_2(max(n, 1)))))
 
 
+def _tile(dtype: torch.dtype, m: int, n: int, k: int) -> Tile:
+    """The tile for ``(m, k) @ (k, n)``: large where that keeps memory from being the limit."""
+    single = dtype == torch.float32
+    widest, narrow = (128, 64) if single else (256, 128)
+    depth = _power(k, 16, 32 if single else 64)
+    if m > 64 and n > narrow:
+        return Tile(128, widest, depth, 8, 3)
+    return Tile(_power(m, 16, narrow), _power(n, 16, narrow), depth, 4, 3)
+
+
 def product_tile(dtype: torch.dtype, rows: int, experts: int, depth: int, cols: int) -> Tile:
     """The tile for ``(R, depth) @ (E, depth, cols)``, from the rows that an expert has on average."""
-    most = 64 if dtype == torch.float32 else 128
-    bm = _power(triton.cdiv(rows, experts), 16, most)
-    bk = _power(depth, 16, 32 if dtype == torch.float32 else 64)
-    wide = bm == 128 and cols >= 256
-    bn = 256 if wide else _power(cols, 16, most)
-    return Tile(bm, bn, bk, 8 if wide else 4, 3)
+    return _tile(dtype, triton.cdiv(rows, experts), cols, depth)
 
 
 def gradient_tile(dtype: torch.dtype, rows: int, experts: int, d_in: int, d_out: int) -> Tile:
     """The tile for the gradient of the matrices, ``(d_in, rows) @ (rows, d_out)`` for each expert."""
-    most = 64 if dtype == torch.float32 else 128
-    bm = _power(d_in, 16, most)
-    wide = bm == 128 and d_out >= 256
-    bn = 256 if wide else _power(d_out, 16, most)
-    bk = _power(triton.cdiv(rows, experts), 16, 32 if dtype == torch.float32 else 64)
-    return Tile(bm, bn, bk, 8 if wide else 4, 3)
+    return _tile(dtype, d_in, d_out, triton.cdiv(rows, experts))
+
+
+@triton.jit
+def _add_product(total, a, b, PRECISION: tl.constexpr, BK: tl.constexpr):
+    """``total + a b``. In float32 the sum is not left to the tensor cores, which round it towards zero."""
+    if a.dtype == tl.float32:
+        # The last option keeps the compiler from making one operation of product and sum.
+        return total + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=BK)
+    return tl.dot(a, b, total)
 
 
 @triton.jit
@@ -116,7 +125,7 @@ def product_kernel(
             b = tl.load(b_at, mask=b_mask, other=0.0)
             if WIDEN:
                 a, b = a.to(tl.float32), b.to(tl.float32)
-            total = tl.dot(a, b, total, input_precision=PRECISION)
+            total = _add_product(total, a, b, PRECISION, BK)
             a_at += BK
             b_at += BK if TRANSPOSED else BK * COLS
         at = out + r.to(tl.int64)[:, None] * COLS + n[None, :]
@@ -153,7 +162,7 @@ def gradient_kernel(
         b = tl.load(grad + r.to(tl.int64)[:, None] * D_OUT + n[None, :], mask=inside & (n < D_OUT)[None, :], other=0.0)
         if WIDEN:
             a, b = a.to(tl.float32), b.to(tl.float32)
-        total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
+        total = _add_product(total, tl.trans(a), b, PRECISION, BK)
     at = out + expert.to(tl.int64) * (D_IN * D_OUT) + m[:, None] * D_OUT + n[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=(m < D_IN)[:, None] & (n < D_OUT)[None, :])
 

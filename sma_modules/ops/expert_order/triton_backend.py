@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sma.ops.kernel import FLOATS, why_not_triton
 from sma_modules.ops.expert_order import COMBINE, DISPATCH, ORDER
@@ -65,6 +66,7 @@ class _Dispatch(torch.autograd.Function):
         return triton_kernel.spread(x, order, top_k)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         from sma_modules.ops.expert_order import triton_kernel
 
@@ -80,6 +82,7 @@ class _Combine(torch.autograd.Function):
         return triton_kernel.gather(rows, inverse, weight, weight.shape[1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         from sma_modules.ops.expert_order import triton_kernel
 

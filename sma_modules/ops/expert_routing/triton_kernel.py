@@ -8,6 +8,7 @@ import torch
 import triton  # type: ignore[import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sma.ops.kernel import kernel
 
@@ -177,6 +178,7 @@ class _ChooseExperts(torch.autograd.Function):
         return expert, weight, means[:-1], means[-1]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, _: None, weight: Tensor, probability: Tensor, square: Tensor) -> Any:
         logits, expert = ctx.saved_tensors
         return _choose_backward(logits, expert, weight, probability, square, ctx.renormalise), None, None

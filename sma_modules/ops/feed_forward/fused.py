@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sma.ops.backend import forced_backend
 from sma.ops.kernel import why_not_triton
@@ -78,6 +79,7 @@ class _Activate(torch.autograd.Function):
         return triton_kernel.activate(up, gate, activation)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         from sma_modules.ops.feed_forward import triton_kernel
 
@@ -111,6 +113,7 @@ class _FeedForward(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         from sma_modules.ops.feed_forward import triton_kernel
 
