@@ -17,7 +17,7 @@ from sma.testing import OpCase, OpSuite
 from sma_modules.moe import MoE
 from sma_modules.ops.expert_matmul import OP as EXPERT_MATMUL
 from sma_modules.ops.expert_matmul import expert_matmul
-from sma_modules.ops.expert_matmul.grouped import running_ends
+from sma_modules.ops.expert_matmul.grouped import _aligned, running_ends
 from sma_modules.ops.expert_order import COMBINE, DISPATCH, combine, dispatch, order_by_expert
 from tests.kernels import Compilation, compile_all
 from tests.modules.kernel_checks import DEVICE, DTYPES, check_errors, check_low_precision, differentiable, guarded, run
@@ -265,6 +265,22 @@ def test_a_mixture_errs_no_more_than_the_eager_one(dtype: torch.dtype) -> None:
 
     exact = results("eager", copy.deepcopy(moe).double(), x.double())
     check_errors(results("triton", moe, x), results("eager", moe, x), exact)
+
+
+def test_what_grouped_mm_is_given_has_no_gaps() -> None:
+    whole = torch.randn(6, 8, dtype=torch.bfloat16)
+    assert _aligned(whole) is whole
+    for x in (
+        whole[:, :4],
+        whole.t(),
+        whole[:1, 0].expand(3, 8),
+        whole[0].expand(1, 8),
+        whole.flatten()[3:19].view(2, 8),
+    ):
+        aligned = _aligned(x)
+        assert torch.equal(aligned, x)
+        assert aligned.stride() == (x.shape[1], 1)
+        assert aligned.storage_offset() % 8 == 0
 
 
 def test_grouped_mm_says_why_not() -> None:

@@ -69,9 +69,12 @@ def expert_matmul_triton(x: Tensor, weight: Tensor, counts: Tensor, ends: Tensor
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """``x`` without gaps and beginning at a whole 16 bytes, as the product needs it; gradients may come in any form."""
-    x = x.contiguous()
-    return x.clone() if x.storage_offset() % _ALIGNMENT else x
+    """``x`` without gaps and beginning at a whole 16 bytes, as the product needs it; gradients may come in any form.
+
+    A single row counts as contiguous with any stride, also 0, but the product looks at the stride.
+    """
+    fits = x.is_contiguous() and x.stride(-2) == x.shape[-1] and x.storage_offset() % _ALIGNMENT == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 class _GroupedMm(torch.autograd.Function):

@@ -138,7 +138,7 @@ def combine_backward_kernel(
         row = tl.load(inverse + t * TOP_K + i, mask=known, other=0)
         w = tl.load(weight + t * TOP_K + i, mask=known, other=0.0).to(tl.float32)
         dot = tl.zeros((BT, BD), tl.float32)
-        for start in tl.static_range(0, D, BD):
+        for start in range(0, D, BD):
             d = start + tl.arange(0, BD)
             inside = known[:, None] & (d[None, :] < D)
             dy = tl.load(grad + t.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)

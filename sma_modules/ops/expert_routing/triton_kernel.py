@@ -118,7 +118,7 @@ def choose_backward_kernel(
 def _tile(experts: int) -> tuple[int, int]:
     """Experts, padded, and tokens of a program."""
     padded = int(triton.next_power_of_2(experts))
-    return padded, max(CELLS // padded, 1)
+    return padded, min(max(CELLS // padded, 1), 256)
 
 
 def _fake_choose(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor, Tensor]:
