@@ -62,14 +62,14 @@ class FFN(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (K, D)``, or any leading shape, to the same shape."""
-        maps = [self.up, self.down] if self.gate is None else [self.up, self.gate, self.down]
-        if all(map(_is_plain, maps)) and not (self.training and self.dropout.p):
+        up, gate, down = self.up, self.gate, self.down
+        plain = _is_plain(up) and _is_plain(down) and (gate is None or _is_plain(gate))
+        if plain and not (self.training and self.dropout.p):
             dtype = compute_dtype(x)
-            up, gate, down = (_weights(each, dtype) for each in (self.up, self.gate, self.down))
-            assert up is not None
-            assert down is not None
-            y = feed_forward(x.to(dtype).reshape(-1, x.shape[-1]), up, gate, down, self.config.activation)
-            return y.reshape(x.shape)
+            rows = x.to(dtype) if x.dim() == 2 else x.to(dtype).reshape(-1, x.shape[-1])
+            gated = None if gate is None else _weights(gate, dtype)
+            y = feed_forward(rows, _weights(up, dtype), gated, _weights(down, dtype), self.config.activation)
+            return y if x.dim() == 2 else y.reshape(x.shape)
         hidden = self.act(self.up(x)) if self.gate is None else self.act(self.gate(x)) * self.up(x)
         out: Tensor = self.down(self.dropout(hidden))
         return out
@@ -84,13 +84,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def _is_plain(linear: nn.Module) -> bool:
     """Whether a projection is nothing but its weights: not replaced, not parametrised, watched by no hook."""
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    return type(linear) is nn.Linear and not any(hooks)
+    return type(linear) is nn.Linear and not (
+        linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    )
 
 
-def _weights(linear: nn.Linear | None, dtype: torch.dtype) -> Linear | None:
-    if linear is None:
-        return None
-    autocast = linear.weight.dtype != dtype and torch.is_autocast_enabled(linear.weight.device.type)
+def _weights(linear: nn.Linear, dtype: torch.dtype) -> Linear:
+    """The weights, in the dtype of autocast where it is on."""
     weight, bias = linear.weight, linear.bias
-    return Linear(weight.to(dtype), None if bias is None else bias.to(dtype)) if autocast else Linear(weight, bias)
+    if weight.dtype != dtype and torch.is_autocast_enabled(weight.device.type):
+        return Linear(weight.to(dtype), None if bias is None else bias.to(dtype))
+    return Linear(weight, bias)

@@ -19,6 +19,7 @@ __all__ = ["ACTIVATE", "FEED_FORWARD", "Activation", "Linear", "activate", "feed
 
 Activation = Literal["relu", "gelu", "silu"]
 
+ACTIVATIONS = get_args(Activation)
 ACTIVATE = Op("activate")
 FEED_FORWARD = Op("feed_forward")
 
@@ -42,8 +43,8 @@ def activate(
         >>> activate(torch.tensor([[-1.0, 2.0]]), torch.tensor([[3.0, 3.0]]), "relu")
         tensor([[-3.,  6.]])
     """
-    if activation not in get_args(Activation):
-        raise ConfigError(f"activate: activation must be one of {', '.join(get_args(Activation))}, got {activation!r}")
+    if activation not in ACTIVATIONS:
+        raise ConfigError(f"activate: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if gate is not None and (gate.shape != up.shape or gate.dtype != up.dtype):
         raise ShapeError(
             f"activate: gate must be like up, {up.dtype} {tuple(up.shape)}, got {gate.dtype} {tuple(gate.shape)}"
@@ -73,12 +74,10 @@ def feed_forward(
         >>> feed_forward(torch.ones(1, 2), Linear(torch.eye(2)), None, Linear(torch.ones(1, 2)), "relu")
         tensor([[2.]])
     """
-    if activation not in get_args(Activation):
-        raise ConfigError(
-            f"feed_forward: activation must be one of {', '.join(get_args(Activation))}, got {activation!r}"
-        )
-    hidden = up.weight.shape[0]
-    if x.dim() != 2 or x.shape[1] != up.weight.shape[1] or down.weight.shape[1] != hidden:
+    if activation not in ACTIVATIONS:
+        raise ConfigError(f"feed_forward: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    hidden, d_in = up.weight.shape
+    if x.dim() != 2 or x.shape[1] != d_in or down.weight.shape[1] != hidden:
         raise ShapeError(
             f"feed_forward: x (K, d_in), up (d_hidden, d_in) and down (d_out, d_hidden) must agree, got "
             f"{tuple(x.shape)}, {tuple(up.weight.shape)} and {tuple(down.weight.shape)}"

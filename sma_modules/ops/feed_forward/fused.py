@@ -36,12 +36,15 @@ def _feed_forward_applies(
     down_bias: Tensor | None,
     activation: str,
 ) -> str | None:
+    reason = why_not_triton(x) or _too_small(x.shape[0] * up.shape[0])
+    if reason is not None:
+        return reason
     others = {each.dtype for each in (up, up_bias, gate, gate_bias, down, down_bias) if each is not None}
     if others != {x.dtype}:
         return f"the kernels want one dtype, got {x.dtype} and {', '.join(sorted(map(str, others)))}"
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.get_autocast_dtype(x.device.type):
         return f"autocast would change the dtype from {x.dtype} on the way"
-    return why_not_triton(x) or _too_small(x.shape[0] * up.shape[0])
+    return None
 
 
 @ACTIVATE.backend("triton", priority=10, applies=_activate_applies)
