@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from sma.interfaces import Module, ModuleOutput
 from sma_modules.ffn import ACTIVATIONS, FFN, Activation, compute_dtype
 from sma_modules.ops.expert_matmul import expert_matmul
+from sma_modules.ops.expert_matmul.activated import OP as ACTIVATED
 from sma_modules.ops.expert_order import ExpertOrder, combine, dispatch, order_by_expert
 from sma_modules.ops.expert_routing import Choice, choose_experts
-from sma_modules.ops.feed_forward import activate
 
 
 class MoE(Module):
@@ -113,8 +113,10 @@ class MoE(Module):
         def times(rows: Tensor, matrices: Tensor) -> Tensor:
             return expert_matmul(rows, matrices.to(rows.dtype), order.counts, order.ends)
 
-        gate = None if self.gate is None else times(rows, self.gate)
-        return times(activate(times(rows, self.up), gate, self.config.activation), self.down)
+        up, gate = times(rows, self.up), None if self.gate is None else times(rows, self.gate)
+        down = self.down.to(up.dtype)
+        y: Tensor = ACTIVATED(up, gate, self.config.activation, down, order.counts, order.ends)
+        return y
 
     def _logits(self, x: Tensor) -> Tensor:
         """``(T, E)`` in float32, or float64 for float64 inputs: rounding decides who is chosen."""

@@ -17,6 +17,7 @@ from sma.testing import OpCase, OpSuite
 from sma_modules.moe import MoE
 from sma_modules.ops.expert_matmul import OP as EXPERT_MATMUL
 from sma_modules.ops.expert_matmul import expert_matmul
+from sma_modules.ops.expert_matmul.activated import OP as ACTIVATED
 from sma_modules.ops.expert_matmul.grouped import _aligned, running_ends
 from sma_modules.ops.expert_order import COMBINE, DISPATCH, combine, dispatch, order_by_expert
 from tests.kernels import Compilation, compile_all
@@ -176,6 +177,33 @@ def test_same_bits_twice() -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activation_and_product_in_one(dtype: torch.dtype, gated: bool) -> None:
+    for counts in ([5, 0, 9], [14], [0, 0]):
+        rows = sum(counts)
+        up, gate, weight = to_device(numbers(rows, 24), numbers(rows, 24).flip(0), numbers(len(counts), 24, 10))
+        args = [up, gate if gated else None, "silu", weight, torch.tensor(counts, device=DEVICE)]
+        with guarded():
+            run("triton", ACTIVATED, args)
+        check_low_precision(ACTIVATED, args, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize(("gated", "kept"), [(False, 1), (True, 2)])
+def test_hidden_rows_are_not_kept(gated: bool, kept: int) -> None:
+    """Of width 40 only what the first products gave is there for the backward pass."""
+    moe = MoE.Config(n_experts=3, d_hidden=40, gated=gated).build(d_model=5).to(DEVICE)
+    saved: dict[int, Tensor] = {}
+    with (
+        using("triton"),
+        torch.autograd.graph.saved_tensors_hooks(lambda x: saved.setdefault(x.data_ptr(), x), lambda x: x),
+    ):
+        moe(torch.randn(7, 5, device=DEVICE))
+    assert [tuple(x.shape) for x in saved.values() if x.dim() == 2 and x.shape[-1] == 40] == [(14, 40)] * kept
+
+
+@needs_triton
 def test_a_second_derivative_is_refused() -> None:
     moe = MoE.Config(n_experts=3, d_hidden=6, d_shared=4).build(d_model=5).to(DEVICE)
     x = torch.randn(7, 5, device=DEVICE, requires_grad=True)
@@ -298,6 +326,9 @@ def test_grouped_mm_equals_the_kernels(counts: list[int]) -> None:
     args = to_device(numbers(sum(counts), 24), numbers(len(counts), 24, 40), torch.tensor(counts))
     args = [a.bfloat16() if differentiable(a) else a for a in args]
     mine = run("grouped_mm", expert_matmul, args)
+    joined = [args[0], None, "gelu", *args[1:]]
+    exact = run("eager", ACTIVATED, [a.double() if differentiable(a) else a for a in joined])
+    check_errors(run("grouped_mm", ACTIVATED.backends["triton"].run, joined), run("eager", ACTIVATED, joined), exact)
     for a, b in zip(mine, run("triton", expert_matmul, args), strict=True):
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * float(b.abs().max()))
     assert not mine[2][torch.tensor(counts) == 0].any()

@@ -23,7 +23,7 @@ GROUPED_MM_FROM = 0
 _ALIGNMENT = 8  # bfloat16 values in 16 bytes
 
 
-def _why_not_grouped_mm(x: Tensor, weight: Tensor, counts: Tensor, ends: Tensor | None = None) -> str | None:
+def why_not_grouped_mm(x: Tensor, weight: Tensor, counts: Tensor, ends: Tensor | None = None) -> str | None:
     if x.dtype != torch.bfloat16:
         return f"grouped_mm multiplies bfloat16 without waiting for the device, got {x.dtype}"
     if not x.is_cuda or torch.version.hip is not None or capability(x.device.index or 0)[0] != 9:
@@ -37,7 +37,7 @@ def _why_not_grouped_mm(x: Tensor, weight: Tensor, counts: Tensor, ends: Tensor 
     return None
 
 
-def _why_not_triton(x: Tensor, weight: Tensor, counts: Tensor, ends: Tensor | None = None) -> str | None:
+def why_not_kernels(x: Tensor, weight: Tensor, counts: Tensor, ends: Tensor | None = None) -> str | None:
     if x.shape[0] >= 2**31:
         return f"the kernel takes fewer than 2^31 rows, got {x.shape[0]}"
     if weight.shape[1] * weight.shape[2] >= 2**31:
@@ -52,19 +52,19 @@ def running_ends(counts: Tensor, rows: int) -> Tensor:
     return ends
 
 
-@OP.backend("grouped_mm", priority=5, applies=_why_not_grouped_mm)
+@OP.backend("grouped_mm", priority=5, applies=why_not_grouped_mm)
 def expert_matmul_grouped_mm(x: Tensor, weight: Tensor, counts: Tensor, ends: Tensor | None = None) -> Tensor:
     """PyTorch's grouped matrix product."""
     ends = running_ends(counts, x.shape[0]) if ends is None else ends
-    out: Tensor = _GroupedMm.apply(x, weight, ends)  # type: ignore[no-untyped-call]
+    out: Tensor = _ExpertMatmul.apply(x, weight, ends, True)  # type: ignore[no-untyped-call]
     return out
 
 
-@OP.backend("triton", priority=10, applies=_why_not_triton)
+@OP.backend("triton", priority=10, applies=why_not_kernels)
 def expert_matmul_triton(x: Tensor, weight: Tensor, counts: Tensor, ends: Tensor | None = None) -> Tensor:
     """Kernels whose programs find their expert by themselves."""
     ends = running_ends(counts, x.shape[0]) if ends is None else ends
-    out: Tensor = _Triton.apply(x, weight, ends)  # type: ignore[no-untyped-call]
+    out: Tensor = _ExpertMatmul.apply(x, weight, ends, False)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -77,40 +77,38 @@ def _aligned(x: Tensor) -> Tensor:
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
-class _GroupedMm(torch.autograd.Function):
-    """With PyTorch's own gradient, but for gradients that lie in memory as the product will not have them."""
+def product(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool, pytorch: bool) -> Tensor:
+    """Rows times matrices, or their transposes, by PyTorch's grouped_mm or by our kernel; without a gradient."""
+    if pytorch:
+        weight = _aligned(weight)
+        return torch._grouped_mm(_aligned(x), weight.transpose(1, 2) if transposed else weight, offs=ends)
+    from sma_modules.ops.expert_matmul.triton_kernel import rows_times_matrices
 
+    out: Tensor = rows_times_matrices(x, weight, ends, transposed)
+    return out
+
+
+def matrix_gradient(x: Tensor, grad: Tensor, ends: Tensor, pytorch: bool) -> Tensor:
+    """``x^T grad`` over the rows of each expert."""
+    if pytorch:
+        return torch._grouped_mm(_aligned(x).t(), _aligned(grad), offs=ends)
+    from sma_modules.ops.expert_matmul.triton_kernel import rows_times_rows
+
+    out: Tensor = rows_times_rows(x, grad, ends)
+    return out
+
+
+class _ExpertMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Any:
-        x, weight = _aligned(x), _aligned(weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor, pytorch: bool) -> Any:
         ctx.save_for_backward(x, weight, ends)
-        return torch._grouped_mm(x, weight, offs=ends)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, ends = ctx.saved_tensors
-        grad, grad_x, grad_weight = _aligned(grad), None, None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch._grouped_mm(grad, weight.transpose(1, 2), offs=ends)
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch._grouped_mm(x.t(), grad, offs=ends)
-        return grad_x, grad_weight, None
-
-
-class _Triton(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Any:
-        from sma_modules.ops.expert_matmul.triton_kernel import rows_times_matrices
-
-        ctx.save_for_backward(x, weight, ends)
-        return rows_times_matrices(x, weight, ends, False)
+        ctx.pytorch = pytorch
+        return product(x, weight, ends, False, pytorch)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        from sma_modules.ops.expert_matmul.triton_kernel import rows_times_matrices, rows_times_rows
-
         x, weight, ends = ctx.saved_tensors
-        grad_x = rows_times_matrices(grad, weight, ends, True) if ctx.needs_input_grad[0] else None
-        grad_weight = rows_times_rows(x, grad, ends) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, None
+        grad_x = product(grad, weight, ends, True, ctx.pytorch) if ctx.needs_input_grad[0] else None
+        grad_weight = matrix_gradient(x, grad, ends, ctx.pytorch) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None, None
