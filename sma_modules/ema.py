@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sma.interfaces import Mixer
 from sma.state import State
-from sma_modules.ops.ema import EMAState, ema, initial_state
+from sma_modules.ops.ema import Activation, EMAState, ema, initial_state
 
 
 class EMA(Mixer):
@@ -82,6 +82,17 @@ class EMA(Mixer):
             ShapeError: ``x`` or ``lengths`` has the wrong shape or dtype.
             StreamingError: a state was given to a bidirectional average or does not fit.
         """
+        return self._average(x, state, lengths, "none", 0.0)
+
+    def activated(
+        self, x: Tensor, state: EMAState | None = None, *, lengths: Tensor | None = None, dropout: float = 0.0
+    ) -> tuple[Tensor, EMAState | None]:
+        """``dropout(silu(y))`` and the state, in one operation; see :meth:`forward`."""
+        return self._average(x, state, lengths, "silu", dropout)
+
+    def _average(
+        self, x: Tensor, state: EMAState | None, lengths: Tensor | None, activation: Activation, dropout: float
+    ) -> tuple[Tensor, EMAState | None]:
         return ema(
             x,
             self.delta,
@@ -94,6 +105,8 @@ class EMA(Mixer):
             lengths=lengths,
             state=state,
             return_state=state is not None,
+            activation=activation,
+            dropout=dropout,
         )
 
     def initial_state(self, batch: int, like: Tensor) -> State | None:

@@ -23,7 +23,9 @@ CHUNK = 128
 """Tokens of a chunk where nothing speaks for another size: short enough for what a bidirectional program keeps of it
 to stay in the cache, long enough for the states between chunks (N / CHUNK numbers per input) to cost little."""
 MINIMUM_CHUNK = 32
-WARPS_PER_PROCESSOR = 16
+REGISTERS = 168
+"""Of a thread in the scans: 12 warps per multiprocessor, 3 per scheduler. The compiler would take 255."""
+WARPS_PER_PROCESSOR = 12
 """Programs (of one warp) that a multiprocessor is to be given, as far as there is work for them."""
 PROCESSORS = 132
 """Of the device, where it does not say."""
@@ -163,7 +165,8 @@ def ema_forward(
         batch, length, dim, cut.chunks, _taps(truncation, length), dropout, 1 / (1 - dropout), n_state,
         LENGTHS=lengths is not None, MANY=many, WINDOW=window, STREAM=stream, CARRIED=hidden is not None,
         SILU=silu, DROPOUT=dropout > 0, SAVE=silu and save,
-        DIRECTIONS=directions, CHUNK=cut.chunk, N=cut.states, BLOCK=BLOCK, TILE=TILE, STEP=FORWARD_STEP, num_warps=1,
+        DIRECTIONS=directions, CHUNK=cut.chunk, N=cut.states, BLOCK=BLOCK, TILE=TILE, STEP=FORWARD_STEP,
+        num_warps=1, maxnreg=REGISTERS,
     )  # fmt: skip
     return outputs
 
@@ -232,7 +235,8 @@ def ema_backward(
         x, inner, gradients[0], _scratch(x, cut, directions), sums, table, reach, omega, _or(lengths, x), partial,
         batch, length, dim, cut.chunks, _taps(truncation, length),
         LENGTHS=lengths is not None, MANY=many, WINDOW=window,
-        DIRECTIONS=directions, CHUNK=cut.chunk, N=cut.states, BLOCK=BLOCK, TILE=TILE, STEP=BACKWARD_STEP, num_warps=1,
+        DIRECTIONS=directions, CHUNK=cut.chunk, N=cut.states, BLOCK=BLOCK, TILE=TILE, STEP=BACKWARD_STEP,
+        num_warps=1, maxnreg=REGISTERS,
     )  # fmt: skip
     triton_kernel.finish[(directions * n_state + 1, cut.blocks)](
         partial, delta, alpha, beta, gamma, *gradients[1:], cut.programs, dim, n_state, n_state**-0.5,
@@ -283,9 +287,9 @@ def _sums(
     dropout: float,
 ) -> None:
     batch, length, dim = source.shape
-    triton_kernel.chunk_sums[cut.grid](
+    triton_kernel.chunk_sums[(batch * cut.chunks, cut.blocks)](
         source, pre, _or(lengths, source), _or(seed, source), table, reach, inputs, sums,
-        batch, length, dim, cut.chunks, dropout, 1 / (1 - dropout),
+        length, dim, cut.chunks, dropout, 1 / (1 - dropout),
         LENGTHS=lengths is not None, SUMS=cut.chunks > 1, GRADIENT=gradient, SILU=silu, DROPOUT=dropout > 0,
         DIRECTIONS=table.shape[1], CHUNK=cut.chunk, N=cut.states, BLOCK=BLOCK, TILE=TILE, STEP=FORWARD_STEP,
         num_warps=1,

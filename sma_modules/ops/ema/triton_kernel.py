@@ -58,17 +58,17 @@ def prepare(
     states = tl.arange(0, N)
     real = (states < n_state)[:, None] & (columns < dim)[None, :]
     at = (direction * dim + columns)[None, :] * n_state + states[:, None]
-    d = tl.load(delta + at, mask=real, other=0.0).to(tl.float64)
-    a = tl.load(alpha + at, mask=real, other=0.0).to(tl.float64)
+    d = tl.load(delta + at, mask=real, other=0.0).to(tl.float32).to(tl.float64)
+    a = tl.load(alpha + at, mask=real, other=0.0).to(tl.float32).to(tl.float64)
     p = _sigmoid64(d)
     # 1 - p a without cancellation; the floor keeps its logarithm finite.
     q = _sigmoid64(-d) + p * _sigmoid64(-a)
     log_q = tl.log(tl.maximum(q, 1e-300))
     rounded = q.to(tl.float32)
-    drift = log_q - tl.log(tl.maximum(rounded.to(tl.float64), 1e-300))
-    correction = tl.where(rounded > 0.5, tl.exp(drift * TILE) - 1.0, 0.0)
-    drive = p * tl.load(beta + at, mask=real, other=0.0).to(tl.float64)
-    weight = tl.load(gamma + at, mask=real, other=0.0).to(tl.float64) * read_scale
+    drift = tl.where(rounded > 0.5, log_q - tl.log(tl.maximum(rounded.to(tl.float64), 0.5)), 0.0)
+    correction = tl.exp(drift * TILE) - 1.0
+    drive = p * tl.load(beta + at, mask=real, other=0.0).to(tl.float32).to(tl.float64)
+    weight = tl.load(gamma + at, mask=real, other=0.0).to(tl.float32).to(tl.float64) * read_scale
     if not STREAM:
         weight = weight * drive
     out = table + direction * N * dim + states[:, None] * dim + columns[None, :]
@@ -98,8 +98,8 @@ def prepare(
 @triton.jit
 def _coefficient(table, field, direction, dim, columns, inside, DIRECTIONS: tl.constexpr, N: tl.constexpr):
     """``(N, BLOCK)`` of the table."""
-    rows = (field * DIRECTIONS + direction) * N + tl.arange(0, N)
-    return tl.load(table + rows[:, None] * dim + columns[None, :], mask=inside[None, :], other=0.0)
+    start = table + (field * DIRECTIONS + direction) * N * dim
+    return tl.load(start + (tl.arange(0, N)[:, None] * dim + columns[None, :]), mask=inside[None, :], other=0.0)
 
 
 @triton.jit
@@ -146,13 +146,13 @@ def _keep(seed, b, t, columns, dim, dropout):
 def _sum_at(sums, b, j, chunks, direction, dim, columns, DIRECTIONS: tl.constexpr, PAIR: tl.constexpr, N: tl.constexpr):
     """Pointers ``(N, BLOCK)`` into ``sums (B, chunks, directions, PAIR, N, D)``."""
     place = ((b.to(tl.int64) * chunks + j) * DIRECTIONS + direction) * (PAIR * N)
-    return sums + place * dim + tl.arange(0, N)[:, None] * dim + columns[None, :]
+    return sums + place * dim + (tl.arange(0, N)[:, None] * dim + columns[None, :])
 
 
 @triton.jit(do_not_specialize_on_alignment=ONE_CHANNEL_EACH)
 def chunk_sums(
     source, pre, lengths, seed, table, reach, inputs, sums,
-    batch, length, dim, chunks, dropout, scale,
+    length, dim, chunks, dropout, scale,
     LENGTHS: tl.constexpr, SUMS: tl.constexpr, GRADIENT: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
     DIRECTIONS: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
     STEP: tl.constexpr,
@@ -163,41 +163,41 @@ def chunk_sums(
     With ``SILU`` or ``DROPOUT`` what comes in is the gradient of their result, and the one before them is left in
     ``inputs (B, L, D)``.
     """
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    item = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < dim
     noise = tl.load(seed) if DROPOUT else 0
-    PAIR: tl.constexpr = 2 if GRADIENT else 1
-    for item in range(tl.program_id(1), batch * chunks, tl.num_programs(1)):
-        b = item // chunks
-        j = item - b * chunks
-        begin = j * CHUNK
-        tiles = (tl.minimum(length - begin, CHUNK) + TILE - 1) // TILE
-        row = b.to(tl.int64) * length * dim
-        limit = length
-        if LENGTHS and not GRADIENT:
-            limit = tl.minimum(tl.load(lengths + b).to(tl.int32), length)
-        if SILU or DROPOUT:
-            for k in range(tiles * (TILE // 4)):
-                _through_activation(
-                    source + row, pre + row, inputs + row, noise, b, begin + k * 4, length, dim, columns, inside,
-                    dropout, scale, SILU, DROPOUT,
-                )  # fmt: skip
-        if SUMS:
-            for direction in tl.static_range(DIRECTIONS):
-                if SILU or DROPOUT:
-                    entering = inputs + row
-                else:
-                    entering = source + row
-                out = _sum_at(sums, b, j, chunks, direction, dim, columns, DIRECTIONS, PAIR, N)
+    b = item // chunks
+    j = item - b * chunks
+    begin = j * CHUNK
+    tiles = (tl.minimum(length - begin, CHUNK) + TILE - 1) // TILE
+    row = b.to(tl.int64) * length * dim
+    limit = length
+    if LENGTHS:
+        limit = tl.minimum(tl.load(lengths + b).to(tl.int32), length)
+    if SILU or DROPOUT:
+        for k in range(tiles * (TILE // 4)):
+            _through_activation(
+                source + row, pre + row, inputs + row, noise, b, begin + k * 4, length, dim, columns, inside,
+                dropout, scale, SILU, DROPOUT,
+            )  # fmt: skip
+    if SUMS:
+        for direction in tl.static_range(DIRECTIONS):
+            if SILU or DROPOUT:
                 _chunk_sum(
-                    entering, out, table, reach, begin, tiles, limit, dim, columns, inside, direction,
-                    (direction == 1) != GRADIENT, GRADIENT, DIRECTIONS, N, BLOCK, TILE, STEP,
+                    inputs + row, sums, b, j, chunks, table, reach, begin, tiles, limit, dim, columns, inside,
+                    direction, (direction == 1) != GRADIENT, GRADIENT, DIRECTIONS, N, BLOCK, TILE, STEP,
+                )  # fmt: skip
+            else:
+                _chunk_sum(
+                    source + row, sums, b, j, chunks, table, reach, begin, tiles, limit, dim, columns, inside,
+                    direction, (direction == 1) != GRADIENT, GRADIENT, DIRECTIONS, N, BLOCK, TILE, STEP,
                 )  # fmt: skip
 
 
 @triton.jit
 def _chunk_sum(
-    entering, out, table, reach, begin, tiles, limit, dim, columns, inside, direction: tl.constexpr,
+    entering, sums, b, j, chunks, table, reach, begin, tiles, limit, dim, columns, inside, direction: tl.constexpr,
     REVERSE: tl.constexpr, GRADIENT: tl.constexpr, DIRECTIONS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -219,6 +219,7 @@ def _chunk_sum(
                 if GRADIENT:
                     h = h * q + s
                 s = s * q + xs[i][None, :]
+    out = _sum_at(sums, b, j, chunks, direction, dim, columns, DIRECTIONS, 2 if GRADIENT else 1, N)
     tl.store(out, s, mask=inside[None, :])
     if GRADIENT:
         tl.store(out + N * dim, h, mask=inside[None, :])
@@ -423,7 +424,10 @@ def forward(
     noise = tl.load(seed) if DROPOUT else 0
     slot = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     mine = scratch + slot.to(tl.int64) * (CHUNK * BLOCK)
-    for item in range(tl.program_id(1), batch * chunks, tl.num_programs(1)):
+    for item in tl.range(tl.program_id(1), batch * chunks, tl.num_programs(1), disable_licm=True):
+        # Always 0, but not to the compiler: it would compute the addresses of all coefficients ahead of the loop, and
+        # keep them in registers.
+        coefficients = table + item // (batch * chunks)
         b = item // chunks
         j = item - b * chunks
         begin = j * CHUNK
@@ -433,13 +437,13 @@ def forward(
         if LENGTHS:
             limit = tl.minimum(tl.load(lengths + b).to(tl.int32), length)
         for direction in tl.static_range(DIRECTIONS):
-            q = _coefficient(table, Q, direction, dim, columns, inside, DIRECTIONS, N)
-            weight = _coefficient(table, WEIGHT, direction, dim, columns, inside, DIRECTIONS, N)
+            q = _coefficient(coefficients, Q, direction, dim, columns, inside, DIRECTIONS, N)
+            weight = _coefficient(coefficients, WEIGHT, direction, dim, columns, inside, DIRECTIONS, N)
             needed = _reach(reach, direction, dim, columns, inside)
             leaves = needed > taps
             s, _ = _start(
-                sums, table, x + row, b, j, limit, chunks, dim, columns, inside, direction, needed, taps, leaves,
-                MANY, WINDOW, direction == 1, 1, DIRECTIONS, CHUNK, N, BLOCK,
+                sums, coefficients, x + row, b, j, limit, chunks, dim, columns, inside, direction, needed, taps,
+                leaves, MANY, WINDOW, direction == 1, 1, DIRECTIONS, CHUNK, N, BLOCK,
             )  # fmt: skip
             if CARRIED and not MANY:
                 states = tl.arange(0, N)
@@ -447,13 +451,13 @@ def forward(
                 s = tl.load(at, mask=inside[None, :] & (states < n_state)[:, None], other=0.0)
             if WINDOW and leaves:
                 _forward_sweep(
-                    s, q, weight, x + row, y + row, pre + row, mine, hidden_end, table, direct, noise,
+                    s, q, weight, x + row, y + row, pre + row, mine, hidden_end, coefficients, direct, noise,
                     b, begin, tiles, limit, length, dim, columns, inside, lanes, direction, taps, dropout, scale,
                     n_state, True, STREAM, SILU, DROPOUT, SAVE, DIRECTIONS, N, BLOCK, TILE, STEP,
                 )  # fmt: skip
             else:
                 _forward_sweep(
-                    s, q, weight, x + row, y + row, pre + row, mine, hidden_end, table, direct, noise,
+                    s, q, weight, x + row, y + row, pre + row, mine, hidden_end, coefficients, direct, noise,
                     b, begin, tiles, limit, length, dim, columns, inside, lanes, direction, taps, dropout, scale,
                     n_state, False, STREAM, SILU, DROPOUT, SAVE, DIRECTIONS, N, BLOCK, TILE, STEP,
                 )  # fmt: skip
@@ -531,7 +535,10 @@ def backward(
     mine = scratch + slot.to(tl.int64) * (CHUNK * BLOCK)
     share = partial + tl.program_id(1).to(tl.int64) * (DIRECTIONS * 2 * N + 1) * dim
     by_omega = tl.zeros((BLOCK,), tl.float32)
-    for item in range(tl.program_id(1), batch * chunks, tl.num_programs(1)):
+    for item in tl.range(tl.program_id(1), batch * chunks, tl.num_programs(1), disable_licm=True):
+        # Always 0, but not to the compiler: it would compute the addresses of all coefficients ahead of the loop, and
+        # keep them in registers.
+        coefficients = table + item // (batch * chunks)
         b = item // chunks
         j = item - b * chunks
         begin = j * CHUNK
@@ -541,22 +548,22 @@ def backward(
         if LENGTHS:
             limit = tl.minimum(tl.load(lengths + b).to(tl.int32), length)
         for direction in tl.static_range(DIRECTIONS):
-            q = _coefficient(table, Q, direction, dim, columns, inside, DIRECTIONS, N)
+            q = _coefficient(coefficients, Q, direction, dim, columns, inside, DIRECTIONS, N)
             needed = _reach(reach, direction, dim, columns, inside)
             leaves = needed > taps
             s, h = _start(
-                sums, table, grad + row, b, j, length, chunks, dim, columns, inside, direction, needed, taps, leaves,
-                MANY, WINDOW, direction == 0, 2, DIRECTIONS, CHUNK, N, BLOCK,
+                sums, coefficients, grad + row, b, j, length, chunks, dim, columns, inside, direction, needed, taps,
+                leaves, MANY, WINDOW, direction == 0, 2, DIRECTIONS, CHUNK, N, BLOCK,
             )  # fmt: skip
             if WINDOW and leaves:
                 by_weight, by_q, by_omega = _backward_sweep(
-                    s, h, q, x + row, grad + row, dx + row, mine, table, direct, by_omega,
+                    s, h, q, x + row, grad + row, dx + row, mine, coefficients, direct, by_omega,
                     begin, tiles, limit, length, dim, columns, inside, lanes, direction, taps,
                     True, DIRECTIONS, N, BLOCK, TILE, STEP,
                 )  # fmt: skip
             else:
                 by_weight, by_q, by_omega = _backward_sweep(
-                    s, h, q, x + row, grad + row, dx + row, mine, table, direct, by_omega,
+                    s, h, q, x + row, grad + row, dx + row, mine, coefficients, direct, by_omega,
                     begin, tiles, limit, length, dim, columns, inside, lanes, direction, taps,
                     False, DIRECTIONS, N, BLOCK, TILE, STEP,
                 )  # fmt: skip
@@ -596,19 +603,21 @@ def finish(
         decay += tl.load(at + N * dim, mask=mask & (not is_omega), other=0.0).to(tl.float64)
     by_weight = tl.sum(weight, axis=0)
     if is_omega:
-        tl.store(by_omega + columns, by_weight.to(by_omega.dtype.element_ty), mask=inside)
+        tl.store(by_omega + columns, by_weight.to(tl.float32).to(by_omega.dtype.element_ty), mask=inside)
     else:
         at = (direction * dim + columns) * n_state + n
-        d = tl.load(delta + at, mask=inside, other=0.0).to(tl.float64)
-        a = tl.load(alpha + at, mask=inside, other=0.0).to(tl.float64)
-        bt = tl.load(beta + at, mask=inside, other=0.0).to(tl.float64)
-        g = tl.load(gamma + at, mask=inside, other=0.0).to(tl.float64) * read_scale
+        d = tl.load(delta + at, mask=inside, other=0.0).to(tl.float32).to(tl.float64)
+        a = tl.load(alpha + at, mask=inside, other=0.0).to(tl.float32).to(tl.float64)
+        bt = tl.load(beta + at, mask=inside, other=0.0).to(tl.float32).to(tl.float64)
+        g = tl.load(gamma + at, mask=inside, other=0.0).to(tl.float32).to(tl.float64) * read_scale
         p = _sigmoid64(d)
         damping = _sigmoid64(a)
         by_q = tl.sum(decay, axis=0) * (g * p * bt)
         delta_grad = p * _sigmoid64(-d) * (by_weight * g * bt - by_q * damping)
         alpha_grad = -by_q * p * damping * _sigmoid64(-a)
-        tl.store(by_delta + at, delta_grad.to(by_delta.dtype.element_ty), mask=inside)
-        tl.store(by_alpha + at, alpha_grad.to(by_alpha.dtype.element_ty), mask=inside)
-        tl.store(by_beta + at, (by_weight * g * p).to(by_beta.dtype.element_ty), mask=inside)
-        tl.store(by_gamma + at, (by_weight * p * bt * read_scale).to(by_gamma.dtype.element_ty), mask=inside)
+        tl.store(by_delta + at, delta_grad.to(tl.float32).to(by_delta.dtype.element_ty), mask=inside)
+        tl.store(by_alpha + at, alpha_grad.to(tl.float32).to(by_alpha.dtype.element_ty), mask=inside)
+        tl.store(by_beta + at, (by_weight * g * p).to(tl.float32).to(by_beta.dtype.element_ty), mask=inside)
+        tl.store(
+            by_gamma + at, (by_weight * p * bt * read_scale).to(tl.float32).to(by_gamma.dtype.element_ty), mask=inside
+        )

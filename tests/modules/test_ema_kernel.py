@@ -1,0 +1,366 @@
+"""The moving average in Triton: on a GPU where there is one, else in Triton's interpreter (tiny sizes, it is slow)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sma.errors import BackendError, ConfigError
+from sma.ops import using
+from sma_modules.ema import EMA
+from sma_modules.ops.ema import EMAState, ema
+from tests.kernels import Compilation, compile_all
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TINY = 16
+"""Tokens of a chunk here, so that short sequences have several."""
+
+
+@pytest.fixture(autouse=True)
+def _tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sma_modules.ops.ema import fused
+
+    monkeypatch.setattr(fused, "CHUNK", TINY)
+    monkeypatch.setattr(fused, "MINIMUM_CHUNK", TINY)
+
+
+def parameters(dim: int, n_state: int, bidirectional: bool, slower: float = 0.0) -> list[Tensor]:
+    """float64; ``slower`` moves the logit of the decay, so that q comes near 1."""
+    rows = 2 * dim if bidirectional else dim
+    shapes = [(rows, n_state, 1)] * 3 + [(rows, n_state), (dim,)]
+    weights = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    weights[1] -= slower
+    return [weight.to(DEVICE) for weight in weights]
+
+
+def evaluate(
+    backend: str, dtype: torch.dtype, x: Tensor, weights: list[Tensor], grad_y: Tensor, **options: Any
+) -> list[Tensor]:
+    """Output and the gradients by x and by every parameter."""
+    inputs = [value.to(dtype).requires_grad_() for value in (x, *weights)]
+    with using(backend):
+        y, _ = ema(inputs[0], *inputs[1:], **options)
+    return [y.detach(), *torch.autograd.grad(y, inputs, grad_y.to(dtype))]
+
+
+def check(dtype: torch.dtype, floor: float, x: Tensor, weights: list[Tensor], **options: Any) -> None:
+    """At most twice eager's error in the same precision, largest and mean.
+
+    ``floor`` is relative to the largest value: rounding itself, where eager happens to hit the exact result.
+    """
+    x, weights = x.to(dtype).double(), [weight.to(dtype).double() for weight in weights]
+    grad_y = torch.randn_like(x).to(dtype).double()
+    exact = evaluate("eager", torch.float64, x, weights, grad_y, **options)
+    eager = evaluate("eager", dtype, x, weights, grad_y, **options)
+    kernel = evaluate("triton", dtype, x, weights, grad_y, **options)
+    scale = float(max(value.abs().max() for value in exact[2:]))
+    names = ("y", "x", "delta", "alpha", "beta", "gamma", "omega")
+    for name, want, plain, got in zip(names, exact, eager, kernel, strict=True):
+        assert got.dtype == dtype
+        # A parameter whose gradient vanishes exactly is held to the size of the others'.
+        size = float(want.abs().max()) if name in ("y", "x") else scale
+        allowed, error = (plain.double() - want).abs(), (got.double() - want).abs()
+        assert float(error.max()) <= 2 * float(allowed.max()) + floor * size, name
+        assert float(error.mean()) <= 2 * float(allowed.mean()) + floor * size, name
+
+
+@pytest.mark.parametrize("slower", [0.0, 9.0])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("truncation", [None, 1, 5, 37, 1000])
+@pytest.mark.parametrize(("length", "lengths"), [(1, None), (70, None), (50, (50, 0, 17))])
+def test_equals_the_definition(
+    length: int, lengths: tuple[int, ...] | None, truncation: int | None, bidirectional: bool, slower: float
+) -> None:
+    weights = parameters(3, 4, bidirectional, slower)
+    batch = len(lengths) if lengths else 2
+    x = torch.randn(batch, length, 3, dtype=torch.float64, device=DEVICE)
+    check(
+        torch.float32,
+        2e-6,
+        x,
+        weights,
+        bidirectional=bidirectional,
+        truncation=truncation,
+        lengths=None if lengths is None else torch.tensor(lengths, device=DEVICE),
+        activation="silu" if length == 50 else "none",
+    )
+
+
+@pytest.mark.parametrize("length", [63, 100, 129])
+def test_lengths_around_powers_of_two(length: int) -> None:
+    x = torch.randn(1, length, 33, dtype=torch.float64, device=DEVICE)
+    check(torch.float32, 2e-6, x, parameters(33, 3, True), bidirectional=True, truncation=40)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ["none", "silu"])
+@pytest.mark.parametrize("truncation", [None, 24])
+def test_low_precision(dtype: torch.dtype, activation: str, truncation: int | None) -> None:
+    floor = torch.finfo(dtype).eps / 8
+    x = torch.randn(2, 40, 8, dtype=torch.float64, device=DEVICE)
+    weights = parameters(8, 8, True)
+    check(dtype, floor, x, weights, bidirectional=True, truncation=truncation, activation=activation)
+
+
+@pytest.mark.parametrize("extreme", [-200.0, -20.0, 20.0, 200.0])
+@pytest.mark.parametrize("truncation", [None, 20])
+def test_saturated_parameters(extreme: float, truncation: int | None) -> None:
+    """Forgetting everything at once (q = 0) and nothing ever (q = 1)."""
+    weights = parameters(3, 3, False)
+    weights[0].fill_(extreme)
+    weights[1].fill_(extreme)
+    x = torch.randn(2, 40, 3, dtype=torch.float64, device=DEVICE)
+    check(torch.float32, 2e-6, x, weights, bidirectional=False, truncation=truncation)
+
+
+def test_slow_states_over_many_chunks() -> None:
+    """A memory of about a million tokens: rounding of q must not act in one direction at every token."""
+    weights = parameters(2, 2, False)
+    weights[0].fill_(-7.0)
+    weights[1].fill_(-7.0)
+    x = torch.randn(1, 400, 2, dtype=torch.float64, device=DEVICE) + 1
+    check(torch.float32, 5e-7, x, weights, bidirectional=False)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("truncation", [None, 20])
+def test_padding_is_another_world(bidirectional: bool, truncation: int | None) -> None:
+    """Padding of nan reaches neither real outputs nor, without a gradient there, any gradient."""
+    weights = [weight.float().requires_grad_() for weight in parameters(3, 2, bidirectional)]
+    clean = torch.randn(2, 40, 3, device=DEVICE)
+    lengths = torch.tensor([40, 19], device=DEVICE)
+    clean[1, 19:] = 0
+    poisoned = clean.clone()
+    poisoned[1, 19:] = torch.nan
+    results = []
+    for x in (clean.requires_grad_(), poisoned.requires_grad_()):
+        with using("triton"):
+            y, _ = ema(
+                x, *weights, bidirectional=bidirectional, truncation=truncation, lengths=lengths, activation="silu"
+            )
+        real = torch.cat([y[0], y[1, :19]])
+        gradients = torch.autograd.grad(real.square().sum(), [x, *weights])
+        results.append([real.detach(), torch.cat([gradients[0][0], gradients[0][1, :19]]), *gradients[1:]])
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(expected, actual)
+
+
+@pytest.mark.parametrize("splits", [(1, 1, 30, 16, 2), (50,), (0, 16, 34)])
+def test_streams_in_any_split(splits: tuple[int, ...]) -> None:
+    """The state passes between this backend and the others; rows may end early and come to nothing."""
+    weights = [weight.float() for weight in parameters(3, 4, False, 2.0)]
+    x = torch.randn(2, 50, 3, device=DEVICE)
+    lengths = torch.tensor([50, 23], device=DEVICE)
+    options: dict[str, Any] = {"bidirectional": False, "return_state": True}
+    with using("eager"):
+        exact, last = ema(x.double(), *[w.double() for w in weights], lengths=lengths, **options)
+    parts: list[Tensor] = []
+    state: EMAState | None = None
+    done = 0
+    for i, size in enumerate(splits):
+        with using("triton" if i % 3 != 1 else "eager"):
+            y, state = ema(
+                x[:, done : done + size], *weights, state=state, lengths=(lengths - done).clamp(0, size), **options
+            )
+        parts.append(y)
+        done += size
+    assert state is not None
+    assert last is not None
+    y = torch.cat(parts, 1)
+    torch.testing.assert_close(y[0].double(), exact[0], rtol=0, atol=5e-6)
+    torch.testing.assert_close(y[1, :23].double(), exact[1, :23], rtol=0, atol=5e-6)
+    torch.testing.assert_close(state.hidden.double(), last.hidden, rtol=0, atol=5e-6)
+
+
+def test_what_it_leaves_to_others() -> None:
+    weights = [weight.float() for weight in parameters(2, 2, False)]
+    x = torch.randn(1, 4, 2, device=DEVICE)
+    with using("triton"):
+        with pytest.raises(BackendError, match="no carried state with truncation"):
+            ema(x, *weights, bidirectional=False, truncation=3, return_state=True)
+        with pytest.raises(BackendError, match="no gradient through a carried state"):
+            ema(x.requires_grad_(), *weights, bidirectional=False, return_state=True)
+        with pytest.raises(BackendError, match="got torch"):
+            ema(x.double(), *weights, bidirectional=False)
+        wide = [weight.float() for weight in parameters(2, 17, False)]
+        with pytest.raises(BackendError, match="at most 16 states of a channel, got 17"):
+            ema(x.detach(), *wide, bidirectional=False)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_dropout(bidirectional: bool) -> None:
+    """About the right share is dropped, the rest is scaled up, and the backward pass drops the same."""
+    weights = [weight.float().requires_grad_() for weight in parameters(24, 2, bidirectional)]
+    x = torch.randn(2, 40, 24, device=DEVICE, requires_grad=True)
+    grad_y = torch.randn_like(x)
+    with using("triton"):
+        plain, _ = ema(x, *weights, bidirectional=bidirectional, activation="silu")
+        y, _ = ema(x, *weights, bidirectional=bidirectional, activation="silu", dropout=0.25)
+        again, _ = ema(x, *weights, bidirectional=bidirectional, activation="silu", dropout=0.25)
+    kept = y != 0
+    assert abs(float(kept.float().mean()) - 0.75) < 0.04
+    assert not torch.equal(kept, again != 0)
+    for dim in (0, 1, 2):
+        shifted = kept.roll(1, dim)
+        assert abs(float((kept & shifted).float().mean()) - 0.75**2) < 0.06
+    torch.testing.assert_close(y, torch.where(kept, plain / 0.75, 0.0))
+    expected = torch.autograd.grad(plain, [x, *weights], torch.where(kept, grad_y / 0.75, 0.0))
+    torch.testing.assert_close(torch.autograd.grad(y, [x, *weights], grad_y), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_same_bits() -> None:
+    weights = [weight.float().requires_grad_() for weight in parameters(33, 4, True)]
+    x = torch.randn(1, 40, 33, device=DEVICE, requires_grad=True)
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(3)
+        with using("triton"):
+            y, _ = ema(x, *weights, bidirectional=True, truncation=20, activation="silu", dropout=0.1)
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *weights])]
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("lengths", [None, (-(2**40), 2**40)])
+def test_nothing_outside_is_touched(lengths: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor that the launches make lies between guards; lengths that make no sense change nothing of that."""
+    from sma_modules.ops.ema import fused
+
+    guarded: list[Tensor] = []
+
+    def guard(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = 1
+        for extent in shape:
+            size *= extent
+        whole = torch.full((size + 512,), 77, dtype=dtype, device=DEVICE)
+        guarded.append(whole)
+        return whole[256 : 256 + size].view(shape)
+
+    plain = Tensor.new_empty
+
+    def new_empty(self: Tensor, *shape: Any, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+        if options:  # the interpreter's own
+            return plain(self, *shape, dtype=dtype, **options)
+        return guard(shape[0] if isinstance(shape[0], tuple) else shape, dtype or self.dtype)
+
+    def empty_like(self: Tensor, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+        return guard(tuple(self.shape), dtype or self.dtype)
+
+    weights = [weight.float().contiguous() for weight in parameters(35, 3, True)]
+    flat = [weight[..., 0].contiguous() if weight.dim() == 3 else weight for weight in weights]
+    whole = torch.full((4, 45, 35), torch.nan, device=DEVICE)
+    whole[1:3] = torch.randn(2, 45, 35, device=DEVICE)
+    x = whole[1:3]
+    where = None if lengths is None else torch.tensor(lengths, device=DEVICE)
+    monkeypatch.setattr(Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    y, pre, table, reach, _ = fused.ema_forward(x, *flat, where, None, None, True, 20, True, 0.0, True, False)
+    dy = torch.ones(2, 45, 35, device=DEVICE)
+    gradients = fused.ema_backward(dy, x, pre, table, reach, *flat, where, None, 20, 0.0)
+    monkeypatch.undo()
+    assert len(guarded) > 12
+    for value in guarded:
+        assert bool((value[:256] == 77).all())
+        assert bool((value[-256:] == 77).all())
+    assert all(bool(value.isfinite().all()) for value in (y, *gradients))
+
+
+def test_compiles_in_one_graph() -> None:
+    mixer = EMA.Config(n_state=2, truncation=20).build(d_model=3, causal=True).to(DEVICE)
+    x = torch.randn(1, 40, 3, device=DEVICE)
+    with using("triton"):
+        expected = mixer.activated(x)[0]
+        compiled = torch.compile(lambda value: mixer.activated(value)[0], fullgraph=True, backend="aot_eager")
+        y = compiled(x)
+        torch.testing.assert_close(y, expected)
+        names = [name for name, _ in mixer.named_parameters()]
+        actual = torch.autograd.grad(y.square().sum(), list(mixer.parameters()))
+        for name, got, want in zip(
+            names, actual, torch.autograd.grad(expected.square().sum(), list(mixer.parameters())), strict=True
+        ):
+            torch.testing.assert_close(got, want, msg=name)
+
+
+def test_operators() -> None:
+    from sma_modules.ops.ema import fused
+
+    weights = [weight.float() for weight in parameters(3, 2, False)]
+    flat = [weight[..., 0].contiguous() if weight.dim() == 3 else weight for weight in weights]
+    x = torch.randn(1, 20, 3, device=DEVICE)
+    tests = ("test_schema", "test_faketensor")
+    arguments = (x, *flat, torch.tensor([20], device=DEVICE), None, None, False, None, True, 0.0, True, False)
+    torch.library.opcheck(fused.ema_forward.operator, arguments, test_utils=tests)
+    _, pre, table, reach, _ = fused.ema_forward(*arguments)
+    torch.library.opcheck(
+        fused.ema_backward.operator, (x, x, pre, table, reach, *flat, None, None, None, 0.0), test_utils=tests
+    )
+
+
+def test_mixer_activated() -> None:
+    """The mixer's own way equals activation and dropout after its plain output."""
+    mixer = EMA.Config(n_state=2).build(d_model=3, causal=False).to(DEVICE)
+    x = torch.randn(1, 20, 3, device=DEVICE)
+    with using("triton"):
+        y, state = mixer.activated(x)
+    torch.testing.assert_close(y, torch.nn.functional.silu(mixer(x)[0]))
+    assert state is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation": "relu"}, "activation must be one of none, silu, got 'relu'"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+        ({"dropout": -0.1}, "dropout must be at least 0"),
+    ],
+)
+def test_bad_options(change: dict[str, Any], message: str) -> None:
+    weights = [weight.float() for weight in parameters(2, 2, False)]
+    with pytest.raises(ConfigError, match=message):
+        ema(torch.randn(1, 4, 2, device=DEVICE), *weights, bidirectional=False, **change)
+
+
+def compilation(kernel: str, bidirectional: bool, window: bool) -> Compilation:
+    """At the real size of 16 states, in bfloat16."""
+    tensors = {"x": "bf16", "y": "bf16", "pre": "bf16", "dx": "bf16", "reach": "i32", "lengths": "i64", "seed": "i64"}
+    names = ("scratch", "sums", "table", "omega", "hidden", "hidden_end", "grad", "partial", "inputs")
+    tensors |= dict.fromkeys(names, "fp32") | {"source": "fp32" if kernel == "backward" else "bf16"}
+    numbers = dict.fromkeys(("batch", "length", "dim", "chunks", "taps", "n_state"), "i32")
+    signature = {name: f"*{kind}" for name, kind in tensors.items()} | numbers | {"dropout": "fp32", "scale": "fp32"}
+    sizes = {"DIRECTIONS": 2 if bidirectional else 1, "CHUNK": 128, "N": 16, "BLOCK": 32, "TILE": 16}
+    flags: dict[str, Any] = {"LENGTHS": True}
+    if kernel == "chunk_sums":
+        flags |= {"SUMS": True, "GRADIENT": window, "SILU": window, "DROPOUT": False, "STEP": fused().FORWARD_STEP}
+    else:
+        flags |= {"MANY": True, "WINDOW": window}
+    if kernel == "forward":
+        flags |= dict.fromkeys(("STREAM", "CARRIED", "DROPOUT"), False) | {"SILU": True, "SAVE": True}
+        flags |= {"STEP": fused().FORWARD_STEP}
+    if kernel == "backward":
+        flags |= {"STEP": fused().BACKWARD_STEP}
+    options = {"num_warps": 1}
+    return Compilation("sma_modules.ops.ema.triton_kernel", kernel, signature, sizes | flags, options)
+
+
+def fused() -> Any:
+    from sma_modules.ops.ema import fused
+
+    return fused
+
+
+def test_compiles_for_a_gpu() -> None:
+    """Without shared memory: no thread needs another's numbers."""
+    asked = [
+        compilation("chunk_sums", True, False),
+        compilation("chunk_sums", True, True),
+        compilation("forward", True, True),
+        compilation("forward", False, False),
+        compilation("backward", True, True),
+    ]
+    assert [each.shared for each in compile_all(asked)] == [0] * len(asked)
