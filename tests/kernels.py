@@ -21,7 +21,8 @@ class Compilation:
     Attributes:
         module: that holds the kernel.
         kernel: its name.
-        signature: type of every argument that is no constant: ``*bf16``, ``*fp32``, ``*i64``, ``i32``, ``fp32``, ...
+        signature: type of every argument that is no constant: ``*bf16``, ``*fp32``, ``*i64``, ``i32``, ``fp32``, ...;
+            ``*bf16:16`` is a pointer to a multiple of 16 bytes, as that of a new tensor.
         constants: values of the ``tl.constexpr`` arguments.
         options: ``num_warps``, ``num_stages``.
         capability: of the GPU.
@@ -73,9 +74,11 @@ def _compile(each: Compilation) -> Resources:
 
     function = getattr(importlib.import_module(each.module), each.kernel)
     function = getattr(function, "fn", function) if not hasattr(function, "arg_names") else function
-    signature = {name: "constexpr" if name in each.constants else each.signature[name] for name in function.arg_names}
+    types = {name: "constexpr" if name in each.constants else each.signature[name] for name in function.arg_names}
+    signature = {name: kind.removesuffix(":16") for name, kind in types.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.endswith(":16")}
     built = triton.compile(
-        ASTSource(function, signature, each.constants),
+        ASTSource(function, signature, each.constants, aligned),
         target=GPUTarget("cuda", each.capability, 32),
         options=each.options,
     )
