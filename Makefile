@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export GOMP_SPINCOUNT ?= 10000
 export MPLBACKEND ?= Agg
 
-.PHONY: help demo test test-scatter lint types contracts docs doctest examples plugin check venv clean
+.PHONY: help demo test test-scatter lint types contracts docs doctest examples plugin bench check venv clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -68,6 +68,9 @@ plugin: $(STAMP)  ## install the example plugin, run its tests, remove it again
 	$(PIP) install --quiet --no-deps --no-build-isolation ./examples/plugin_package
 	$(BIN)/python -m pytest -q examples/plugin_package/tests; \
 	    status=$$?; $(PIP) uninstall --quiet --yes sma-example-plugin; exit $$status
+
+bench: $(STAMP)  ## time every workload that this device is meant for, against what is installed
+	$(BIN)/python -m benchmarks
 
 check:  ## everything that has to be green before a merge
 	.ci/run

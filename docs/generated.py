@@ -1,4 +1,5 @@
-"""Parts of the documentation that are made from the code when the pages are built, so that they cannot go out of date.
+"""Parts of the documentation that are made when the pages are built, from the code or from results, so that they
+cannot go out of date.
 
 A page holds ``<!-- generated: NAME -->`` alone on a line; the function of that name below supplies the Markdown in its
 place.
@@ -16,6 +17,7 @@ from typing import Any
 import typer
 
 import sma
+from benchmarks.pages import PARTS as BENCHMARKS
 from sma_models.cli import app as command_line
 from sma_models.commands.installed import count_parameters
 from sma_models.training.recipe import load_recipe, recipe_names
@@ -203,4 +205,5 @@ PARTS: dict[str, Callable[[], str]] = {
         for kind in ("configurator", "module", "mixer", "norm", "block", "model")
     },
     "data": lambda: registered("data"),
+    **BENCHMARKS,
 }

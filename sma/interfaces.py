@@ -13,9 +13,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sma.configurable import BaseConfig, Configurable
 from sma.errors import ConfigError, StreamingError
+from sma.ops.row_norm import RowNorm
 from sma.routing import Routing
 from sma.state import State
 
@@ -179,6 +181,20 @@ class Mixer(Part):
             raise StreamingError(f"{type(self).__name__}: cannot stream: it {reason}")
         return None
 
+    def activated(
+        self, x: Tensor, state: Any = None, *, lengths: Tensor | None = None, dropout: float = 0.0
+    ) -> tuple[Tensor, Any]:
+        """``dropout(SiLU(mixer(x)))`` and the state after it. A mixer that can do it in one pass overrides this.
+
+        Args:
+            x: as for ``forward``, like ``state`` and ``lengths``.
+            state: streaming state.
+            lengths: real tokens of each row.
+            dropout: probability; 0 in evaluation.
+        """
+        y, after = self(x, state, lengths=lengths)
+        return F.dropout(F.silu(y), dropout, dropout > 0), after
+
 
 class Norm(Part):
     """Normalisation over the features: ``forward(x (B, L, D), *, lengths=None) -> (B, L, D)``."""
@@ -193,6 +209,10 @@ class Norm(Part):
         super().__init__()
         self.config = config
         self.d_model = d_model
+
+    def row_norm(self) -> RowNorm | None:
+        """What the norm does to each token, so that it can be fused into what comes before; None when it does more."""
+        return None
 
 
 class Block(Part):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
-from typing import Any, NamedTuple
+from math import ceil, prod
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,9 @@ from sma.configurators.budget import RateController, RateLoss
 from sma.configurators.tempered_softmax import TemperedSoftmax
 from sma.errors import ConfigError, RoutingError, ShapeError, StreamingError
 from sma.interfaces import Configurator, Layout, Module
-from sma.ops import compress, extract
-from sma.routing import Routing
+from sma.ops import combine, narrow_linear
+from sma.ops.compress import compress_through
+from sma.routing import Packed, Routing
 from sma.state import State
 
 
@@ -38,6 +39,39 @@ class Activated(NamedTuple):
     """
 
     output: Tensor
+    state: ActivatedState | None
+    routing: Routing
+    losses: dict[str, Tensor]
+
+
+class Part(NamedTuple):
+    """What one module of a sparsely activated layer gave.
+
+    Attributes:
+        output: ``(K, D)``, one row for each active token, not yet weighted.
+        packed: where the rows belong.
+        weight: ``(B, L)`` confidence.
+    """
+
+    output: Tensor
+    packed: Packed
+    weight: Tensor
+
+
+class Parts(NamedTuple):
+    """A sparsely activated layer before its outputs are put back, for blocks that fuse that into what follows.
+
+    Attributes:
+        members: what each module gave.
+        x: the tokens that came in, passed through: use these from here on, in one matrix product
+            (:func:`~sma.ops.compress.compress_through` says why).
+        state: streaming state after this chunk.
+        routing: who was active.
+        losses: auxiliary losses by name.
+    """
+
+    members: tuple[Part, ...]
+    x: Tensor
     state: ActivatedState | None
     routing: Routing
     losses: dict[str, Tensor]
@@ -129,6 +163,7 @@ class SparseMixture(nn.Module):
         self._check_configurator(len(modules))
         self.d_model = d_model or next((width for width in map(infer_width, modules) if width), None)
         self._width_known = False
+        self.capacity: float | None = None
         self.router = self._make_router() if router and self.configurator.logits_per_module else None
         if self.d_model is not None:
             self._know_width(self.d_model)
@@ -143,6 +178,31 @@ class SparseMixture(nn.Module):
         given = "rate_loss" if self.rate_loss else "controller" if self.controller else None
         if given and not configurator.adjustable:
             raise ConfigError(f"{given}: must not be given with {name}, whose rate is fixed")
+
+    def with_capacity(self, share: float | None) -> Self:
+        """Fix how many tokens each module has room for: shapes are static then, and nothing is read back.
+
+        The results are the same as long as the room suffices. If it does not, the first active tokens of the batch
+        get it, the others are not active, and :attr:`Routing.overflow` counts them. Chunks of a stream ignore it.
+
+        Args:
+            share: of the tokens of a batch, padding included, in (0, 1]; None for as many as are active.
+
+        Raises:
+            ConfigError: the share is out of range, or a module needs rows of the longest sequence.
+
+        Example:
+            >>> layer = SparselyActivated(nn.Linear(8, 8)).with_capacity(0.5)
+            >>> layer(torch.randn(2, 10, 8)).routing.packed[0].index.shape
+            torch.Size([10])
+        """
+        if share is not None and not 0 < share <= 1:
+            raise ConfigError(f"{type(self).__name__}: capacity must lie in (0, 1] or be None, got {share}")
+        if share is not None and "padded" in self.layouts:
+            name = type(self._members[self.layouts.index("padded")]).__name__
+            raise ConfigError(f"{type(self).__name__}: capacity must be None for {name}, whose layout is padded")
+        self.capacity = share
+        return self
 
     def _own(self, modules: Sequence[nn.Module]) -> None:
         self.members = nn.ModuleList(modules)
@@ -223,16 +283,45 @@ class SparseMixture(nn.Module):
             StreamingError: a state was passed and the layer cannot stream, or the state is of another batch.
             RoutingError: ``replay`` does not fit the input.
         """
+        parts = self.parts(x, state, valid=valid, logits=logits, replay=replay)
+        total: Tensor | None = None
+        for output, packed, weight in parts.members:
+            total = combine(output, packed, weight=weight, skip=total)
+        assert total is not None
+        return Activated(total, parts.state, parts.routing, parts.losses)
+
+    def parts(
+        self,
+        x: Tensor,
+        state: ActivatedState | None = None,
+        *,
+        valid: Tensor | None = None,
+        logits: Tensor | None = None,
+        replay: Routing | None = None,
+    ) -> Parts:
+        """The same up to the outputs of the modules, for a block that does the rest by :func:`sma.ops.combine`."""
         self._check(x, valid, state)
-        valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
-        position = (valid.cumsum(1) - 1).clamp(min=0)
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
+        if valid is None:
+            position = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+        else:
+            position = (valid.cumsum(1) - 1).clamp(min=0)
         if state is not None:
             position = position + state.seen[:, None]
-        routing, losses = self._route(x, logits, valid, position, replay)
-        output, members, module_losses = self._run(x, routing, state)
-        losses.update(module_losses)
-        after = None if state is None else ActivatedState(state.seen + valid.sum(1), members)
-        return Activated(output, after, routing, losses)
+        logits, x = self._logits(x, logits, valid)
+        routing, losses = self._route(logits, real, position, replay, None if state is not None else self.capacity)
+        members: list[Part] = []
+        states: list[State | None] = []
+        for m, (module, layout) in enumerate(zip(self._members, self.layouts, strict=True)):
+            before = state.members[m] if state is not None else None
+            tokens, x = compress_through(x, routing.packed[m])
+            result = call_module(module, layout, tokens, routing.packed[m], before, self.causal)
+            members.append(Part(result.output, routing.packed[m], routing.confidence[..., m]))
+            states.append(result.state)
+            prefix = f"{m}." if len(self._members) > 1 else ""
+            losses.update({prefix + name: loss for name, loss in result.losses.items()})
+        after = None if state is None else ActivatedState(state.seen + real.sum(1), tuple(states))
+        return Parts(tuple(members), x, after, routing, losses)
 
     def _check(self, x: Tensor, valid: Tensor | None, state: ActivatedState | None) -> None:
         name = type(self).__name__
@@ -264,41 +353,52 @@ class SparseMixture(nn.Module):
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ShapeError(f"{name}: x must be {weight.dtype} like the layer, got {x.dtype}")
 
-    def _route(
-        self, x: Tensor, logits: Tensor | None, valid: Tensor, position: Tensor, replay: Routing | None
-    ) -> tuple[Routing, dict[str, Tensor]]:
+    def _logits(self, x: Tensor, logits: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits ``(B, L, M, C)``, those given or the router's, and ``x`` to go on with."""
         configurator = self.configurator
         self._know_width(x.shape[-1])
         shape = (*x.shape[:2], configurator.n_modules, configurator.logits_per_module)
         if logits is None and configurator.logits_per_module:
             if self.router is None:
                 raise ShapeError(f"{type(self).__name__}: has no router of its own, logits must be given")
-            # Padding may hold anything, also NaN, which the gradient of the router's weights would meet.
-            logits = self.router(x.masked_fill(~valid[..., None], 0.0))
+            if is_lazy(self.router.weight):
+                self.router(x[:0])
+            logits, x = narrow_linear(x, self.router.weight, self.router.bias, valid)
         elif logits is None:
             logits = x.new_empty(shape)
         if logits.shape[:2] != shape[:2] or prod(logits.shape[2:]) != shape[2] * shape[3]:
             raise ShapeError(
                 f"{type(self).__name__}: logits must hold (B, L, M, C) = {shape}, got {tuple(logits.shape)}"
             )
-        logits = logits.reshape(shape)
         self._check_finite(logits if configurator.logits_per_module else x, valid)
+        return logits.reshape(shape), x
+
+    def _route(
+        self, logits: Tensor, valid: Tensor, position: Tensor, replay: Routing | None, capacity: float | None
+    ) -> tuple[Routing, dict[str, Tensor]]:
+        configurator = self.configurator
         score = configurator.score(logits, position)
         if replay is None:
             active = mark_decision(configurator.decide(score.detach(), position, valid) & valid[..., None])
         else:
             active = self._replayed(replay, valid)
-        confidence = configurator.weigh(score, active)
+        rows = None if capacity is None or not valid.numel() else max(1, ceil(capacity * valid.numel()))
+        packed = tuple(Packed.from_mask(active[..., m], position, capacity=rows) for m in range(configurator.n_modules))
+        overflow = None
+        if rows is not None:
+            active = torch.stack([each.row.view(valid.shape) >= 0 for each in packed], -1)
+            overflow = torch.stack([each.overflow for each in packed if each.overflow is not None])
         losses = {} if self.rate_loss is None else {"rate": self.rate_loss(score, active, valid)}
-        return Routing(active, confidence, valid, position), losses
+        routing = Routing(active, configurator.weigh(score, active), valid, position, overflow)
+        routing.__dict__["packed"] = packed  # what the cached property would make, but for the capacity
+        return routing, losses
 
-    def _check_finite(self, values: Tensor, valid: Tensor) -> None:
+    def _check_finite(self, values: Tensor, valid: Tensor | None) -> None:
         # Only on the CPU: elsewhere the answer would have to be waited for.
-        if (
-            values.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-            and not bool(values[valid].isfinite().all())
-        ):
+        if values.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        finite = values.isfinite().all() if valid is None else values[valid].isfinite().all()
+        if not bool(finite):
             raise ShapeError(
                 f"{type(self).__name__}: x must be finite, it (or its logits) hold NaN or Inf at real tokens"
             )
@@ -308,25 +408,6 @@ class SparseMixture(nn.Module):
         if replay.active.shape != expected:
             raise RoutingError(f"replay: must be of shape (B, L, M) = {expected}, got {tuple(replay.active.shape)}")
         return replay.active & valid[..., None]
-
-    def _run(
-        self, x: Tensor, routing: Routing, state: ActivatedState | None
-    ) -> tuple[Tensor, tuple[State | None, ...], dict[str, Tensor]]:
-        total: Tensor | None = None
-        members: list[State | None] = []
-        losses: dict[str, Tensor] = {}
-        for m, (module, layout) in enumerate(zip(self._members, self.layouts, strict=True)):
-            packed = routing.packed[m]
-            before = state.members[m] if state is not None else None
-            result = call_module(module, layout, compress(x, packed), packed, before, self.causal)
-            weight = compress(routing.confidence[..., m], packed).to(result.output.dtype)
-            part = extract(result.output * weight[:, None], packed)
-            total = part if total is None else total + part
-            members.append(result.state)
-            prefix = f"{m}." if len(self._members) > 1 else ""
-            losses.update({prefix + name: loss for name, loss in result.losses.items()})
-        assert total is not None
-        return total, tuple(members), losses
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, layouts={self.layouts}, causal={self.causal}"
@@ -374,12 +455,18 @@ class ActivatedConfig(BaseConfig):
         configurator: who decides.
         rate_loss: optional loss towards a target rate.
         controller: optional controller of the rate, applied by the training loop.
+        capacity: share of the tokens that there is room for, see :meth:`SparseMixture.with_capacity`; None for as many
+            as are active.
     """
 
     module: Module.Config
     configurator: Configurator.Config = field(default_factory=TemperedSoftmax.Config)
     rate_loss: RateLoss.Config | None = None
     controller: RateController.Config | None = None
+    capacity: float | None = None
+
+    def __post_init__(self) -> None:
+        self.require(self.capacity is None or 0 < self.capacity <= 1, "capacity", "must lie in (0, 1] or be null")
 
     def build(self, *, d_model: int, causal: bool = False, router: bool = True) -> SparselyActivated:  # type: ignore[override]  # says what it needs
         """Construct the layer for tokens of width ``d_model``."""
@@ -391,7 +478,7 @@ class ActivatedConfig(BaseConfig):
             router=router,
             rate_loss=self.rate_loss.build() if self.rate_loss else None,
             controller=self.controller.build() if self.controller else None,
-        )
+        ).with_capacity(self.capacity)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -402,9 +489,11 @@ class MixtureConfig(BaseConfig):
     configurator: Configurator.Config = field(default_factory=TemperedSoftmax.Config)
     rate_loss: RateLoss.Config | None = None
     controller: RateController.Config | None = None
+    capacity: float | None = None
 
     def __post_init__(self) -> None:
         self.require(len(self.modules) > 0, "modules", "must not be empty")
+        self.require(self.capacity is None or 0 < self.capacity <= 1, "capacity", "must lie in (0, 1] or be null")
 
     def build(self, *, d_model: int, causal: bool = False, router: bool = True) -> SparseMixture:  # type: ignore[override]  # says what it needs
         """Construct the layer for tokens of width ``d_model``."""
@@ -416,7 +505,7 @@ class MixtureConfig(BaseConfig):
             router=router,
             rate_loss=self.rate_loss.build() if self.rate_loss else None,
             controller=self.controller.build() if self.controller else None,
-        )
+        ).with_capacity(self.capacity)
 
 
 def prefixed(prefix: str, items: Mapping[str, Any]) -> dict[str, Any]:

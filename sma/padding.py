@@ -2,7 +2,9 @@
 counted.
 
 Padding that lies to the left or in the middle is moved to the right once, at the door, and back at the end. Inside, a
-row is described by its length alone, so no layer needs a mask, a search or a synchronisation.
+row is described by its length alone, so no layer needs a mask, a search or a synchronisation. Who knows that the
+padding is on the right gives the lengths in the first place; then the door has nothing to look for either, which a
+device would have to be waited for.
 """
 
 from __future__ import annotations
@@ -40,6 +42,30 @@ def check_valid(valid: Tensor | None, shape: tuple[int, int], device: torch.devi
         raise ShapeError(f"valid: must be on the device of the input, {device}, got {valid.device}")
 
 
+def check_lengths(
+    lengths: Tensor | None, valid: Tensor | None, shape: tuple[int, int], device: torch.device | None = None
+) -> None:
+    """Refuse what are no numbers of real tokens of ``(B, L) = shape`` on ``device``; None are some.
+
+    Raises:
+        ShapeError: another shape or dtype, elsewhere, together with a mask, or (checked on the CPU) out of range.
+    """
+    if lengths is None:
+        return
+    if valid is not None:
+        raise ShapeError("lengths: must not be given together with valid")
+    if not isinstance(lengths, Tensor):
+        raise ShapeError(f"lengths: must be an int64 tensor of shape ({shape[0]},), got {type(lengths).__name__}")
+    if lengths.dtype != torch.int64 or tuple(lengths.shape) != (shape[0],):
+        raise ShapeError(f"lengths: must be int64 of shape ({shape[0]},), got {lengths.dtype} {tuple(lengths.shape)}")
+    if device is not None and lengths.device != device:
+        raise ShapeError(f"lengths: must be on the device of the input, {device}, got {lengths.device}")
+    if lengths.device.type == "cpu" and lengths.numel() and not torch.compiler.is_compiling():
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 0 or high > shape[1]:
+            raise ShapeError(f"lengths: must lie in 0..{shape[1]}, got {low if low < 0 else high}")
+
+
 @dataclass(frozen=True)
 class Alignment:
     """How the rows of a batch were moved to the left.
@@ -53,16 +79,21 @@ class Alignment:
     order: Tensor | None
 
     @staticmethod
-    def of(valid: Tensor | None, shape: tuple[int, int]) -> Alignment:
-        """The alignment of a mask.
+    def of(valid: Tensor | None, shape: tuple[int, int], lengths: Tensor | None = None) -> Alignment:
+        """The alignment of a mask, or of lengths.
 
         Args:
             valid: ``(B, L)`` bool, True on real tokens, or None when all are.
             shape: ``(B, L)`` of the input.
+            lengths: ``(B,)`` int64, instead of a mask: the padding is on the right.
 
         Raises:
-            ShapeError: the mask has another shape or dtype.
+            ShapeError: one of them has another shape or dtype, or both are given.
         """
+        check_lengths(lengths, valid, shape)
+        if lengths is not None:
+            # What is out of range on another device is not seen, but does no harm either.
+            return Alignment(lengths.clamp(0, shape[1]), None)
         if valid is None:
             return Alignment(None, None)
         check_valid(valid, shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -15,13 +15,19 @@ from sma.errors import RoutingError
 class Packed:
     """The active tokens of one module, all sequences one after the other ("varlen", as in flash-attention).
 
+    With a fixed capacity the number of rows K is that. Rows without a token then follow behind the others and make up
+    one more sequence: ``cu_seqlens`` has ``B + 2`` entries, so that a sequence module needs not know.
+
     Attributes:
-        index: ``(K,)`` int64, ascending: where each token lies in the flattened ``(B * L)`` input.
+        index: ``(K,)`` int64, ascending: where each token lies in the flattened ``(B * L)`` input; ``B * L`` in rows
+            without a token.
         cu_seqlens: ``(B + 1,)`` int64: sequence b owns the packed rows ``cu_seqlens[b]:cu_seqlens[b + 1]``.
         position: ``(K,)`` int64: 0-based position of each token among the real tokens of its own sequence, counted from
             the start of the stream (padding does not count, chunks continue).
         max_length: host-side upper bound of the longest sequence of active tokens.
         shape: ``(B, L)`` of the input that was compressed.
+        row: ``(B * L,)`` int32: the inverse of ``index``, -1 for tokens that are not active.
+        overflow: ``()`` int64: active tokens that found no room; None without a capacity.
     """
 
     index: Tensor
@@ -29,15 +35,22 @@ class Packed:
     position: Tensor
     max_length: int
     shape: tuple[int, int]
+    row: Tensor
+    overflow: Tensor | None = None
 
     @property
     def batch(self) -> int:
         """Number of sequences B."""
         return self.shape[0]
 
+    @property
+    def fixed(self) -> bool:
+        """True when the number of rows is a capacity, not that of the active tokens."""
+        return self.overflow is not None
+
     @cached_property
     def lengths(self) -> Tensor:
-        """``(B,)`` number of active tokens of each sequence."""
+        """``(B,)`` number of active tokens of each sequence (``(B + 1,)`` with a capacity)."""
         return self.cu_seqlens.diff()
 
     @cached_property
@@ -50,21 +63,32 @@ class Packed:
         """``(K,)`` int64: 0-based position of each token among the active tokens of its sequence in this chunk."""
         return torch.arange(self.index.numel(), device=self.index.device) - self.cu_seqlens[self.sequence]
 
+    @property
+    def real(self) -> Tensor | None:
+        """``(K,)`` bool: rows that hold a token; None when all do."""
+        return self.index < self.shape[0] * self.shape[1] if self.fixed else None
+
     @staticmethod
-    def from_mask(mask: Tensor, position: Tensor | None = None) -> Packed:
+    def from_mask(mask: Tensor, position: Tensor | None = None, *, capacity: int | None = None) -> Packed:
         """Pack the True entries of ``mask (B, L)``.
 
         Args:
             mask: which tokens to keep.
             position: ``(B, L)`` original positions; by default the column.
+            capacity: fixed number of rows; the first so many active tokens of the batch find room.
         """
+        from sma.ops.pack import pack  # here, as the operations know what is packed
+
         batch, length = mask.shape
-        index = mask.reshape(-1).nonzero().squeeze(-1)
-        lengths = mask.sum(1)
-        cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        position = index % max(length, 1) if position is None else position.reshape(-1)[index]
-        max_length = int(lengths.max()) if batch else 0
-        return Packed(index, cu_seqlens, position, max_length, (batch, length))
+        rows = pack(mask, position, capacity=capacity)
+        cu_seqlens, count = rows.cu_seqlens, rows.index.numel()
+        if capacity is not None:
+            cu_seqlens = torch.cat([cu_seqlens, cu_seqlens.new_full((1,), capacity)])
+        elif mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            count = int(cu_seqlens.diff().max()) if batch else 0
+        # Elsewhere the longest sequence would have to be waited for, and a bound is enough.
+        max_length = count if capacity is not None else min(count, length)
+        return Packed(rows.index, cu_seqlens, rows.position, max_length, (batch, length), rows.row, rows.overflow)
 
 
 @dataclass(frozen=True)
@@ -77,12 +101,14 @@ class Routing:
             where active.
         valid: ``(B, L)`` bool: real tokens.
         position: ``(B, L)`` int64: 0-based position among the real tokens of the stream.
+        overflow: ``(M,)`` int64: tokens that were to be active and found no room in a fixed capacity; None without one.
     """
 
     active: Tensor
     confidence: Tensor
     valid: Tensor
     position: Tensor
+    overflow: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.active.dim() != 3 or self.active.dtype != torch.bool:
@@ -112,4 +138,4 @@ class Routing:
 
     def detach(self) -> Routing:
         """The same decision, cut from the autograd graph, for keeping or replaying."""
-        return Routing(self.active, self.confidence.detach(), self.valid, self.position)
+        return replace(self, confidence=self.confidence.detach())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sma.errors import RoutingError, ShapeError
 from sma.interfaces import Model
-from sma.padding import check_valid
+from sma.padding import check_lengths, check_valid, valid_of
 from sma.routing import Routing
 from sma_models.stack import Stack, StackConfig, StackState
 
@@ -38,20 +38,25 @@ class ModelOutput:
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def without_padding(name: str, inputs: Tensor, valid: Tensor | None, weight: Tensor) -> Tensor:
+def without_padding(
+    name: str, inputs: Tensor, valid: Tensor | None, weight: Tensor, lengths: Tensor | None = None
+) -> Tensor:
     """The input ``(B, L)`` with zeros at padding, which may hold anything.
 
     Raises:
-        ShapeError: it is no such tensor, ``valid`` does not fit it, or one is not on the device of ``weight``.
+        ShapeError: it is no such tensor, ``valid`` or ``lengths`` do not fit it, or one is not on the device of
+            ``weight``.
     """
     if not isinstance(inputs, Tensor):
         raise ShapeError(f"{name}: the input must be a tensor (B, L), got {type(inputs).__name__}")
     if inputs.device != weight.device:
         raise ShapeError(f"{name}: the input must be on the device of the model, {weight.device}, got {inputs.device}")
-    if valid is None or inputs.dim() != 2:
+    if inputs.dim() != 2 or (valid is None and lengths is None):
         return inputs
-    check_valid(valid, (inputs.shape[0], inputs.shape[1]), inputs.device)
-    return inputs.masked_fill(~valid, 0)
+    shape = (inputs.shape[0], inputs.shape[1])
+    check_valid(valid, shape, inputs.device)
+    check_lengths(lengths, valid, shape, inputs.device)
+    return inputs.masked_fill(~(valid_of(lengths, inputs) if valid is None else valid), 0)
 
 
 def check_tokens(name: str, tokens: Tensor, vocab_size: int) -> None:
@@ -139,6 +144,7 @@ class LanguageModel(Model):
         state: StackState | None = None,
         *,
         valid: Tensor | None = None,
+        lengths: Tensor | None = None,
         replay: Mapping[str, Routing] | None = None,
     ) -> ModelOutput:
         """Logits of the next token at every position.
@@ -147,17 +153,18 @@ class LanguageModel(Model):
             tokens: ``(B, L)`` integers; any L, also 1 or 0.
             state: from :meth:`initial_state` or the previous chunk; None runs whole sequences.
             valid: ``(B, L)`` bool, True on real tokens; padding may lie anywhere and hold anything.
+            lengths: ``(B,)`` int64, instead of ``valid`` where all padding is on the right; spares the search for it.
             replay: routings whose decisions are taken over, by name.
 
         Raises:
-            ShapeError: tokens or ``valid`` of the wrong shape, dtype, device or range.
+            ShapeError: tokens, ``valid`` or ``lengths`` of the wrong shape, dtype, device or range.
             StreamingError: the state is of another model or batch.
             RoutingError: ``replay`` does not fit the model or the tokens.
         """
-        tokens = without_padding("language_model", tokens, valid, self.embedding.weight)
+        tokens = without_padding("language_model", tokens, valid, self.embedding.weight, lengths)
         check_tokens("language_model", tokens, self.vocab_size)
         x = self.embedding(tokens.long()) * math.sqrt(self.stack.d_model)
-        out = self.stack(x, state, valid=valid, replay=replay)
+        out = self.stack(x, state, valid=valid, lengths=lengths, replay=replay)
         logits = F.linear(out.x, self.embedding.weight) if self.head is None else self.head(out.x)
         return ModelOutput(logits, out.state, out.routings, out.losses)
 
@@ -220,23 +227,24 @@ class _Encoder(Model):
         nn.init.xavier_uniform_(self.head.weight)
 
     def _encode(
-        self, inputs: Tensor, valid: Tensor | None, replay: Mapping[str, Routing] | None
+        self, inputs: Tensor, valid: Tensor | None, lengths: Tensor | None, replay: Mapping[str, Routing] | None
     ) -> tuple[Tensor, dict[str, Routing], dict[str, Tensor]]:
         """Pooled features ``(B, D)``, routings and losses."""
         weight = self.embedding.weight
         assert isinstance(weight, Tensor)
-        inputs = without_padding(type(self).__name__, inputs, valid, weight)
+        inputs = without_padding(type(self).__name__, inputs, valid, weight, lengths)
         self._check(inputs)
         x = self.embedding(inputs if self.vocab_size is None else inputs.long())
         if self.positions is not None:
             column = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape)
             position = column if valid is None else (valid.cumsum(1) - 1).clamp(min=0)
             x = x + self.positions(position).to(x.dtype)
-        out = self.stack(x, valid=valid, replay=replay)
-        if valid is None:
-            pooled = out.x.mean(1) if self.pool == "mean" else out.x[:, 0]
-        elif self.pool == "mean":
-            pooled = out.x.sum(1) / valid.sum(1, keepdim=True).clamp(min=1)
+        out = self.stack(x, valid=valid, lengths=lengths, replay=replay)
+        if self.pool == "mean":
+            count = valid.sum(1) if valid is not None else lengths
+            pooled = out.x.mean(1) if count is None else out.x.sum(1) / count.clamp(min=1)[:, None]
+        elif valid is None:
+            pooled = out.x[:, 0]
         else:
             pooled = out.x[torch.arange(x.shape[0], device=x.device), valid.int().argmax(1)]
         return pooled, dict(out.routings), dict(out.losses)
@@ -272,7 +280,12 @@ class Classifier(_Encoder):
         super().__init__(config, n_inputs=1)
 
     def forward(
-        self, inputs: Tensor, *, valid: Tensor | None = None, replay: Mapping[str, Routing] | None = None
+        self,
+        inputs: Tensor,
+        *,
+        valid: Tensor | None = None,
+        lengths: Tensor | None = None,
+        replay: Mapping[str, Routing] | None = None,
     ) -> ModelOutput:
         """Logits ``(B, n_classes)``.
 
@@ -280,12 +293,14 @@ class Classifier(_Encoder):
             inputs: ``(B, L)`` token numbers, or real numbers when ``vocab_size`` is None.
             valid: ``(B, L)`` bool, True on real tokens; padding may hold anything. A row of padding is
                 pooled to zeros.
+            lengths: ``(B,)`` int64, instead of ``valid`` where all padding is on the right; spares the search for it.
             replay: routings whose decisions are taken over, by name.
 
         Raises:
-            ShapeError: inputs of the wrong shape, dtype or range, or not finite.
+            ShapeError: inputs of the wrong shape, dtype or range, or not finite; ``valid`` or ``lengths`` that do not
+                fit them.
         """
-        pooled, routings, losses = self._encode(inputs, valid, replay)
+        pooled, routings, losses = self._encode(inputs, valid, lengths, replay)
         return ModelOutput(self._classify(pooled), None, routings, losses)
 
 
@@ -305,6 +320,7 @@ class Retrieval(_Encoder):
         second: Tensor,
         *,
         valid: tuple[Tensor | None, Tensor | None] = (None, None),
+        lengths: tuple[Tensor | None, Tensor | None] = (None, None),
         replay: Mapping[str, Routing] | None = None,
     ) -> ModelOutput:
         """Logits ``(B, n_classes)`` for pairs of sequences ``(B, L1)`` and ``(B, L2)``.
@@ -315,11 +331,8 @@ class Retrieval(_Encoder):
             ShapeError: as for :class:`Classifier`, and for two batches of different sizes.
             RoutingError: ``replay`` does not fit the model or the inputs.
         """
-        masks: tuple[Tensor | None, ...] = tuple(valid) if isinstance(valid, tuple | list) else ()
-        if len(masks) != 2:
-            raise ShapeError(
-                f"Retrieval: valid must be a pair, a mask or None for each side, got {type(valid).__name__}"
-            )
+        masks = _two_sides("valid", valid)
+        counts = _two_sides("lengths", lengths)
         sizes = [tuple(side.shape) for side in (first, second) if isinstance(side, Tensor)]
         if len({size[:1] for size in sizes}) > 1:
             raise ShapeError(f"Retrieval: both sides must hold as many sequences, got {sizes[0]} and {sizes[1]}")
@@ -329,12 +342,20 @@ class Retrieval(_Encoder):
         pooled: list[Tensor] = []
         routings: dict[str, Routing] = {}
         losses: dict[str, Tensor] = {}
-        for side, inputs, mask in (("first", first, masks[0]), ("second", second, masks[1])):
+        for side, inputs, mask, count in zip(("first", "second"), (first, second), masks, counts, strict=True):
             prefix = f"{side}."
             own = {name.removeprefix(prefix): r for name, r in (replay or {}).items() if name.startswith(prefix)}
-            vector, side_routings, side_losses = self._encode(inputs, mask, own or None)
+            vector, side_routings, side_losses = self._encode(inputs, mask, count, own or None)
             pooled.append(vector)
             routings.update({prefix + name: routing for name, routing in side_routings.items()})
             losses.update({prefix + name: loss for name, loss in side_losses.items()})
         a, b = pooled
         return ModelOutput(self._classify(torch.cat([a, b, a * b, a - b], -1)), None, routings, losses)
+
+
+def _two_sides(name: str, given: object) -> tuple[Tensor | None, ...]:
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise ShapeError(
+            f"Retrieval: {name} must be a pair, a tensor or None for each side, got {type(given).__name__}"
+        )
+    return tuple(given)

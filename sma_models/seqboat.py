@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sma.interfaces import Block, BlockOutput, Mixer, Norm
 from sma.layer import ActivatedConfig, ActivatedState, init_router
+from sma.ops import combine, narrow_linear
 from sma.padding import valid_of
 from sma.routing import Routing
 from sma.state import State
@@ -61,6 +62,14 @@ class SeqBoat(Block):
     def initial_state(self, batch: int, like: Tensor) -> SeqBoatState:
         return SeqBoatState(self.mixer.initial_state(batch, like), self.activate.initial_state(batch, like))
 
+    def _projections(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Weight and bias of the router, and of the skip path."""
+        sizes = (self.n_logits, self.d_model)
+        (router, skip), (router_bias, skip_bias) = (
+            each.split_with_sizes(sizes) for each in (self.skip_proj.weight, self.skip_proj.bias)
+        )
+        return (router, router_bias), (skip, skip_bias)
+
     def forward(
         self,
         x: Tensor,
@@ -73,21 +82,33 @@ class SeqBoat(Block):
         residual = x
         if self.prenorm:
             x = self.norm(x, lengths=lengths)
-        m, mixer_state = self.mixer(x, state.mixer if state else None, lengths=lengths)
-        m = self.dropout(F.silu(m))
-        logits, skip = self.skip_proj(m).split([self.n_logits, self.d_model], -1)
-        activated = self.activate(
+        dropout = self.dropout.p if self.training else 0.0
+        m, mixer_state = self.mixer.activated(x, state.mixer if state else None, lengths=lengths, dropout=dropout)
+        router, skip_proj = self._projections()
+        valid = None if lengths is None else valid_of(lengths, m)
+        logits, m = narrow_linear(m, *router, valid) if self.n_logits else (None, m)
+        parts = self.activate.parts(
             m,
             state.activate if state else None,
-            valid=None if lengths is None else valid_of(lengths, m),
+            valid=valid,
             logits=logits,
             replay=replay.get("activate") if replay else None,
         )
-        h = activated.output
-        y = self.dropout(skip + h) if self.causal else skip + self.dropout(h)
-        y = F.silu(y + residual)
-        if not self.prenorm:
+        norm = None if self.prenorm else self.norm.row_norm()
+        (member,) = parts.members
+        y = combine(
+            member.output,
+            member.packed,
+            weight=member.weight,
+            skip=F.linear(parts.x, *skip_proj),
+            residual=residual,
+            activation="silu",
+            norm=norm,
+            dropout=dropout,
+            drop_sum=self.causal,
+        )
+        if not self.prenorm and norm is None:
             y = self.norm(y, lengths=lengths)
-        after = None if activated.state is None else SeqBoatState(mixer_state, activated.state)
-        losses = {f"activate.{name}": loss for name, loss in activated.losses.items()}
-        return BlockOutput(y, after, {"activate": activated.routing}, losses)
+        after = None if parts.state is None else SeqBoatState(mixer_state, parts.state)
+        losses = {f"activate.{name}": loss for name, loss in parts.losses.items()}
+        return BlockOutput(y, after, {"activate": parts.routing}, losses)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sma.checkpointing import checkpoint
@@ -84,6 +85,7 @@ class Stack(nn.Module):
         state: StackState | None = None,
         *,
         valid: Tensor | None = None,
+        lengths: Tensor | None = None,
         replay: Mapping[str, Routing] | None = None,
     ) -> BlockOutput:
         """Run ``x (B, L, D)`` through the blocks.
@@ -92,6 +94,7 @@ class Stack(nn.Module):
             x: embedded tokens.
             state: from :meth:`initial_state` or the previous chunk.
             valid: ``(B, L)`` bool, True on real tokens; padding may lie anywhere.
+            lengths: ``(B,)`` int64, instead of ``valid`` where all padding is on the right; spares the search for it.
             replay: routings to take the decisions from, by name.
 
         Returns:
@@ -99,12 +102,15 @@ class Stack(nn.Module):
             the columns of ``x``.
 
         Raises:
+            ShapeError: ``valid`` or ``lengths`` do not fit ``x``.
             StreamingError: the state is of another model or batch.
             RoutingError: ``replay`` names a layer that does not decide, or is of another shape.
         """
         self._check(x, state, replay)
-        alignment = Alignment.of(valid, (x.shape[0], x.shape[1]))
+        alignment = Alignment.of(valid, (x.shape[0], x.shape[1]), lengths)
         lengths = alignment.lengths
+        if torch.is_autocast_enabled(x.device.type):  # or every layer would read and write float32
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         x = self.dropout(alignment.align(x))
         states: list[State | None] = []
         routings: dict[str, Routing] = {}

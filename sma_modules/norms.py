@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sma.errors import ShapeError
 from sma.interfaces import Norm
+from sma.ops import RowNorm, row_norm
 
 
 class _FeatureNorm(Norm):
@@ -33,57 +34,40 @@ class _FeatureNorm(Norm):
             self.require(self.eps > 0, "eps", "must be positive")
 
     config: Config
+    centred: ClassVar[bool] = False
+    shifted: ClassVar[bool] = False
+    single_weight: ClassVar[bool] = False
 
-    def _check(self, x: Tensor) -> None:
+    def __init__(self, config: Config, *, d_model: int) -> None:
+        super().__init__(config, d_model=d_model)
+        size = 1 if self.single_weight else d_model
+        self.weight = nn.Parameter(torch.ones(size)) if config.affine else None
+        self.bias = nn.Parameter(torch.zeros(d_model)) if config.affine and self.shifted else None
+
+    def row_norm(self) -> RowNorm:
+        return RowNorm(self.centred, self.config.eps, self.weight, self.bias)
+
+    def forward(self, x: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+        """``(B, L, D)`` to the same shape and dtype; ``lengths`` makes no difference."""
         if x.shape[-1:] != (self.d_model,):
             raise ShapeError(f"{type(self).__name__}: x must have {self.d_model} features, got {tuple(x.shape)}")
+        return row_norm(x, self.row_norm())
 
 
 class LayerNorm(_FeatureNorm):
     """Mean 0 and variance 1 over each token's features, then scale ``weight`` and shift ``bias`` (arXiv 1607.06450)."""
 
-    def __init__(self, config: _FeatureNorm.Config, *, d_model: int) -> None:
-        super().__init__(config, d_model=d_model)
-        self.weight = nn.Parameter(torch.ones(d_model)) if config.affine else None
-        self.bias = nn.Parameter(torch.zeros(d_model)) if config.affine else None
-
-    def forward(self, x: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        """``(B, L, D)`` to the same shape; ``lengths`` makes no difference."""
-        self._check(x)
-        return F.layer_norm(x, (self.d_model,), self.weight, self.bias, self.config.eps)
+    centred = shifted = True
 
 
 class RMSNorm(_FeatureNorm):
     """Mean square 1 over each token's features, then scale ``weight`` (arXiv 1910.07467)."""
 
-    def __init__(self, config: _FeatureNorm.Config, *, d_model: int) -> None:
-        super().__init__(config, d_model=d_model)
-        self.weight = nn.Parameter(torch.ones(d_model)) if config.affine else None
-
-    def forward(self, x: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        """``(B, L, D)`` to the same shape; ``lengths`` makes no difference."""
-        self._check(x)
-        if self.weight is None or self.weight.dtype == x.dtype:
-            return F.rms_norm(x, (self.d_model,), self.weight, self.config.eps)
-        # torch has no kernel for mixed dtypes and warns; this rounds once, at the end.
-        wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
-        return F.rms_norm(wide, (self.d_model,), self.weight.to(wide.dtype), self.config.eps).to(x.dtype)
-
 
 class ScaleNorm(_FeatureNorm):
     """``weight * x / sqrt(mean(x^2) + eps)`` with a single learned number ``weight (1,)`` (arXiv 1910.05895)."""
 
-    def __init__(self, config: _FeatureNorm.Config, *, d_model: int) -> None:
-        super().__init__(config, d_model=d_model)
-        self.weight = nn.Parameter(torch.ones(1)) if config.affine else None
-
-    def forward(self, x: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        """``(B, L, D)`` to the same shape; ``lengths`` makes no difference."""
-        self._check(x)
-        if self.weight is None:
-            return F.rms_norm(x, (self.d_model,), None, self.config.eps)
-        wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
-        return (F.rms_norm(wide, (self.d_model,), None, self.config.eps) * self.weight).to(x.dtype)
+    single_weight = True
 
 
 class BatchNorm(Norm):

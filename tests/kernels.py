@@ -21,10 +21,10 @@ class Compilation:
     Attributes:
         module: that holds the kernel.
         kernel: its name.
-        signature: type of every argument that is no constant: ``*bf16``, ``*fp32``, ``*i64``, ``i32``, ``fp32``, ...;
-            ``*bf16:16`` is a pointer to a multiple of 16 bytes, as that of a new tensor.
+        signature: type of every argument that is no constant: ``*bf16``, ``*fp32``, ``*i64``, ``i32``, ``fp32``, ...
         constants: values of the ``tl.constexpr`` arguments.
         options: ``num_warps``, ``num_stages``.
+        divisible: integer arguments that are multiples of 16, which a launch finds out by itself; pointers always are.
         capability: of the GPU.
     """
 
@@ -33,6 +33,7 @@ class Compilation:
     signature: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, int] = field(default_factory=dict)
+    divisible: list[str] = field(default_factory=list)
     capability: int = 90
 
 
@@ -74,11 +75,15 @@ def _compile(each: Compilation) -> Resources:
 
     function = getattr(importlib.import_module(each.module), each.kernel)
     function = getattr(function, "fn", function) if not hasattr(function, "arg_names") else function
-    types = {name: "constexpr" if name in each.constants else each.signature[name] for name in function.arg_names}
-    signature = {name: kind.removesuffix(":16") for name, kind in types.items()}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.endswith(":16")}
+    signature = {name: "constexpr" if name in each.constants else each.signature[name] for name in function.arg_names}
+    aligned = [
+        place
+        for place, name in enumerate(function.arg_names)
+        if signature[name].startswith("*") or name in each.divisible
+    ]
+    attributes = {(place,): [["tt.divisibility", 16]] for place in aligned}
     built = triton.compile(
-        ASTSource(function, signature, each.constants, aligned),
+        ASTSource(function, signature, each.constants, attributes),
         target=GPUTarget("cuda", each.capability, 32),
         options=each.options,
     )

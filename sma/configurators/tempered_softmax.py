@@ -37,8 +37,9 @@ class TemperedSoftmax(Configurator):
 
     def score(self, logits: Tensor, position: Tensor) -> Tensor:
         logits = at_least_float32(logits)
-        biased = torch.stack([logits[..., 0], logits[..., 1] + self.balance.to(logits.dtype)], -1)
-        return torch.softmax(biased / self.temp.to(logits.dtype).exp(), dim=-1)[..., 1]
+        # The softmax of two is the sigmoid of their difference.
+        difference = logits[..., 1] - logits[..., 0] + self.balance.to(logits.dtype)
+        return torch.sigmoid(difference / self.temp.to(logits.dtype).exp())
 
     def decide(self, score: Tensor, position: Tensor, valid: Tensor) -> Tensor:
         return ~(score <= 0.5)  # NaN counts as active, so that it shows in the output instead of hiding

@@ -122,8 +122,10 @@ def torch_scatter() -> Any:
     return torch_scatter
 
 
-def scatter_applies(x: Tensor) -> str | None:
-    """Why torch-scatter cannot work on ``x``, or None."""
+def scatter_applies(x: Tensor, fixed: bool = False) -> str | None:
+    """Why torch-scatter cannot work on ``x`` (in rows of a ``fixed`` number), or None."""
+    if fixed:
+        return "torch-scatter has no rows without a token"
     if importlib.util.find_spec("torch_scatter") is None:
         return "torch-scatter is not installed (extra 'scatter')"
     if x.dtype in (torch.bfloat16, torch.bool):

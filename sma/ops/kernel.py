@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any
@@ -20,19 +21,10 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MINIMUM_CAPABILITY = (8, 0)
 
 
-@functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
-def interpreting() -> bool:
-    """True where kernels run in Triton's interpreter, on a CPU: for tests, far too slow for anything else."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+INSTALLED = importlib.util.find_spec("triton") is not None
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+"""True where kernels run in Triton's interpreter, on a CPU: for tests, far too slow for anything else."""
+_capabilities: dict[int, tuple[int, int]] = {}
 
 
 def why_not_triton(x: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> str | None:
@@ -42,20 +34,28 @@ def why_not_triton(x: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> str |
         x: the tensor that decides on device and dtype.
         dtypes: what the kernel can work on.
     """
-    if not _installed():
+    if not INSTALLED:
         return "triton is not installed"
+    device = x.device
+    if device.type == "cpu" and INTERPRETING:
+        if forced_backend() != "triton":
+            return "Triton's interpreter is for tests and has to be forced"
+    elif device.type != "cuda":
+        return f"the kernel runs on CUDA devices, got {device.type}"
+    elif INTERPRETING:
+        return "TRITON_INTERPRET=1 keeps kernels off the device"
+    elif torch.version.hip is None and _capability(device.index or 0) < MINIMUM_CAPABILITY:
+        have = ".".join(map(str, _capability(device.index or 0)))
+        return f"the kernel needs compute capability 8.0, the device has {have}"
     if x.dtype not in dtypes:
         return f"the kernel takes {', '.join(str(each).removeprefix('torch.') for each in dtypes)}, got {x.dtype}"
-    if x.device.type == "cpu" and interpreting():
-        return None if forced_backend() == "triton" else "Triton's interpreter is for tests and has to be forced"
-    if x.device.type != "cuda":
-        return f"the kernel runs on CUDA devices, got {x.device.type}"
-    if interpreting():
-        return "TRITON_INTERPRET=1 keeps kernels off the device"
-    if torch.version.hip is None and _capability(x.device.index or 0) < MINIMUM_CAPABILITY:
-        have = ".".join(map(str, _capability(x.device.index or 0)))
-        return f"the kernel needs compute capability 8.0, the device has {have}"
     return None
+
+
+def _capability(index: int) -> tuple[int, int]:
+    if index not in _capabilities:
+        _capabilities[index] = torch.cuda.get_device_capability(index)
+    return _capabilities[index]
 
 
 def kernel(
@@ -74,7 +74,8 @@ def kernel(
     """
 
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
-        operator = torch.library.custom_op(f"sma::{name}", run, mutates_args=mutates)
+        schema = torch.library.infer_schema(inspect.unwrap(run), mutates_args=mutates)
+        operator = torch.library.custom_op(f"sma::{name}", run, mutates_args=mutates, schema=schema)
         operator.register_fake(fake)
 
         @functools.wraps(run)

@@ -92,8 +92,7 @@ class ModuleSuite(_LayerSuite):
     def plain(self, module: nn.Module, x: Tensor, position: Tensor) -> Tensor:
         """The module by itself on the tokens ``x (n, D)`` of one sequence, which had ``position (n,)`` in the input."""
         if (self.layout or infer_layout(module)) == "packed":
-            index = torch.arange(len(x))
-            packed = Packed(index, torch.tensor([0, len(x)]), position, len(x), (1, len(x)))
+            packed = Packed.from_mask(torch.ones(1, len(x), dtype=torch.bool), position[None])
             result = module(x, packed, None)
         else:
             result = module(x)

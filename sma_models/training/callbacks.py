@@ -20,7 +20,7 @@ from sma.errors import SMAError
 from sma_models.training.checkpoint import Checkpoint, Progress, save_checkpoint
 from sma_models.training.evaluation import RateMeter, evaluate
 from sma_models.training.module import TrainingModule
-from sma_models.training.objective import quality
+from sma_models.training.objective import Score, quality
 from sma_models.training.run import Run
 from sma_models.training.sources import Task
 
@@ -83,7 +83,6 @@ class Recorder(Callback):
         self.seconds = start.progress.seconds if start else 0.0
         self.latest: dict[str, float] = {}
         self._clock = time.perf_counter()
-        self._gradient_norm = math.nan
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring the optimiser to where it was."""
@@ -91,16 +90,12 @@ class Recorder(Callback):
         if self.start is not None:
             module.step = self.start.progress.step
             self.start.restore_optimiser(trainer.optimizers[0])
-        module.before_step = lambda: self._look_at_gradients(module)
+        module.wants_norm = lambda step: self._due(step, module.recipe.train.log_every, module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on a signal is answered between two steps."""
         self.stop.install()
         self._clock = time.perf_counter()
-
-    def _look_at_gradients(self, module: TrainingModule) -> None:
-        if self._due(module.step + 1, module.recipe.train.log_every, module):
-            self._gradient_norm = module.gradient_norm()
 
     def _due(self, step: int, every: int, module: TrainingModule) -> bool:
         return step == module.recipe.train.steps or (every > 0 and step % every == 0)
@@ -113,35 +108,47 @@ class Recorder(Callback):
         train = module.recipe.train
         if (batch_idx + 1) % train.accumulate:
             return
+        logs = self._due(module.step, train.log_every, module)
+        evaluates = "validation" in self.task.splits and self._due(module.step, train.eval_every, module)
+        saves = self._due(module.step, train.checkpoint_every, module)
+        if not (logs or evaluates or saves or self.stop.received is not None):
+            return  # the device may still be at an earlier step; nothing here waits for it
+        loss = _finite(float(module.loss), module.step)
+        self._count_time()
+        if logs or evaluates:
+            metrics = self._training_metrics(module, loss)
+            if evaluates:
+                metrics |= self._validation_metrics(module)
+                self._clock = time.perf_counter()  # evaluations do not count as time of training
+            self._write(trainer, module, metrics)
+        trainer.should_stop |= self.stop.received is not None  # it may have come during the evaluation
+        if saves or trainer.should_stop:
+            save_checkpoint(
+                self.run.checkpoint, module.model, trainer.optimizers[0], Progress(module.step, self.seconds)
+            )
+
+    def _count_time(self) -> None:
         now = time.perf_counter()
         self.seconds, self._clock = self.seconds + now - self._clock, now
-        metrics: dict[str, float | None] = {}
-        if self._due(module.step, train.log_every, module):
-            metrics = self._training_metrics(module)
-        if "validation" in self.task.splits and self._due(module.step, train.eval_every, module):
-            metrics = {**(metrics or self._training_metrics(module)), **self._validation_metrics(module)}
-            self._clock = time.perf_counter()  # evaluations do not count as time of training
-        if metrics:
-            self.latest = {name: value for name, value in metrics.items() if value is not None}
-            for logger in trainer.loggers:
-                known = metrics if logger is trainer.loggers[0] else self.latest
-                logger.log_metrics(known, step=module.step)  # type: ignore[arg-type]
-        if self.stop.received is not None:
-            trainer.should_stop = True
-        if trainer.should_stop or self._due(module.step, train.checkpoint_every, module):
-            self._save(trainer, module)
 
-    def _training_metrics(self, module: TrainingModule) -> dict[str, float | None]:
+    def _write(self, trainer: Trainer, module: TrainingModule, metrics: dict[str, float | None]) -> None:
+        self.latest = {name: value for name, value in metrics.items() if value is not None}
+        for logger in trainer.loggers:
+            known = metrics if logger is trainer.loggers[0] else self.latest
+            logger.log_metrics(known, step=module.step)  # type: ignore[arg-type]
+
+    def _training_metrics(self, module: TrainingModule, loss: float) -> dict[str, float | None]:
         """What the last step was like; the columns of the evaluation are there from the start, still empty."""
         train = module.recipe.train
-        loss = _finite(float(module.loss), module.step)
-        entropy, correct, count = (float(number) for number in module.answers)
+        assert module.answers is not None
+        entropy, correct, count = Score.total([module.answers])
         known = quality(module.batch_kind, entropy / max(count, 1), correct / max(count, 1))
         meter = RateMeter()
         meter.add(module.routings)
         lr = module.trainer.optimizers[0].param_groups[0]["lr"]
         metrics: dict[str, float | None] = {"seconds": round(self.seconds, 3), "loss": loss, **known, "lr": lr}
-        metrics["gradient_norm"] = self._gradient_norm if self._due(module.step, train.log_every, module) else None
+        logs = self._due(module.step, train.log_every, module)
+        metrics["gradient_norm"] = float(module.gradient_norm) if logs and module.gradient_norm is not None else None
         metrics |= _rate_columns("rate", meter.rates())
         if "validation" in self.task.splits:
             metrics |= {"validation_loss": None} | {f"validation_{name}": None for name in known}
@@ -154,10 +161,6 @@ class Recorder(Callback):
             "validation_loss": result.loss,
             **{f"validation_{name}": value for name, value in result.quality.items()},
         }
-
-    def _save(self, trainer: Trainer, module: TrainingModule) -> None:
-        _finite(float(module.loss), module.step)
-        save_checkpoint(self.run.checkpoint, module.model, trainer.optimizers[0], Progress(module.step, self.seconds))
 
 
 def _finite(loss: float, step: int) -> float:
@@ -203,12 +206,14 @@ class ProgressBar(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move on."""
-        step = _training_module(pl_module).step
+        module = _training_module(pl_module)
+        step = module.step
+        tenth = step % max(self.steps // 10, 1) == 0 or step == self.steps
+        if (batch_idx + 1) % module.recipe.train.accumulate or not (self.console.is_terminal or tenth):
+            return
         shown = describe(self.recorder.latest)
         self.bar.update(self.task, completed=step, shown=shown)
-        tenth = max(self.steps // 10, 1)
-        finished_step = not (batch_idx + 1) % _training_module(pl_module).recipe.train.accumulate
-        if not self.console.is_terminal and finished_step and (step % tenth == 0 or step == self.steps):
+        if not self.console.is_terminal:
             self.console.print(f"step {step} of {self.steps}{': ' if shown else ''}{shown}", highlight=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

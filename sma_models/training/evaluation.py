@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sma.errors import ConfigError
 from sma.routing import Routing
-from sma_models.training.data.batching import BatchPlan, loader
+from sma_models.training.data.batching import CPU, BatchPlan, loader
 from sma_models.training.data.datasets import Batch
 from sma_models.training.objective import Score, place, quality, run_model, score
 from sma_models.training.recipe import TrainConfig
@@ -41,32 +41,39 @@ class Evaluation:
 
 
 class RateMeter:
-    """Counts active and real tokens per layer and module over batches."""
+    """Counts active and real tokens per layer and module over batches, on the device, until it is asked."""
 
     def __init__(self) -> None:
-        self._counts: dict[str, tuple[Tensor, int]] = {}
+        self._counts: dict[str, Tensor] = {}
 
     def add(self, routings: Mapping[str, Routing]) -> None:
         """Count a batch."""
         for name, routing in routings.items():
-            active, valid = routing.active.sum((0, 1)).cpu(), int(routing.valid.sum())
-            if name in self._counts:
-                active, valid = active + self._counts[name][0], valid + self._counts[name][1]
-            self._counts[name] = (active, valid)
+            counts = torch.cat([routing.active.sum((0, 1)), routing.valid.sum()[None]])
+            self._counts[name] = counts + self._counts[name] if name in self._counts else counts
 
     def rates(self) -> dict[str, list[float]]:
         """The share of real tokens that were active, by layer and module."""
-        return {name: (active.double() / max(valid, 1)).tolist() for name, (active, valid) in self._counts.items()}
+        if not self._counts:
+            return {}
+        together = torch.cat(list(self._counts.values())).cpu().double()
+        parts = torch.split(together, [counts.numel() for counts in self._counts.values()])
+        rates = [(part[:-1] / part[-1].clamp(min=1)).tolist() for part in parts]
+        return dict(zip(self._counts, rates, strict=True))
 
 
-def batches_of(task: Task, split: str, config: TrainConfig, limit: int | None = None) -> Iterable[Batch]:
-    """The batches of a split: all in order, or ``limit`` of them drawn at random, the same ones every time."""
+def batches_of(
+    task: Task, split: str, config: TrainConfig, limit: int | None = None, device: torch.device | None = None
+) -> Iterable[Batch]:
+    """The batches of a split, for a device: all in order, or ``limit`` of them drawn at random, the same ones every
+    time.
+    """
     samples = task.split(split)
     size = len(samples)  # type: ignore[arg-type]  # every split has an end
     limited = limit is not None and limit * config.evaluation_size < size
     plan = BatchPlan(size, config.evaluation_size, seed=0, shuffle=limited, drop_last=False)
     stop = limit if limited else plan.batches_per_epoch
-    return loader(samples, plan, stop=stop, workers=config.workers)
+    return loader(samples, plan, stop=stop, source=config.source(device or CPU))
 
 
 @torch.no_grad()
@@ -92,19 +99,18 @@ def evaluate(
     """
     lanes = task.lanes(split, config.evaluation_size) if task.lanes is not None and limit is None else None
     task.split(split)
-    batches: Any = lanes if lanes is not None else batches_of(task, split, config, limit)
     parameter = next(model.parameters())
-    meter, sums = RateMeter(), None
+    batches: Any = lanes if lanes is not None else batches_of(task, split, config, limit, parameter.device)
+    meter, scores = RateMeter(), list[Score]()
     with torch.random.fork_rng(devices=[]), _evaluation_mode(model), autocast(config, parameter.device):
         state = model.initial_state(config.evaluation_size) if lanes is not None else None  # type: ignore[operator]
         for batch in _in_order(batches):
             placed = place(batch, parameter.device, parameter.dtype)
             output = run_model(model, placed, task.kind, state)
             state = output.state
-            result = score(output, placed, task.kind).exact()
-            sums = result if sums is None else sums + result
+            scores.append(score(output, placed, task.kind))
             meter.add(output.routings)
-    return _evaluation(task, split, sums, meter)
+    return _evaluation(task, split, scores, meter)
 
 
 def _in_order(batches: Any) -> Iterator[Batch]:
@@ -112,12 +118,11 @@ def _in_order(batches: Any) -> Iterator[Batch]:
     return iter(batches) if isinstance(batches, Iterable) else (batches[k] for k in range(len(batches)))
 
 
-def _evaluation(task: Task, split: str, sums: Score | None, meter: RateMeter) -> Evaluation:
-    count = 0 if sums is None else int(sums.count)
-    if sums is None or count == 0:
+def _evaluation(task: Task, split: str, scores: list[Score], meter: RateMeter) -> Evaluation:
+    loss, correct, count = Score.total(scores) if scores else (0.0, 0, 0)
+    if count == 0:
         raise ConfigError(f"split: {split!r} must hold something to predict, got none")
-    loss, accuracy = float(sums.loss) / count, float(sums.correct) / count
-    return Evaluation(loss, quality(task.kind, loss, accuracy), meter.rates(), count)
+    return Evaluation(loss / count, quality(task.kind, loss / count, correct / count), meter.rates(), count)
 
 
 @contextlib.contextmanager

@@ -118,7 +118,7 @@ def _fit(
         BatchPlan(size, plan.part_size, seed=plan.seed),
         start=done * plan.accumulate,
         stop=plan.steps * plan.accumulate,
-        workers=plan.workers,
+        source=plan.source(device_of(plan)),
     )
     with _quiet(), stop.restored_afterwards():
         trainer = _trainer(run, recipe, [recorder, ProgressBar(console, recorder, plan.steps, done)], done)

@@ -16,7 +16,7 @@ from sma.interfaces import Model
 from sma.layer import SparseMixture
 from sma.routing import Routing
 from sma_models.training.data.datasets import Batch, Kind
-from sma_models.training.objective import run_model, score
+from sma_models.training.objective import Score, run_model, score
 from sma_models.training.optimisation import build_optimiser, learning_rate
 from sma_models.training.recipe import Recipe
 
@@ -28,6 +28,8 @@ class TrainingModule(LightningModule):
     continues at step k
     draws what it would have drawn without the interruption.
 
+    A step only queues work for the device: what it notes are tensors, and nothing here waits for their values.
+
     Args:
         model: what is trained.
         kind: of the batches.
@@ -37,7 +39,9 @@ class TrainingModule(LightningModule):
         step: optimiser steps done.
         loss: of the last step, a scalar on the model's device: task and auxiliary losses, averaged over the parts of
             the batch.
-        answers: of the last step: cross-entropy, right answers and answers asked for, ``(3,)``.
+        answers: of the last step.
+        gradient_norm: of all gradients of the last step together, before they were clipped, a scalar on the device;
+            None where nobody asked.
         routings: of the last part of the last step's batch.
     """
 
@@ -48,26 +52,30 @@ class TrainingModule(LightningModule):
         self.recipe = recipe
         self.step = 0
         self.loss = torch.zeros(())
-        self.answers = torch.zeros(3)
+        self.answers: Score | None = None
+        self.gradient_norm: Tensor | None = None
         self.routings: Mapping[str, Routing] = {}
-        self.before_step: Callable[[], None] | None = None
+        self.wants_norm: Callable[[int], bool] = lambda step: False
         self._part = 0
+        self._layers: dict[str, SparseMixture] = {}
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._observed: dict[str, list[Routing]] = {}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one part of a step's batch."""
-        seed_everything(self.recipe.train.seed, self.step, self._part)
+        seed_everything(self.recipe.train.seed, self.step, self._part, self.device)
         output = run_model(self.model, batch, self.batch_kind)
         result = score(output, batch, self.batch_kind)
         loss = result.loss / result.count.clamp(min=1) + sum(output.losses.values())
-        self._note(loss.detach(), torch.stack([result.loss.detach(), result.correct, result.count]), output.routings)
+        self._note(loss.detach(), result.detach(), output.routings)
         return loss
 
-    def _note(self, loss: Tensor, answers: Tensor, routings: Mapping[str, Routing]) -> None:
-        share = loss / self.recipe.train.accumulate
+    def _note(self, loss: Tensor, answers: Score, routings: Mapping[str, Routing]) -> None:
+        parts = self.recipe.train.accumulate
+        share = loss / parts if parts > 1 else loss
         first = self._part == 0
         self.loss = share if first else self.loss + share
-        self.answers = answers if first else self.answers + answers
+        self.answers = answers if first or self.answers is None else self.answers + answers
         self.routings = {name: routing.detach() for name, routing in routings.items()}
         for name, routing in self.routings.items():
             if self.layer(name).controller is not None:
@@ -76,16 +84,18 @@ class TrainingModule(LightningModule):
 
     def layer(self, name: str) -> SparseMixture:
         """The sparsely activated layer that a routing comes from; a two-tower model names its towers in front of it."""
-        path = name[name.find("layers.") :] if "layers." in name else name
-        return next(
-            module
-            for where, module in self.model.named_modules()
-            if isinstance(module, SparseMixture) and f".{where}".endswith(f".{path}")
-        )
+        if name not in self._layers:
+            path = name[name.find("layers.") :] if "layers." in name else name
+            self._layers[name] = next(
+                module
+                for where, module in self.model.named_modules()
+                if isinstance(module, SparseMixture) and f".{where}".endswith(f".{path}")
+            )
+        return self._layers[name]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The recipe's optimiser."""
-        return build_optimiser(self.recipe.optimiser, self.model.parameters())
+        return build_optimiser(self.recipe.optimiser, self._trained)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """One step at the learning rate of its number; then the controllers correct the rates that they watch."""
@@ -96,24 +106,23 @@ class TrainingModule(LightningModule):
         self.step += 1
         self._part = 0
 
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Lets an observer see the gradients before they are clipped."""
-        if self.before_step is not None:
-            self.before_step()
-
     def configure_gradient_clipping(
         self,
         optimizer: Any,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip to the recipe's norm.
+        """Clip to the recipe's norm, and keep what it was.
 
         Lightning declines to clip for fused optimisers in mixed precision, since they may unscale gradients themselves;
         bfloat16 needs no scaling, so there is nothing in the way.
         """
-        if self.recipe.optimiser.clip is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimiser.clip)
+        clip = self.recipe.optimiser.clip
+        if clip is not None:
+            self.gradient_norm = nn.utils.clip_grad_norm_(self._trained, clip)
+        elif self.wants_norm(self.step + 1):
+            gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
+            self.gradient_norm = nn.utils.get_total_norm(gradients)
 
     def control_rates(self) -> None:
         """Let each controller correct the balance of its layer, once for all that the layer decided in this step."""
@@ -124,11 +133,6 @@ class TrainingModule(LightningModule):
             assert layer.controller is not None
             layer.controller.update(layer.configurator, joined(routings))
         self._observed.clear()
-
-    def gradient_norm(self) -> float:
-        """The norm of all gradients together."""
-        norms = [parameter.grad.norm() for parameter in self.model.parameters() if parameter.grad is not None]
-        return float(torch.stack(norms).norm()) if norms else 0.0
 
 
 def joined(routings: list[Routing]) -> Routing:
@@ -145,11 +149,17 @@ def joined(routings: list[Routing]) -> Routing:
     )
 
 
-def seed_everything(seed: int, step: int, part: int = 0) -> None:
-    """Start every generator afresh, from numbers that no other step shares."""
+def seed_everything(seed: int, step: int, part: int = 0, device: torch.device | None = None) -> None:
+    """Start every generator afresh, that of ``device`` too, from numbers that no other step shares.
+
+    ``torch.manual_seed`` would ask every kind of device that there might be; where there is none, that is most of the
+    work, and is noted down for the day when one turns up.
+    """
     digest = hashlib.blake2b(f"{seed}/{step}/{part}".encode(), digest_size=8).digest()
     number = int.from_bytes(digest, "big")
-    torch.manual_seed(number >> 1)
+    torch.default_generator.manual_seed(number >> 1)
+    if device is not None and device.type != "cpu":
+        torch.get_device_module(device).manual_seed(number >> 1)
     random.seed(number)
     np.random.seed(number % 2**32)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +39,17 @@ class Score:
     def __add__(self, other: Score) -> Score:
         return Score(self.loss + other.loss, self.correct + other.correct, self.count + other.count)
 
-    def exact(self) -> Score:
-        """The same sums on the CPU in float64, for adding up many."""
-        return Score(self.loss.detach().cpu().double(), self.correct.cpu(), self.count.cpu())
+    def detach(self) -> Score:
+        """The same numbers, cut from the autograd graph."""
+        return Score(self.loss.detach(), self.correct, self.count)
+
+    @staticmethod
+    def total(scores: Sequence[Score]) -> tuple[float, int, int]:
+        """The sums over many batches, the loss in float64; the one place that waits for a device."""
+        loss, correct, count = (
+            torch.stack([getattr(each, name) for each in scores]).cpu() for name in ("loss", "correct", "count")
+        )
+        return float(loss.double().sum()), int(correct.sum()), int(count.sum())
 
 
 def check_fit(config: Model.Config, task: Task) -> None:
@@ -83,16 +91,18 @@ def run_model(
         state: for a language model that goes on where the batch before stopped.
         replay: routings whose decisions are taken over.
     """
-    valid = batch.get("valid")
+    # Lengths say the same as a mask, without a search for the padding.
+    lengths = batch.get("lengths")
+    valid = batch.get("valid") if lengths is None else None
     if kind == "pairs":
         tokens = batch["tokens"]
         assert tokens is not None
-        sides = (None, None) if valid is None else (valid[:, 0], valid[:, 1])
-        output = model(tokens[:, 0], tokens[:, 1], valid=sides, replay=replay)
+        masks, counts = ((None, None) if each is None else each.unbind(1) for each in (valid, lengths))
+        output = model(tokens[:, 0], tokens[:, 1], valid=masks, lengths=counts, replay=replay)
     elif kind == "lm":
-        output = model(batch["tokens"], state, valid=valid, replay=replay)
+        output = model(batch["tokens"], state, valid=valid, lengths=lengths, replay=replay)
     else:
-        output = model(batch[kind], valid=valid, replay=replay)
+        output = model(batch[kind], valid=valid, lengths=lengths, replay=replay)
     assert isinstance(output, ModelOutput)
     return output
 
@@ -119,7 +129,8 @@ def quality(kind: Kind, loss: float, accuracy: float) -> dict[str, float]:
 
 def place(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
     """The batch on ``device``, its real numbers in ``dtype``."""
-    return {
-        name: None if tensor is None else tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
-        for name, tensor in batch.items()
-    }
+
+    def placed(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=tensor.is_pinned())
+
+    return {name: None if tensor is None else placed(tensor) for name, tensor in batch.items()}

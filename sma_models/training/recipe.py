@@ -8,10 +8,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from sma.configurable import BaseConfig
 from sma.errors import SpecError
 from sma.interfaces import Model
 from sma.spec import load_as, to_yaml
+from sma_models.training.data.batching import Source
 from sma_models.training.sources import Data
 
 SUFFIXES = (".yaml", ".yml")
@@ -69,7 +72,11 @@ class TrainConfig(BaseConfig):
         log_every: steps between lines of ``metrics.csv``.
         precision: of the arithmetic; with ``bfloat16`` the weights stay in float32 (mixed precision).
         seed: of the weights, the order of the samples and dropout.
-        workers: processes that read data in advance; the batches are the same for every number.
+        resident: keep the samples on the device and put the batches together there, which takes no time of the
+            processor; null means on an accelerator, where the data set can and has at most 1 GiB. The batches are the
+            same.
+        workers: processes that read data in advance, where the samples are not kept on the device; the batches are
+            the same for every number.
         device: where to compute; ``auto`` takes an accelerator when there is one.
     """
 
@@ -83,6 +90,7 @@ class TrainConfig(BaseConfig):
     log_every: int = 10
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     seed: int = 0
+    resident: bool | None = None
     workers: int = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
@@ -107,6 +115,10 @@ class TrainConfig(BaseConfig):
     def evaluation_size(self) -> int:
         """Samples that go through the model at once in an evaluation."""
         return self.eval_batch_size or self.part_size
+
+    def source(self, device: torch.device) -> Source:
+        """Where batches for a device are put together."""
+        return Source(device, self.resident, self.workers)
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sma.errors import ShapeError
 from sma.ops.backend import Op
+from sma.ops.kernel import why_not_triton
 from sma.routing import Packed
 
 OP = Op("compress")
@@ -23,7 +24,7 @@ def compress(x: Float[Tensor, "batch length *features"], packed: Packed) -> Floa
         packed: which tokens are active.
 
     Returns:
-        ``(K, ...)``: row k is ``x`` at flat position ``packed.index[k]``.
+        ``(K, ...)``: row k is ``x`` at flat position ``packed.index[k]``; zeros in rows without a token.
 
     Raises:
         ShapeError: ``x`` does not have the ``(B, L)`` that was packed.
@@ -36,10 +37,41 @@ def compress(x: Float[Tensor, "batch length *features"], packed: Packed) -> Floa
         tensor([[0., 1.],
                 [4., 5.]])
     """
-    if tuple(x.shape[:2]) != packed.shape:
-        raise ShapeError(f"compress: x must begin with (B, L) = {packed.shape} as packed, got {tuple(x.shape)}")
+    _check(x, packed)
     out: Tensor = OP(x, packed)
     return out
+
+
+def compress_through(
+    x: Float[Tensor, "batch length *features"], packed: Packed
+) -> tuple[Float[Tensor, "active *features"], Float[Tensor, "batch length *features"]]:
+    """:func:`compress`, and ``x`` itself, passed through.
+
+    Whoever goes on with the ``x`` that is returned lets the gradient of everything else arrive here, and the gradient
+    of the tokens is added to its rows in place: nothing of the size of x is filled with zeros and added. For that the
+    ``x`` that is returned must go into one function only, whose gradient is a tensor of its own (a matrix product).
+
+    Raises:
+        ShapeError: ``x`` does not have the ``(B, L)`` that was packed.
+    """
+    _check(x, packed)
+    if OP.choose(x, packed).name == "triton":
+        from sma.ops.compress.triton_kernel import compress_through as run
+
+        return run(x, packed)
+    return OP(x, packed), x
+
+
+def _check(x: Tensor, packed: Packed) -> None:
+    if tuple(x.shape[:2]) != packed.shape:
+        raise ShapeError(f"compress: x must begin with (B, L) = {packed.shape} as packed, got {tuple(x.shape)}")
+
+
+@OP.backend("triton", priority=10, applies=lambda x, packed: why_not_triton(x))
+def _triton(x: Tensor, packed: Packed) -> Tensor:
+    from sma.ops.compress.triton_kernel import compress as run
+
+    return run(x, packed)
 
 
 from sma.ops.compress import eager, reference, torch_scatter  # noqa: E402,F401  (registers the backends)

@@ -11,5 +11,8 @@ from sma.routing import Packed
 def compress(x: Tensor, packed: Packed) -> Tensor:
     """Walk over the active tokens and copy each."""
     batch, length = packed.shape
-    rows = [x[flat // length, flat % length] for flat in packed.index.tolist()]
-    return torch.stack(rows) if rows else x.reshape(batch * length, *x.shape[2:])[:0]
+    nothing = x.reshape(batch * length, *x.shape[2:])[:0]
+    rows = [
+        x[flat // length, flat % length] if flat < batch * length else nothing.sum(0) for flat in packed.index.tolist()
+    ]
+    return torch.stack(rows) if rows else nothing

@@ -8,7 +8,7 @@ from sma.ops.compress.eager import compress as eager
 from sma.routing import Packed
 
 
-@OP.backend("torch_scatter", priority=60, applies=lambda x, packed: scatter_applies(x))
+@OP.backend("torch_scatter", priority=60, applies=lambda x, packed: scatter_applies(x, packed.fixed))
 def compress(x: Tensor, packed: Packed) -> Tensor:
     """``gather_coo``: the index is sorted, as it needs."""
     if x.numel() == 0 or packed.index.numel() == 0:  # torch-scatter would divide by zero, which ends the process

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sma.errors import ShapeError
 from sma.ops.backend import Op
+from sma.ops.kernel import why_not_triton
 from sma.routing import Packed
 
 OP = Op("extract")
@@ -38,6 +39,13 @@ def extract(h: Float[Tensor, "active *features"], packed: Packed) -> Float[Tenso
         )
     out: Tensor = OP(h, packed)
     return out
+
+
+@OP.backend("triton", priority=10, applies=lambda h, packed: why_not_triton(h))
+def _triton(h: Tensor, packed: Packed) -> Tensor:
+    from sma.ops.extract.triton_kernel import extract as run
+
+    return run(h, packed)
 
 
 from sma.ops.extract import eager, reference, torch_scatter  # noqa: E402,F401  (registers the backends)

@@ -13,5 +13,8 @@ from sma.routing import Packed
 def extract(h: Tensor, packed: Packed) -> Tensor:
     """One ``index_copy`` over the flattened batch."""
     batch, length = packed.shape
-    flat = h.new_zeros(batch * length, *h.shape[1:]).index_copy(0, packed.index, h)
+    if not packed.fixed:
+        flat = h.new_zeros(batch * length, *h.shape[1:]).index_copy(0, packed.index, h)
+    else:  # rows without a token go behind the end, from where nobody takes them
+        flat = h.new_zeros(batch * length + 1, *h.shape[1:]).index_copy(0, packed.index, h)[:-1]
     return flat.reshape(batch, length, *h.shape[1:])

@@ -8,7 +8,7 @@ from sma.ops.extract.eager import extract as eager
 from sma.routing import Packed
 
 
-@OP.backend("torch_scatter", priority=60, applies=lambda h, packed: scatter_applies(h))
+@OP.backend("torch_scatter", priority=60, applies=lambda h, packed: scatter_applies(h, packed.fixed))
 def extract(h: Tensor, packed: Packed) -> Tensor:
     """``segment_coo`` over a sorted index without repeats: a sum of at most one row each."""
     if h.numel() == 0:  # torch-scatter would divide by zero, which ends the process

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sma.errors import ConfigError
 from sma_models.training.data.datasets import Batch, Item
 from sma_models.training.data.randomness import ORDER, Draws
+from sma_models.training.data.resident import LIMIT, Resident, ResidentBatches
 
 
 @dataclass(frozen=True)
@@ -176,19 +178,72 @@ class Collating(Protocol):
     def collate(self) -> Callable[[Sequence[Item]], Batch]: ...
 
 
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where batches are put together.
+
+    Attributes:
+        device: where they are used.
+        resident: keep the samples on the device; None means on an accelerator, where they are small enough and the data
+            set can.
+        workers: processes that read in advance, where the samples are not kept on the device.
+    """
+
+    device: torch.device = CPU
+    resident: bool | None = None
+    workers: int = 0
+
+    def keeps(self, dataset: Collating) -> bool:
+        """Whether the samples are kept on the device.
+
+        Raises:
+            ConfigError: they shall be, and cannot be.
+        """
+        if isinstance(dataset, Resident):
+            # On a CPU both ways take the same time, from the same processor.
+            fits = self.device.type != "cpu" and dataset.nbytes <= LIMIT
+            return fits if self.resident is None else self.resident
+        if self.resident:
+            raise ConfigError(
+                f"train.resident: must be false or null for {type(dataset).__name__}, whose samples cannot be kept on "
+                "the device, got true"
+            )
+        return False
+
+
 def loader(
-    dataset: Collating, plan: BatchPlan, *, start: int = 0, stop: int | None = None, workers: int = 0
-) -> DataLoader[Any]:
-    """A torch loader over the batches ``start`` .. ``stop - 1`` of ``plan``.
+    dataset: Collating,
+    plan: BatchPlan,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    source: Source | None = None,
+) -> DataLoader[Any] | ResidentBatches:
+    """The batches ``start`` .. ``stop - 1`` of ``plan``.
 
     Args:
         dataset: what the numbers of the plan count.
         plan: which samples form which batch.
         start: number of batches that are already done.
         stop: where to end (see :class:`PlanSampler`).
-        workers: processes that read in advance; the batches are the same for every number.
+        source: where they are put together; by default here, by this process. The batches are the same everywhere.
+
+    Raises:
+        ConfigError: the data set shall be kept on the device, and cannot be.
     """
+    sampler = PlanSampler(plan, start, stop)
+    source = source or Source(resident=False)
+    if source.keeps(dataset):
+        assert isinstance(dataset, Resident)
+        return ResidentBatches(dataset.resident(source.device), sampler)
     assert isinstance(dataset, Dataset)
     return DataLoader(
-        dataset, batch_sampler=PlanSampler(plan, start, stop), collate_fn=dataset.collate, num_workers=workers
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=dataset.collate,
+        num_workers=source.workers,
+        pin_memory=source.device.type == "cuda",  # what is copied from elsewhere has to be waited for
     )

@@ -2,12 +2,16 @@
 
 Every data set knows its own ``collate``. The batches are plain dictionaries:
 
-* ``tokens``: ``tokens (B, L)`` int64, ``valid (B, L)`` bool or None when nothing is padded, ``label (B,)`` int64;
+* ``tokens``: ``tokens (B, L)`` int64, ``valid (B, L)`` bool or None when nothing is padded, ``lengths (B,)`` int64 or
+  None likewise, ``label (B,)`` int64;
 * ``values``: the same with ``values (B, L)`` float32 in place of ``tokens``;
-* ``pairs``: ``tokens (B, 2, L)``, ``valid (B, 2, L)`` or None, ``label (B,)``: two documents each;
-* ``lm``: ``tokens (B, L)``, ``targets (B, L)`` int64, -100 where there is nothing to predict (see :mod:`.lm`).
+* ``pairs``: ``tokens (B, 2, L)``, ``valid (B, 2, L)`` and ``lengths (B, 2)`` or None, ``label (B,)``: two documents
+  each;
+* ``lm``: ``tokens (B, L)``, ``targets (B, L)`` int64, -100 where there is nothing to predict (see :mod:`.lm`),
+  ``valid`` and ``lengths``.
 
-Padding is always on the right.
+Padding is always on the right, so ``lengths`` says all that ``valid`` does; a model that is given lengths need not
+look for the padding, and nobody has to wait for what it finds.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, Literal, Self, TypeVar
 
 import numpy as np
@@ -26,6 +31,7 @@ from torch.utils.data import Dataset
 
 from sma.errors import ConfigError
 from sma_models.training.data.randomness import SPLIT, Draws
+from sma_models.training.data.resident import Reader, Rows, upload
 
 Item = dict[str, Any]
 Batch = dict[str, Tensor | None]
@@ -66,10 +72,21 @@ class Ragged:
         """Sequence ``index`` (L_i,) int64."""
         return torch.from_numpy(self.row(index).astype(np.int64))
 
-    @property
+    @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """(N,) the number of tokens of every sequence."""
         return np.diff(self.offsets)
+
+    @cached_property
+    def longest(self) -> int:
+        """The length of the longest sequence."""
+        return int(self.lengths.max(initial=0))
+
+    def width(self, longest: int, pad_to: int) -> int:
+        """Length of a padded batch: its longest row, rounded up to a multiple of ``pad_to`` but never beyond the
+        longest row of all.
+        """
+        return min(-(-longest // pad_to) * pad_to, self.longest)
 
 
 class LabelledDataset(Dataset[Item]):
@@ -114,33 +131,93 @@ class LabelledDataset(Dataset[Item]):
         """Make one batch of the samples ``items``."""
 
 
-class TokenDataset(LabelledDataset):
-    """Token sequences of different lengths: item ``{"tokens": (L_i,) int64, "label": int}``.
+class PaddedDataset(LabelledDataset):
+    """What data sets of sequences of different lengths share: batches padded on the right, here or on a device.
 
     Args:
         rows: the sequences.
-        labels: (N,) their classes.
+        labels: (N,) the class of every sample.
         num_classes: how many classes there are.
         pad: the token that fills up a batch; also the last entry of the vocabulary.
     """
-
-    kind: Kind = "tokens"
 
     def __init__(self, rows: Ragged, labels: Sequence[int] | NDArray[np.int64], num_classes: int, pad: int) -> None:
         super().__init__(labels, num_classes)
         self.rows = rows
         self.pad = pad
         self.vocab_size = pad + 1
+        self.pad_to = 1
+
+    def padded_to(self, multiple: int) -> Self:
+        """The same samples, in batches as long as a multiple of this, or as the longest sample: in few shapes.
+
+        Raises:
+            ConfigError: the number is below 1.
+        """
+        if multiple < 1:
+            raise ConfigError(f"pad_to: must be at least 1, got {multiple!r}")
+        other = copy.copy(self)
+        other.pad_to = multiple
+        return other
+
+    @abstractmethod
+    def rows_of(self, stored: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which sequences the stored samples consist of, ``(B, ...)``."""
+
+    def collate(self, items: Sequence[Item]) -> Batch:
+        samples = [item["tokens"] if isinstance(item["tokens"], tuple) else (item["tokens"],) for item in items]
+        rows = [row for sample in samples for row in sample]
+        padded = pad_right(rows, self.pad, self.rows.width(max(row.numel() for row in rows), self.pad_to))
+        shape = () if isinstance(items[0]["tokens"], Tensor) else (len(samples[0]),)
+        return {
+            **{name: None if t is None else t.view(-1, *shape, *t.shape[1:]) for name, t in padded.items()},
+            "label": _labels(items),
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all sequences."""
+        return self.rows.flat.nbytes
+
+    def resident(self, device: torch.device) -> Reader:
+        """Upload all sequences; see :class:`~sma_models.training.data.resident.Resident`."""
+        flat = Rows(self.rows.flat, device)
+
+        def read(numbers: Sequence[int]) -> Batch:
+            stored = self._index[np.asarray(numbers)]
+            which = self.rows_of(stored)
+            shape, which = which.shape, which.reshape(-1)
+            lengths = self.rows.lengths[which]
+            width = self.rows.width(int(lengths.max()), self.pad_to)
+            places = upload(np.concatenate([self.rows.offsets[which], lengths, self.labels[stored]]), device)
+            starts, there, label = places[: which.size], places[which.size : 2 * which.size], places[2 * which.size :]
+            tokens = flat.window(starts, width)
+            if (lengths == width).all():
+                return {"tokens": tokens.view(*shape, width), "valid": None, "lengths": None, "label": label}
+            valid = flat.mask(there, width)
+            return {
+                "tokens": tokens.masked_fill_(~valid, self.pad).view(*shape, width),
+                "valid": valid.view(*shape, width),
+                "lengths": there.view(shape),
+                "label": label,
+            }
+
+        return read
+
+
+class TokenDataset(PaddedDataset):
+    """Token sequences of different lengths: item ``{"tokens": (L_i,) int64, "label": int}``."""
+
+    kind: Kind = "tokens"
 
     def sample(self, stored: int) -> Item:
         return {"tokens": self.rows.tokens(stored)}
 
-    def collate(self, items: Sequence[Item]) -> Batch:
-        tokens, valid = pad_right([item["tokens"] for item in items], self.pad)
-        return {"tokens": tokens, "valid": valid, "label": _labels(items)}
+    def rows_of(self, stored: NDArray[np.int64]) -> NDArray[np.int64]:
+        return stored
 
 
-class PairDataset(LabelledDataset):
+class PairDataset(PaddedDataset):
     """Pairs of documents: item ``{"tokens": ((L_1,), (L_2,)) int64, "label": int}``.
 
     Args:
@@ -161,24 +238,20 @@ class PairDataset(LabelledDataset):
         num_classes: int,
         pad: int,
     ) -> None:
-        super().__init__(labels, num_classes)
-        self.documents = documents
+        super().__init__(documents, labels, num_classes, pad)
         self.pairs = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
-        self.pad = pad
-        self.vocab_size = pad + 1
+
+    @property
+    def documents(self) -> Ragged:
+        """The documents, each once."""
+        return self.rows
 
     def sample(self, stored: int) -> Item:
         first, second = self.pairs[stored]
-        return {"tokens": (self.documents.tokens(first), self.documents.tokens(second))}
+        return {"tokens": (self.rows.tokens(first), self.rows.tokens(second))}
 
-    def collate(self, items: Sequence[Item]) -> Batch:
-        flat, valid = pad_right([document for item in items for document in item["tokens"]], self.pad)
-        shape = (len(items), 2, flat.shape[1])
-        return {
-            "tokens": flat.view(shape),
-            "valid": None if valid is None else valid.view(shape),
-            "label": _labels(items),
-        }
+    def rows_of(self, stored: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self.pairs[stored]
 
 
 class ValueDataset(LabelledDataset):
@@ -212,22 +285,42 @@ class PixelDataset(ValueDataset):
     def sample(self, stored: int) -> Item:
         return {"values": normalise(self.pixels[stored], self.mean, self.std)}
 
+    @property
+    def nbytes(self) -> int:
+        """Size of all images."""
+        return self.pixels.nbytes
+
+    def resident(self, device: torch.device) -> Reader:
+        """Upload all images; see :class:`~sma_models.training.data.resident.Resident`."""
+        pixels = upload(self.pixels.reshape(len(self.pixels), -1), device)
+        # A table of the 256 values, so that they are the same on every device.
+        table = normalise(np.arange(256, dtype=np.uint8), self.mean, self.std).to(device)
+
+        def read(numbers: Sequence[int]) -> Batch:
+            stored = self._index[np.asarray(numbers)]
+            place, label = upload(np.stack([stored, self.labels[stored]]), device)
+            return {"values": table[pixels[place].int()], "valid": None, "label": label}
+
+        return read
+
 
 def normalise(pixels: NDArray[np.uint8], mean: float, std: float) -> Tensor:
     """(pixels / 255 - mean) / std as float32, flattened to (L,)."""
     return torch.from_numpy((pixels.reshape(-1).astype(np.float32) / 255.0 - mean) / std).to(torch.float32)
 
 
-def pad_right(rows: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor | None]:
-    """Rows (L_i,) to ``tokens (B, L)`` and ``valid (B, L)``, which is None when all rows have the same length."""
+def pad_right(rows: Sequence[Tensor], pad: int, width: int | None = None) -> dict[str, Tensor | None]:
+    """Rows (L_i,) to ``tokens (B, L)``, ``valid (B, L)`` and ``lengths (B,)``; the latter two are None when all rows
+    are as long as ``width``, by default the longest.
+    """
     lengths = torch.tensor([row.numel() for row in rows])
-    width = int(lengths.max())
+    width = width or int(lengths.max())
     tokens = torch.full((len(rows), width), pad, dtype=torch.int64)
     for line, row in zip(tokens, rows, strict=True):
         line[: row.numel()] = row
     if bool((lengths == width).all()):
-        return tokens, None
-    return tokens, torch.arange(width) < lengths[:, None]
+        return {"tokens": tokens, "valid": None, "lengths": None}
+    return {"tokens": tokens, "valid": torch.arange(width) < lengths[:, None], "lengths": lengths}
 
 
 def _labels(items: Sequence[Item]) -> Tensor:

@@ -15,7 +15,7 @@ import glob
 import hashlib
 import os
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,7 @@ from sma.errors import ConfigError, DataError
 from sma_models.training.data.datasets import Batch, Item, Kind
 from sma_models.training.data.files import Pathlike, find_folder, read_bytes, reject
 from sma_models.training.data.randomness import WINDOW, Draws
+from sma_models.training.data.resident import Reader, Rows, upload
 
 VOCAB_SIZE = 256
 START = 10
@@ -38,6 +39,10 @@ IGNORE = -100
 """The target where there is nothing to predict."""
 
 ENWIK8_SIZES = (90_000_000, 5_000_000, 5_000_000)
+
+
+Places = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""The first byte and the number of targets of some windows."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,33 @@ class ByteStream:
         targets = torch.from_numpy(self.data[start:stop].astype(np.int64))
         before = torch.tensor([START if start == 0 else int(self.data[start - 1])])
         return torch.cat([before, targets[:-1]]), targets
+
+    def resident(self, place: Callable[[Sequence[int]], Places], device: torch.device) -> Reader:
+        """Upload the stream, to cut windows there.
+
+        Args:
+            place: where the windows of some numbers lie.
+            device: where the bytes are kept.
+        """
+        flat = Rows(np.concatenate([np.array([START], dtype=np.uint8), self.data]), device)
+
+        def read(numbers: Sequence[int]) -> Batch:
+            starts, lengths = place(numbers)
+            width = int(lengths.max())
+            first, there = upload(np.stack([starts, lengths]), device)
+            both = flat.window(first, width + 1)
+            tokens, targets = both[:, :-1], both[:, 1:]
+            if (lengths == width).all():
+                return {"tokens": tokens, "targets": targets, "valid": None, "lengths": None}
+            valid = flat.mask(there, width)
+            return {
+                "tokens": tokens.masked_fill(~valid, 0),
+                "targets": targets.masked_fill(~valid, IGNORE),
+                "valid": valid,
+                "lengths": there,
+            }
+
+        return read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,12 +151,29 @@ class RandomWindows(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         if index < 0:
             raise IndexError(f"window: must be at least 0, got {index}")
-        start = 1 + int(Draws(self.seed, WINDOW, index).below(len(self.stream) - self.seq_len, 1)[0])
+        start = self._start(index)
         tokens, targets = self.stream.window(start, start + self.seq_len)
         return {"tokens": tokens, "targets": targets}
 
+    def _start(self, index: int) -> int:
+        return 1 + int(Draws(self.seed, WINDOW, index).below(len(self.stream) - self.seq_len, 1)[0])
+
     def collate(self, items: Sequence[Item]) -> Batch:
         return collate_windows(items)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the stream."""
+        return self.stream.data.nbytes
+
+    def resident(self, device: torch.device) -> Reader:
+        """Upload the stream; see :class:`~sma_models.training.data.resident.Resident`."""
+
+        def place(numbers: Sequence[int]) -> Places:
+            starts = np.array([self._start(number) for number in numbers])
+            return starts, np.full_like(starts, self.seq_len)
+
+        return self.stream.resident(place, device)
 
 
 class Chunks(Dataset[Item]):
@@ -159,6 +208,20 @@ class Chunks(Dataset[Item]):
 
     def collate(self, items: Sequence[Item]) -> Batch:
         return collate_windows(items)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the stream."""
+        return self.stream.data.nbytes
+
+    def resident(self, device: torch.device) -> Reader:
+        """Upload the stream; see :class:`~sma_models.training.data.resident.Resident`."""
+
+        def place(numbers: Sequence[int]) -> Places:
+            starts = np.asarray(numbers) * self.seq_len
+            return starts, np.minimum(len(self.stream) - starts, self.seq_len)
+
+        return self.stream.resident(place, device)
 
 
 class Lanes(Dataset[Batch]):
@@ -207,15 +270,19 @@ class Lanes(Dataset[Batch]):
 
 
 def collate_windows(items: Sequence[Item]) -> Batch:
-    """Windows to ``tokens (B, L)`` padded with 0, ``targets`` padded with -100 and ``valid`` (None if nothing is)."""
+    """Windows to ``tokens (B, L)`` padded with 0, ``targets`` padded with -100, ``valid`` and ``lengths`` (None if
+    nothing is padded).
+    """
     lengths = torch.tensor([item["tokens"].numel() for item in items])
     shape = (len(items), int(lengths.max()))
     tokens, targets = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE)
     for row, item in enumerate(items):
         tokens[row, : lengths[row]] = item["tokens"]
         targets[row, : lengths[row]] = item["targets"]
-    full = bool((lengths == shape[1]).all())
-    return {"tokens": tokens, "targets": targets, "valid": None if full else torch.arange(shape[1]) < lengths[:, None]}
+    if bool((lengths == shape[1]).all()):
+        return {"tokens": tokens, "targets": targets, "valid": None, "lengths": None}
+    valid = torch.arange(shape[1]) < lengths[:, None]
+    return {"tokens": tokens, "targets": targets, "valid": valid, "lengths": lengths}
 
 
 def _check_length(stream: ByteStream, seq_len: int) -> None:

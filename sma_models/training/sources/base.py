@@ -13,7 +13,7 @@ from sma.configurable import BaseConfig
 from sma.errors import ConfigError, MissingExtraError
 from sma.interfaces import Plugin
 from sma_models.training.data.batching import Collating
-from sma_models.training.data.datasets import Kind, LabelledDataset, Splits
+from sma_models.training.data.datasets import Kind, LabelledDataset, PaddedDataset, Splits
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,25 @@ class Data(Plugin):
         """
 
 
-def classification(splits: Splits[Any]) -> Task:
-    """The task of classifying the samples of ``splits``."""
-    train: LabelledDataset = splits.train
-    parts: dict[str, Collating | None] = {"train": train, "validation": splits.validation, "test": splits.test}
-    there = {name: part for name, part in parts.items() if part is not None}
-    return Task(train.kind, train, there, vocab_size=train.vocab_size, n_classes=train.num_classes)
+def classification(splits: Splits[Any], pad_to: int = 1) -> Task:
+    """The task of classifying the samples of ``splits``.
+
+    Args:
+        splits: the samples.
+        pad_to: of sequences of different lengths: batches are as long as a multiple of it, or as the longest sample.
+    """
+    parts: dict[str, LabelledDataset | None] = {
+        "train": splits.train,
+        "validation": splits.validation,
+        "test": splits.test,
+    }
+    there: dict[str, Collating] = {
+        name: part.padded_to(pad_to) if isinstance(part, PaddedDataset) else part
+        for name, part in parts.items()
+        if part is not None
+    }
+    first: LabelledDataset = splits.train
+    return Task(first.kind, there["train"], there, vocab_size=first.vocab_size, n_classes=first.num_classes)
 
 
 def cache_folder() -> Path:

@@ -28,13 +28,30 @@ class Released(Data):
         return released(self.release, self.config.root)
 
 
-class ListOps(Released):
+class Padded(Released):
+    """Sequences of different lengths, padded in their batches."""
+
+    @dataclass(kw_only=True, frozen=True)
+    class Config(Released.Config):
+        """``pad_to``: batches are as long as a multiple of it, or as the longest sample. A large one gives few shapes,
+        which suits kernels and captured graphs; 1 gives the least padding.
+        """
+
+        pad_to: int = 1
+
+        def __post_init__(self) -> None:
+            self.require(self.pad_to >= 1, "pad_to", "must be at least 1")
+
+    config: Config
+
+
+class ListOps(Padded):
     """ListOps: from the files of the official release, or drawn from the published distribution."""
 
     release = "lra"
 
     @dataclass(kw_only=True, frozen=True)
-    class Config(Released.Config):
+    class Config(Padded.Config):
         """Without ``root``, samples are generated once, by ``seed``, and kept in the cache."""
 
         root: str | None = None
@@ -48,6 +65,7 @@ class ListOps(Released):
         seed: int = 0
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             for name in ("train", "validation", "test"):
                 self.require(getattr(self, name) >= 1, name, "must be at least 1")
             self.require(0 <= self.seed < 2**63, "seed", "must be at least 0 and below 2**63")
@@ -73,7 +91,7 @@ class ListOps(Released):
         return folder
 
     def open(self, *, seed: int) -> Task:
-        return classification(listops.load(self.prepare(), self.config.max_length))
+        return classification(listops.load(self.prepare(), self.config.max_length), self.config.pad_to)
 
 
 class Image(Released):
@@ -142,13 +160,13 @@ class Idx(Released):
         )
 
 
-class Text(Released):
+class Text(Padded):
     """Sentiment of film reviews, byte by byte (aclImdb)."""
 
     release = "text"
 
     @dataclass(kw_only=True, frozen=True)
-    class Config(Released.Config):
+    class Config(Padded.Config):
         max_length: int = 4000
         validation_fraction: float = 0.1
         seed: int = 0
@@ -159,23 +177,23 @@ class Text(Released):
         c = self.config
         root = self.prepare()
         return classification(
-            text.load(root, max_length=c.max_length, validation_fraction=c.validation_fraction, seed=c.seed)
+            text.load(root, max_length=c.max_length, validation_fraction=c.validation_fraction, seed=c.seed), c.pad_to
         )
 
 
-class Retrieval(Released):
+class Retrieval(Padded):
     """Pairs of papers, byte by byte (ACL Anthology)."""
 
     release = "lra"
 
     @dataclass(kw_only=True, frozen=True)
-    class Config(Released.Config):
+    class Config(Padded.Config):
         max_length: int = 4000
 
     config: Config
 
     def open(self, *, seed: int) -> Task:
-        return classification(retrieval.load(self.prepare(), self.config.max_length))
+        return classification(retrieval.load(self.prepare(), self.config.max_length), self.config.pad_to)
 
 
 class Pathfinder(Released):

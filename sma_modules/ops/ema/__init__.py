@@ -6,10 +6,12 @@ Per channel d and state n, with ``p = sigmoid(delta)`` and ``q = 1 - p * sigmoid
     y_t = sum_n gamma[n] / sqrt(N) * S_t[n] + omega * x_t
 
 which is a convolution with ``k[j] = sum_n gamma / sqrt(N) * p * beta * q^j``. With ``truncation=K`` the kernel ends
-after K taps. README.md derives how the convolution, the recurrence and the bounded window agree.
+after K taps. README.md derives how the convolution, the recurrence, the bounded window and the chunked scan agree.
 """
 
 from __future__ import annotations
+
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -17,11 +19,15 @@ from torch import Tensor
 
 from sma.errors import ConfigError, ShapeError, StreamingError
 from sma.ops.backend import Op
+from sma.ops.kernel import FLOATS, why_not_triton
 from sma_modules.ops.ema.state import EMAState, compute_dtype, initial_state
 
-__all__ = ["OP", "EMAState", "compute_dtype", "ema", "initial_state"]
+__all__ = ["OP", "Activation", "EMAState", "compute_dtype", "ema", "initial_state"]
 
+Activation = Literal["none", "silu"]
 OP = Op("ema")
+MAXIMUM_STATES = 16
+"""More than these of one channel do not fit into the registers of a thread."""
 
 
 def ema(
@@ -37,8 +43,12 @@ def ema(
     lengths: Int[Tensor, " batch"] | None = None,
     state: EMAState | None = None,
     return_state: bool = False,
+    activation: Activation = "none",
+    dropout: float = 0.0,
 ) -> tuple[Float[Tensor, "batch length dim"], EMAState | None]:
     """Damped moving average of each channel, in float32 (float64 for float64 inputs) whatever the parameters' dtype.
+
+    ``y = dropout(activation(average + omega * x))``, rounded to the dtype of ``x`` once, at the end.
 
     Args:
         x: ``(B, L, D)``, right-padded; any L including 0.
@@ -53,13 +63,15 @@ def ema(
             is zero.
         state: what the stream left behind; None at its beginning. Causal only.
         return_state: also return the state after the last real token of each row. Causal only.
+        activation: what the average and the direct path go through: ``"silu"`` or ``"none"``.
+        dropout: probability, 0 up to but not 1, with which an output becomes zero; 0 when not training.
 
     Returns:
         ``y (B, L, D)`` in the dtype of ``x``, and the state or None. At padded positions y carries no meaning.
 
     Raises:
         ShapeError: sizes, dtypes or lengths do not fit.
-        ConfigError: ``truncation`` is below 1.
+        ConfigError: ``truncation`` is below 1, ``dropout`` outside its range or the activation unknown.
         StreamingError: a state is given to, or asked from, a bidirectional average, or it was made for other sizes.
 
     Example:
@@ -72,35 +84,38 @@ def ema(
     _check_shapes(x, delta, alpha, beta, gamma, omega, bidirectional)
     if truncation is not None and truncation < 1:
         raise ConfigError(f"ema: truncation must be None or at least 1, got {truncation}")
+    if activation not in get_args(Activation):
+        raise ConfigError(f"ema: activation must be one of {', '.join(get_args(Activation))}, got {activation!r}")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"ema: dropout must be at least 0 and below 1, got {dropout}")
     _check_lengths(x, lengths)
     _check_state(x, gamma.shape[1], bidirectional, truncation, state, return_state)
-    dtype = compute_dtype(x)
     parameters = (delta[..., 0], alpha[..., 0], beta[..., 0], gamma, omega)
+    if x.numel() == 0:
+        return _nothing(x, parameters, truncation, state, return_state)
+    result: tuple[Tensor, EMAState | None]
     # Autocast would run the matrix products in low precision, where powers of q near 1 are worthless.
     with torch.autocast(x.device.type, enabled=False):
-        wide = x.to(dtype)
-        result: tuple[Tensor, EMAState | None]
-        if x.numel() == 0:
-            result = _nothing(wide, parameters, truncation, state, return_state)
-        else:
-            result = OP(
-                wide,
-                *(value.to(dtype) for value in parameters),
-                bidirectional=bidirectional,
-                truncation=truncation,
-                lengths=lengths,
-                state=state,
-                return_state=return_state,
-            )
-    return result[0].to(x.dtype), result[1]
+        result = OP(
+            x,
+            *parameters,
+            bidirectional=bidirectional,
+            truncation=truncation,
+            lengths=lengths,
+            state=state,
+            return_state=return_state,
+            activation=activation,
+            dropout=dropout,
+        )
+    return result
 
 
 def _nothing(
     x: Tensor, parameters: tuple[Tensor, ...], truncation: int | None, state: EMAState | None, return_state: bool
 ) -> tuple[Tensor, EMAState | None]:
     """No tokens: nothing comes out, and every parameter still gets a gradient (zero), as on the other ranks."""
-    reached = sum((value.sum() for value in parameters[:-1]), start=x.new_zeros(()))
-    y = x * parameters[-1].to(x.dtype) + reached.to(x.dtype)
+    reached = sum((value.sum().to(x.dtype) for value in parameters[:-1]), start=x.new_zeros(()))
+    y = x * parameters[-1].to(x.dtype) + reached
     if return_state and state is None:
         state = initial_state(x.shape[0], x.shape[2], parameters[0].shape[1], truncation, like=x)
     return y, state if return_state else None
@@ -158,6 +173,62 @@ def _check_state(
             raise StreamingError(
                 f"ema: state.{name} must be {rule} for x {tuple(x.shape)}, truncation {truncation}, got {found}"
             )
+
+
+def _why_not_triton(
+    x: Tensor,
+    *parameters: Tensor,
+    truncation: int | None,
+    state: EMAState | None,
+    return_state: bool,
+    **options: object,
+) -> str | None:
+    reason = why_not_triton(x)
+    if reason is not None:
+        return reason
+    if parameters[0].shape[1] > MAXIMUM_STATES:
+        return f"the kernel holds at most {MAXIMUM_STATES} states of a channel, got {parameters[0].shape[1]}"
+    if x.shape[1] * x.shape[2] >= 2**31:
+        return f"the kernel takes sequences of less than 2^31 numbers, got {x.shape[1]} x {x.shape[2]}"
+    wrong = [value.dtype for value in parameters if value.dtype not in FLOATS]
+    if wrong:
+        return f"the kernel takes parameters in float32 or less, got {wrong[0]}"
+    if not (return_state or state is not None):
+        return None
+    if truncation is not None:
+        return "the kernel has no carried state with truncation"
+    carried = () if state is None else (state.hidden,)
+    if torch.is_grad_enabled() and any(value.requires_grad for value in (x, *parameters, *carried)):
+        return "the kernel has no gradient through a carried state"
+    return None
+
+
+@OP.backend("triton", priority=10, applies=_why_not_triton)
+def _triton(
+    x: Tensor,
+    *parameters: Tensor,
+    bidirectional: bool,
+    truncation: int | None,
+    lengths: Tensor | None,
+    state: EMAState | None,
+    return_state: bool,
+    activation: Activation,
+    dropout: float,
+) -> tuple[Tensor, EMAState | None]:
+    from sma_modules.ops.ema import fused
+
+    y, hidden = fused.ema(
+        x,
+        parameters,
+        bidirectional=bidirectional,
+        truncation=truncation,
+        lengths=lengths,
+        hidden=None if state is None else state.hidden,
+        stream=return_state,
+        activation=activation,
+        dropout=dropout,
+    )
+    return y, None if hidden is None else EMAState(hidden)
 
 
 from sma_modules.ops.ema import eager, reference  # noqa: E402,F401  (registers the backends)

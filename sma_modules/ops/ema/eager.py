@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sma_modules.ops.ema import OP
 from sma_modules.ops.ema.convolution import convolve
-from sma_modules.ops.ema.state import EMAState, initial_state
+from sma_modules.ops.ema.state import EMAState, compute_dtype, finished, initial_state
 
 STEP_LENGTH = 16
 """Up to this many tokens the recurrence is faster than setting up a convolution."""
@@ -39,9 +39,13 @@ def ema(
     lengths: Tensor | None,
     state: EMAState | None,
     return_state: bool,
+    activation: str,
+    dropout: float,
 ) -> tuple[Tensor, EMAState | None]:
     """See :func:`sma_modules.ops.ema.ema`; parameters are ``(D | 2 D, N)`` and ``omega (D,)``."""
     batch, length, dim = x.shape
+    narrow, dtype = x.dtype, compute_dtype(x)
+    x, delta, alpha, beta, gamma, omega = (value.to(dtype) for value in (x, delta, alpha, beta, gamma, omega))
     inner = x if lengths is None else x.masked_fill(_padding(lengths, length)[..., None], 0)
     decay = _coefficients(delta, alpha, beta, gamma)
     end = None
@@ -60,7 +64,7 @@ def ema(
             y, end = _chunk(inner, decay, lengths, start, begins=state is None)
         else:
             y, end = _truncated_chunk(inner, decay, truncation, lengths, start, begins=state is None)
-    return torch.addcmul(y, omega, x), end if return_state else None
+    return finished(torch.addcmul(y, omega, x), activation, dropout, narrow), end if return_state else None
 
 
 def _padding(lengths: Tensor, length: int) -> Tensor:

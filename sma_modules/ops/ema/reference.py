@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sma_modules.ops.ema import OP
-from sma_modules.ops.ema.state import EMAState, initial_state
+from sma_modules.ops.ema.state import EMAState, compute_dtype, finished, initial_state
 
 
 @OP.backend("reference", priority=90)
@@ -23,9 +23,13 @@ def ema(
     lengths: Tensor | None,
     state: EMAState | None,
     return_state: bool,
+    activation: str,
+    dropout: float,
 ) -> tuple[Tensor, EMAState | None]:
     """The recurrence, as in the paper. Parameters are ``(D | 2 D, N)`` and ``omega (D,)``."""
     batch, length, dim = x.shape
+    narrow, dtype = x.dtype, compute_dtype(x)
+    x, delta, alpha, beta, gamma, omega = (value.to(dtype) for value in (x, delta, alpha, beta, gamma, omega))
     if lengths is None:
         lengths = torch.full((batch,), length, device=x.device)
     p = torch.sigmoid(delta)
@@ -42,7 +46,7 @@ def ema(
         start = initial_state(batch, dim, gamma.shape[1], truncation, like=x)
         states, _ = _run(inner.flip(1), lengths, q[dim:], drive[dim:], truncation, start)
         y = y + torch.einsum("lbdn,dn->bld", states.flip(0), read[dim:])
-    return y, end if return_state else None
+    return finished(y, activation, dropout, narrow), end if return_state else None
 
 
 def _run(

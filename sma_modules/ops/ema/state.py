@@ -36,6 +36,13 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def finished(y: Tensor, activation: str, dropout: float, dtype: torch.dtype) -> Tensor:
+    """Activation and dropout of an output, then its one rounding to ``dtype``."""
+    if activation == "silu":
+        y = torch.nn.functional.silu(y)
+    return torch.dropout(y, dropout, train=dropout > 0).to(dtype)
+
+
 def initial_state(batch: int, dim: int, n_state: int, truncation: int | None, *, like: Tensor) -> EMAState:
     """State before the first token, on the device of ``like``, in the dtype that an input like it computes in."""
     dtype = compute_dtype(like)

@@ -1,0 +1,80 @@
+"""Figures of the documentation, from the results of sweeps. Needs matplotlib (extra ``plot``) and no GPU."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.pages import latest_sweeps, read
+from benchmarks.timing import Spread
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = {"sparse": "#0072B2", "dense": "#D55E00", "Transformer, flash": "#009E73"}
+"""Okabe and Ito 2008: told apart with any colour vision."""
+
+
+def draw(files: Sequence[Path], out: Path) -> list[Path]:
+    """One SVG for each sweep name, a panel for each of its lines; returns the files that were written."""
+    named: dict[str, list[dict[str, Any]]] = {}
+    for sweep in latest_sweeps([read(file) for file in files]):
+        named.setdefault(sweep["sweep"], []).append(sweep)
+    return [_draw(name, sweeps, out / figure_name(name)) for name, sweeps in named.items()]
+
+
+def figure_name(sweep: str) -> str:
+    """The file of one sweep's figure."""
+    return f"speed_{re.sub(r'[^a-z0-9]+', '_', sweep.lower())}.svg"
+
+
+def _draw(name: str, sweeps: Sequence[dict[str, Any]], path: Path) -> Path:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(sweeps), 3.6), facecolor="white", layout="constrained")
+    for axes, sweep in zip(figure.subplots(1, len(sweeps), squeeze=False)[0], sweeps, strict=True):
+        _panel(axes, sweep)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The same results give the same bytes.
+    with matplotlib.rc_context({"svg.hashsalt": "sma"}):
+        figure.savefig(path, metadata={"Date": None})
+    return path
+
+
+def _panel(axes: Axes, sweep: dict[str, Any]) -> None:
+    labels = dict.fromkeys(row["model"] for point in sweep["points"] for row in point["rows"])
+    for label in labels:
+        points = [
+            (point["x"], spread)
+            for point in sweep["points"]
+            for row in point["rows"]
+            if row["model"] == label and (spread := Spread.of(row["train_ms"]))
+        ]
+        if points:
+            x, colour = [x for x, _ in points], COLOURS.get(label, "#333333")
+            axes.plot(x, [each.median for _, each in points], marker="o", markersize=3, color=colour, label=label)
+            low, high = [each.low for _, each in points], [each.high for _, each in points]
+            axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    where = sweep.get("crossover_train_ms")
+    if where:
+        axes.axvline(where, color="#59636e", linewidth=0.8, linestyle=":")
+        axes.annotate(f" {where:.3g}", (where, 0.03), xycoords=("data", "axes fraction"), color="#59636e", fontsize=8)
+    if sweep["axis"] == "active share":
+        axes.set_ylim(bottom=0)
+    else:
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks([point["x"] for point in sweep["points"]], [_short(point["x"]) for point in sweep["points"]])
+        axes.minorticks_off()
+    axes.set_title(sweep["title"], fontsize=9)
+    axes.set_xlabel(sweep["axis"])
+    axes.set_ylabel("forward and backward, ms")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _short(x: float) -> str:
+    return f"{x / 1024:g}K" if x >= 1024 else f"{x:g}"

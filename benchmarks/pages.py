@@ -1,0 +1,129 @@
+"""The documentation's page of results, as Markdown, from the files in ``benchmarks/results``.
+
+Of every workload, sweep and profile the latest measurement at full size is shown, for each device. What was found about
+a workload in words is kept beside the numbers, in ``benchmarks/results/notes/<workload>.md``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.tables import HEAD, PROFILE_HEAD, errors, markdown_table, profile_cells, workload_cells
+
+RESULTS = Path(__file__).parent / "results"
+STATIC = Path(__file__).parent.parent / "docs" / "_static"
+NOTHING = "Nothing has been measured yet: `python -m benchmarks --json benchmarks/results/NAME.json` does."
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A file of results, also of earlier versions; empty for any other JSON."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) and "environment" in content else {}
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    """Every file of results at full size, the latest last."""
+    records = [record for file in sorted(folder.glob("*.json")) if (record := read(file))]
+    full = [record for record in records if record["environment"].get("scale", "full") == "full"]
+    return sorted(full, key=_order)
+
+
+def _order(record: dict[str, Any]) -> tuple[bool, str]:
+    """Later ones replace earlier ones, and those of a GPU those of a CPU."""
+    environment = record["environment"]
+    return environment.get("kind") == "cuda", environment.get("date", "")
+
+
+def latest_sweeps(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The sweeps of all files; of the same one on the same device the latest."""
+    found = {}
+    for record in sorted(filter(None, records), key=_order):
+        for sweep in record.get("sweeps", []):
+            found[sweep["sweep"], sweep["title"]] = sweep | {"environment": record["environment"]}
+    return list(found.values())
+
+
+def workloads(folder: Path = RESULTS) -> str:
+    """A section for every workload: what it is, the table, and what was found."""
+    found: dict[tuple[str, str], str] = {}
+    for record in _records(folder):
+        environment = record["environment"]
+        for name in dict.fromkeys(row["workload"] for row in record.get("rows", [])):
+            found[name, environment["device"]] = _section(name, record)
+    notes = folder / "notes"
+    parts = []
+    for name in dict.fromkeys(name for name, _ in found):
+        sections = [text for (workload, _), text in found.items() if workload == name]
+        note = notes / f"{name}.md"
+        words = [note.read_text(encoding="utf-8").strip()] if note.exists() else []
+        parts.append("\n\n".join([f"### {name}", *sections, *words]))
+    return "\n\n".join(parts) or NOTHING
+
+
+def _section(name: str, record: dict[str, Any]) -> str:
+    rows = [row for row in record["rows"] if row["workload"] == name]
+    # Earlier files name no rows to compare with: their first row is ours, and there is no peer.
+    about = record.get("workloads", {}).get(name, {"ours": rows[0]["model"], "peer": ""})
+    timed = [row for row in rows if row.get("train_ms") or row.get("forward_ms")]
+    what = [about["title"] + "."] if "title" in about else []
+    if about.get("train"):
+        what.append(f"Train: {about['train']}.")
+    if about.get("peer"):
+        what.append(f"Peer: {about['peer']}; ours: {about['ours']}.")
+    what.append(_environment(record["environment"]))
+    parts = [" ".join(what), markdown_table(HEAD, workload_cells(timed, about))]
+    if errors(rows):
+        parts.append("Not measured: " + "; ".join(errors(rows)) + ".")
+    return "\n\n".join(parts)
+
+
+def _environment(environment: dict[str, Any]) -> str:
+    known = (("torch", "torch"), ("triton", "triton"), ("flash-linear-attention", "fla"), ("sma", "sma"))
+    versions = [f"{short} {environment[name]}" for name, short in known if environment.get(name)]
+    commit, date = environment.get("commit"), environment.get("date", "")[:10]
+    parts = [environment["device"], environment["dtype"], *versions]
+    parts += [f"commit {commit}"] if commit else []
+    return ", ".join([*parts, *([date] if date else [])]) + "."
+
+
+def sweeps(folder: Path = RESULTS) -> str:
+    """The figures, and where sparse and dense cross."""
+    from benchmarks.figures import figure_name
+
+    found = latest_sweeps(_records(folder))
+    parts = []
+    for name in dict.fromkeys(sweep["sweep"] for sweep in found):
+        own = [sweep for sweep in found if sweep["sweep"] == name]
+        if (STATIC / figure_name(name)).exists():
+            parts.append(f"![Times over {own[0]['axis']}](../_static/{figure_name(name)})")
+        parts.append("\n".join(f"- {_crossing(sweep)}" for sweep in own))
+    return "\n\n".join(parts) or NOTHING
+
+
+def _crossing(sweep: dict[str, Any]) -> str:
+    where = sweep.get("crossover_train_ms")
+    found = f"as fast as always-on at {sweep['axis']} {where:.3g}" if where else "no crossing in the range"
+    return f"{sweep['title']}: {found} ({_environment(sweep['environment'])[:-1]})."
+
+
+def profiles(folder: Path = RESULTS) -> str:
+    """A table for every workload that was profiled."""
+    found: dict[str, str] = {}
+    for record in _records(folder):
+        for profile in record.get("profiles", []):
+            limits = profile["ceilings"]
+            title = (
+                f"### Inside {profile['workload']}\n\nA training step at r {profile['share']:.2f} took "
+                f"{profile['wall_ms']:.3g} ms. Measured in the same run: copies at {limits['bandwidth'] / 1e12:.2f} "
+                f"TB/s, matrix products at {limits['arithmetic'] / 1e12:.0f} TFLOP/s. "
+            )
+            table = markdown_table(PROFILE_HEAD, profile_cells(profile))
+            found[profile["workload"]] = f"{title}{_environment(record['environment'])}\n\n{table}"
+    return "\n\n".join(found.values()) or NOTHING
+
+
+PARTS = {"benchmark_workloads": workloads, "benchmark_sweeps": sweeps, "benchmark_profiles": profiles}
+"""What the documentation fills in, by the name of its mark."""

@@ -1,0 +1,96 @@
+"""From results to tables, for the terminal and for the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.timing import Spread, times_as_fast
+
+HEAD = ("model", "r", "train ms", "min..max", "x peer", "x ours", "forward ms", "x peer", "MiB")
+
+
+def milliseconds(value: float) -> str:
+    """Three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def factor(value: float | None) -> str:
+    """How many times as fast."""
+    return "-" if value is None else f"{value:.2f}"
+
+
+def workload_cells(rows: Sequence[Mapping[str, Any]], about: Mapping[str, str]) -> list[list[str]]:
+    """One line of cells for each row of a workload, under :data:`HEAD`.
+
+    Args:
+        rows: results.
+        about: the labels of the rows ``ours`` and ``peer``.
+    """
+    named = {row["model"]: row for row in rows}
+    ours, peer = (named.get(about.get(key, ""), {}) for key in ("ours", "peer"))
+    lines = []
+    for row in rows:
+        # What has no training step is compared by its forward pass.
+        main = "train_ms" if row.get("train_ms") else "forward_ms"
+        spread, train, forward = (Spread.of(row.get(key)) for key in (main, "train_ms", "forward_ms"))
+        share, memory = row.get("share"), row.get("train_mib")
+        lines.append(
+            [
+                row["model"],
+                "-" if share is None else f"{share:.2f}",
+                milliseconds(train.median) if train else "-",
+                f"{milliseconds(spread.low)}..{milliseconds(spread.high)}" if spread else "-",
+                factor(times_as_fast(row.get("train_ms"), peer.get("train_ms"))),
+                factor(times_as_fast(row.get(main), ours.get(main))),
+                milliseconds(forward.median) if forward else "-",
+                factor(times_as_fast(row.get("forward_ms"), peer.get("forward_ms"))),
+                "-" if memory is None else f"{memory:,.0f}",
+            ]
+        )
+    return lines
+
+
+PROFILE_HEAD = ("part", "calls", "ms", "share", "floor ms", "x floor")
+
+
+def profile_cells(profile: Mapping[str, Any]) -> list[list[str]]:
+    """One line of cells for each group, the longest first, and one for the step."""
+    busy = sum(group["ms"] for group in profile["groups"])
+    lines = []
+    for group in sorted(profile["groups"], key=lambda group: -group["ms"]):
+        floor, spent = group["floor_ms"], group["ms"]
+        over = f"{spent / floor:.1f}" if floor and spent else "-"
+        floor_cell = milliseconds(floor) if floor else "-"
+        share = f"{spent / busy:.0%}" if busy else "-"
+        lines.append([group["group"], f"{group['calls']:.0f}", milliseconds(spent), share, floor_cell, over])
+    floors = sum(group["floor_ms"] or 0.0 for group in profile["groups"])
+    calls = sum(group["calls"] for group in profile["groups"])
+    lines.append(
+        ["all of it", f"{calls:.0f}", milliseconds(busy), "100%", milliseconds(floors), f"{busy / floors:.1f}"]
+    )
+    idle = max(profile["wall_ms"] - busy, 0.0)
+    lines.append(["the device waits", "-", milliseconds(idle), "-", "-", "-"])
+    return lines
+
+
+def errors(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why rows, or parts of them, were not measured."""
+    return [f"{row['model']}: {row['error']}" for row in rows if row.get("error")]
+
+
+def text_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Columns for a terminal."""
+    cells = [list(head), *map(list, lines)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
+    rows = []
+    for line in cells:
+        numbers = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        rows.append("  ".join([line[0].ljust(widths[0]), *numbers]))
+    return "\n".join(rows)
+
+
+def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table of the documentation."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in rows)

@@ -1,0 +1,37 @@
+"""combine with the operations of PyTorch, one after the other."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sma.ops.combine import OP, Plan, out_dtype
+from sma.ops.extract import extract
+from sma.ops.row_norm import RowNorm
+from sma.ops.row_norm.eager import row_norm
+from sma.routing import Packed
+
+
+@OP.backend("eager")
+def combine(
+    h: Tensor,
+    packed: Packed,
+    weight: Tensor | None,
+    skip: Tensor | None,
+    residual: Tensor | None,
+    norm: RowNorm | None,
+    plan: Plan,
+) -> Tensor:
+    """Weigh the rows, put them back, add, activate, normalise."""
+    dtype = out_dtype(h, skip, residual).dtype
+    if weight is not None:
+        rows = packed.index if not packed.fixed else packed.index.clamp(max=packed.row.numel() - 1)
+        h = h * weight.reshape(-1).index_select(0, rows).to(h.dtype)[:, None]
+    if not plan.drop_sum:
+        h = torch.dropout(h, plan.dropout, plan.dropout > 0)
+    y = extract(h, packed)
+    y = y if skip is None else skip + y
+    if plan.drop_sum:
+        y = torch.dropout(y, plan.dropout, plan.dropout > 0)
+    y = y if residual is None else y + residual
+    y = F.silu(y) if plan.activation == "silu" else y
+    return (y if norm is None else row_norm(y, norm)).to(dtype)

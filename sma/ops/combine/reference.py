@@ -1,0 +1,44 @@
+"""The definition of combine, token by token."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sma.ops.combine import OP, Plan, out_dtype
+from sma.ops.row_norm import RowNorm
+from sma.ops.row_norm.reference import normalise
+from sma.routing import Packed
+
+
+@OP.backend("reference", priority=90)
+def combine(
+    h: Tensor,
+    packed: Packed,
+    weight: Tensor | None,
+    skip: Tensor | None,
+    residual: Tensor | None,
+    norm: RowNorm | None,
+    plan: Plan,
+) -> Tensor:
+    """As it says: everything of one token after the other, in float32 at least."""
+    like = out_dtype(h, skip, residual)
+    wide = torch.promote_types(like.dtype, torch.float32)
+    batch, length = packed.shape
+    tokens: list[Tensor] = []
+    for b in range(batch):
+        for t in range(length):
+            row = int(packed.row[b * length + t])
+            # The sum of no rows keeps h in the graph where nothing is active.
+            value = h[row].to(wide) if row >= 0 else h[:0].sum(0).to(wide)
+            if weight is not None:
+                value = value * (weight[b, t].to(wide) if row >= 0 else weight[:0].sum().to(wide))
+            if not plan.drop_sum:
+                value = torch.dropout(value, plan.dropout, plan.dropout > 0)
+            value = value if skip is None else value + skip[b, t].to(wide)
+            if plan.drop_sum:
+                value = torch.dropout(value, plan.dropout, plan.dropout > 0)
+            value = value if residual is None else value + residual[b, t].to(wide)
+            value = F.silu(value) if plan.activation == "silu" else value
+            tokens.append(value if norm is None else normalise(value, norm))
+    out = torch.stack([*tokens, h.new_zeros(h.shape[1], dtype=wide) + h[:0].sum(0)])[:-1]
+    return out.view(batch, length, h.shape[1]).to(like.dtype)

@@ -1,0 +1,449 @@
+"""combine in one kernel forward and one backward. Only the sum in front of the activation is kept for the backward."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sma.ops.combine import Plan, out_dtype
+from sma.ops.kernel import draw_seed, kernel
+from sma.ops.row_norm import RowNorm
+from sma.ops.row_norm.triton_kernel import affine, scale, shares, sizes, stride, unscale
+from sma.ops.row_norm.triton_kernel import total as sum_of
+from sma.routing import Packed
+
+
+@triton.jit
+def _kept(seed, place, dropout):
+    """What a number is multiplied by: 0 or ``1 / (1 - dropout)``, always the same for a seed and a place."""
+    return tl.where(tl.rand(tl.load(seed), place) >= dropout, 1.0 / (1.0 - dropout), 0.0)
+
+
+@triton.jit
+def _silu(x):
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def forward_kernel(
+    h,
+    row,
+    weight,
+    skip,
+    residual,
+    norm_weight,
+    norm_bias,
+    seed,
+    total,
+    out,
+    tokens,
+    D,
+    dropout,
+    norm_eps,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    SILU: tl.constexpr,
+    NORM: tl.constexpr,
+    CENTRED: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DROP: tl.constexpr,
+    DROP_SUM: tl.constexpr,
+    KEEP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A block of tokens, each with all of its features."""
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    inside = (t < tokens)[:, None] & (d < D)
+    place = t[:, None] * D + d
+    r = tl.load(row + t, mask=t < tokens, other=-1).to(tl.int64)
+    active = r >= 0
+    s = tl.load(h + r[:, None] * D + d, mask=active[:, None] & (d < D), other=0).to(tl.float32)
+    if HAS_WEIGHT:
+        s = s * tl.load(weight + t, mask=active, other=0).to(tl.float32)[:, None]
+    if DROP and not DROP_SUM:
+        s = s * _kept(seed, place, dropout)
+    if HAS_SKIP:
+        s += tl.load(skip + place, mask=inside, other=0).to(tl.float32)
+    if DROP and DROP_SUM:
+        s = s * _kept(seed, place, dropout)
+    if HAS_RESIDUAL:
+        s += tl.load(residual + place, mask=inside, other=0).to(tl.float32)
+    if KEEP:
+        tl.store(total + place, s.to(total.dtype.element_ty), mask=inside)
+        s = s.to(total.dtype.element_ty).to(tl.float32)  # the backward knows the rounded sum: differentiate just that
+    if SILU:
+        s = _silu(s)
+    if NORM:
+        s, _ = scale(tl.where(inside, s, 0.0), norm_eps, inside, D, CENTRED)
+        s = affine(s, norm_weight, norm_bias, d, D, WEIGHT_STRIDE, HAS_BIAS)
+    tl.store(out + place, s.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def backward_kernel(
+    grad,
+    total,
+    h,
+    row,
+    weight,
+    norm_weight,
+    seed,
+    grad_residual,
+    grad_skip,
+    grad_h,
+    grad_weight,
+    grad_norm_weight,
+    grad_norm_bias,
+    tokens,
+    blocks,
+    D,
+    dropout,
+    norm_eps,
+    HAS_WEIGHT: tl.constexpr,
+    SILU: tl.constexpr,
+    NORM: tl.constexpr,
+    CENTRED: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DROP: tl.constexpr,
+    DROP_SUM: tl.constexpr,
+    KEEP: tl.constexpr,
+    STORE_SUM: tl.constexpr,
+    STORE_SKIP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Blocks of tokens one after the other, and their share of the gradients of the norm."""
+    program = tl.program_id(0)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    sum_weight = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)  # over the blocks; over their tokens at the end
+    sum_bias = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for block in range(blocks):
+        t = (program.to(tl.int64) * blocks + block) * BLOCK_T + tl.arange(0, BLOCK_T)
+        inside = (t < tokens)[:, None] & (d < D)
+        place = t[:, None] * D + d
+        g = tl.load(grad + place, mask=inside, other=0).to(tl.float32)
+        if KEEP:
+            s = tl.load(total + place, mask=inside, other=0).to(tl.float32)
+            if NORM:
+                y = _silu(s) if SILU else s
+                scaled, rstd = scale(tl.where(inside, y, 0.0), norm_eps, inside, D, CENTRED)
+                if HAS_BIAS:
+                    sum_bias += g
+                if WEIGHT_STRIDE >= 0:
+                    sum_weight += g * scaled
+                    g = g * tl.load(norm_weight + d * WEIGHT_STRIDE, mask=d < D, other=0).to(tl.float32)
+                g = unscale(g, scaled, rstd, inside, D, CENTRED)
+            if SILU:
+                gate = 1.0 / (1.0 + tl.exp(-s))
+                g = g * gate * (1.0 + s * (1.0 - gate))
+        if STORE_SUM:
+            tl.store(grad_residual + place, g.to(grad_residual.dtype.element_ty), mask=inside)
+        kept = _kept(seed, place, dropout) if DROP else 1.0
+        if DROP and DROP_SUM:
+            g = g * kept
+        if STORE_SKIP:
+            tl.store(grad_skip + place, g.to(grad_skip.dtype.element_ty), mask=inside)
+        if DROP and not DROP_SUM:
+            g = g * kept
+        r = tl.load(row + t, mask=t < tokens, other=-1).to(tl.int64)
+        cells = (r >= 0)[:, None] & (d < D)
+        if HAS_WEIGHT:
+            w = tl.load(weight + t, mask=r >= 0, other=0).to(tl.float32)
+            value = tl.load(h + r[:, None] * D + d, mask=cells, other=0).to(tl.float32)
+            tl.store(grad_weight + t, tl.sum(tl.where(cells, g * value, 0.0), 1), mask=t < tokens)
+            g = g * w[:, None]
+        tl.store(grad_h + r[:, None] * D + d, g.to(grad_h.dtype.element_ty), mask=cells)
+    if NORM and WEIGHT_STRIDE >= 0:
+        tl.store(grad_norm_weight + program * D + d, tl.sum(sum_weight, 0)[None, :], mask=d < D)
+    if NORM and HAS_BIAS:
+        tl.store(grad_norm_bias + program * D + d, tl.sum(sum_bias, 0)[None, :], mask=d < D)
+
+
+class Options(NamedTuple):
+    """What decides on the kernel."""
+
+    silu: bool
+    norm: bool
+    centred: bool
+    eps: float
+    dropout: float
+    drop_sum: bool
+
+    @property
+    def keep(self) -> bool:
+        """Whether the sum has to be kept for the backward."""
+        return self.silu or self.norm
+
+
+def _forward_fake(
+    h: Tensor,
+    row: Tensor,
+    weight: Tensor | None,
+    skip: Tensor | None,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    seed: Tensor | None,
+    silu: bool,
+    norm: bool,
+    centred: bool,
+    eps: float,
+    dropout: float,
+    drop_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    out = h.new_empty(row.numel(), h.shape[1], dtype=out_dtype(h, skip, residual).dtype)
+    return out, torch.empty_like(out) if silu or norm else out.new_empty(0)
+
+
+@kernel("combine_forward", fake=_forward_fake)
+def forward(
+    h: Tensor,
+    row: Tensor,
+    weight: Tensor | None,
+    skip: Tensor | None,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    seed: Tensor | None,
+    silu: bool,
+    norm: bool,
+    centred: bool,
+    eps: float,
+    dropout: float,
+    drop_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    """``(B L, D)`` and the sum in front of activation and norm (empty when there is neither); contiguous inputs."""
+    out, total = _forward_fake(
+        h, row, weight, skip, residual, norm_weight, norm_bias, seed, silu, norm, centred, eps, dropout, drop_sum
+    )
+    tokens, d = out.shape
+    block_t, block_d, warps = sizes(d)
+    forward_kernel[(triton.cdiv(tokens, block_t),)](
+        h,
+        row,
+        h if weight is None else weight,
+        h if skip is None else skip,
+        h if residual is None else residual,
+        h if norm_weight is None else norm_weight,
+        h if norm_bias is None else norm_bias,
+        row if seed is None else seed,
+        total,
+        out,
+        tokens,
+        d,
+        dropout,
+        eps,
+        HAS_WEIGHT=weight is not None,
+        HAS_SKIP=skip is not None,
+        HAS_RESIDUAL=residual is not None,
+        SILU=silu,
+        NORM=norm,
+        CENTRED=centred,
+        WEIGHT_STRIDE=stride(norm_weight),
+        HAS_BIAS=norm_bias is not None,
+        DROP=seed is not None,
+        DROP_SUM=drop_sum,
+        KEEP=silu or norm,
+        BLOCK_T=block_t,
+        BLOCK_D=block_d,
+        num_warps=warps,
+    )
+    return out, total
+
+
+def _backward_fake(
+    grad: Tensor,
+    total: Tensor,
+    h: Tensor,
+    row: Tensor,
+    weight: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    seed: Tensor | None,
+    silu: bool,
+    norm: bool,
+    centred: bool,
+    eps: float,
+    dropout: float,
+    drop_sum: bool,
+    fixed: bool,
+    need_residual: bool,
+    need_skip: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    apart = need_skip and seed is not None and drop_sum
+    programs = shares(grad.shape[0], h.shape[1])[1]
+
+    def part(there: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return grad.new_empty(shape if there else (0,), dtype=dtype)
+
+    return (
+        part(need_residual or (need_skip and not apart), *grad.shape, dtype=grad.dtype),
+        part(apart, *grad.shape, dtype=grad.dtype),
+        torch.zeros_like(h) if fixed else torch.empty_like(h),
+        part(weight is not None, row.numel()),
+        part(norm and norm_weight is not None, programs, h.shape[1]),
+        part(norm and norm_bias is not None, programs, h.shape[1]),
+    )
+
+
+@kernel("combine_backward", fake=_backward_fake)
+def backward(
+    grad: Tensor,
+    total: Tensor,
+    h: Tensor,
+    row: Tensor,
+    weight: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    seed: Tensor | None,
+    silu: bool,
+    norm: bool,
+    centred: bool,
+    eps: float,
+    dropout: float,
+    drop_sum: bool,
+    fixed: bool,
+    need_residual: bool,
+    need_skip: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the sum, of the skip (empty where it is that of the sum), of ``h``, of the weight, and each
+    program's share of the gradients of the norm's weight and bias; empty where not asked for.
+    """
+    outs = _backward_fake(
+        grad, total, h, row, weight, norm_weight, norm_bias, seed, silu, norm, centred, eps, dropout, drop_sum, fixed,
+        need_residual, need_skip,
+    )  # fmt: skip
+    grad_sum, grad_skip, grad_h, grad_weight, share_weight, share_bias = outs
+    tokens, d = grad.shape
+    block_t, block_d, warps = sizes(d)
+    each, programs = shares(tokens, d)
+    backward_kernel[(programs,)](
+        grad,
+        total,
+        h,
+        row,
+        h if weight is None else weight,
+        h if norm_weight is None else norm_weight,
+        row if seed is None else seed,
+        grad_sum,
+        grad_skip,
+        grad_h,
+        grad_weight,
+        share_weight,
+        share_bias,
+        tokens,
+        each,
+        d,
+        dropout,
+        eps,
+        HAS_WEIGHT=weight is not None,
+        SILU=silu,
+        NORM=norm,
+        CENTRED=centred,
+        WEIGHT_STRIDE=stride(norm_weight),
+        HAS_BIAS=norm_bias is not None,
+        DROP=seed is not None,
+        DROP_SUM=drop_sum,
+        KEEP=silu or norm,
+        STORE_SUM=grad_sum.numel() > 0,
+        STORE_SKIP=grad_skip.numel() > 0,
+        BLOCK_T=block_t,
+        BLOCK_D=block_d,
+        num_warps=warps,
+    )
+    return outs
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        row: Tensor,
+        weight: Tensor | None,
+        skip: Tensor | None,
+        residual: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        options: Options,
+        fixed: bool,
+    ) -> Tensor:
+        seed = draw_seed(h.device) if options.dropout > 0 else None
+        out, total = forward(h, row, weight, skip, residual, norm_weight, norm_bias, seed, *options)
+        ctx.save_for_backward(total, h, row, weight, norm_weight, norm_bias, seed)
+        ctx.options, ctx.fixed = options, fixed
+        ctx.dtypes = [None if each is None else each.dtype for each in (skip, residual)]
+        result: Tensor = out
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        total, h, row, weight, norm_weight, norm_bias, seed = ctx.saved_tensors
+        _, _, _, need_skip, need_residual, *_ = ctx.needs_input_grad
+        grads = backward(
+            grad.contiguous(), total, h, row, weight, norm_weight, norm_bias, seed, *ctx.options, ctx.fixed,
+            need_residual, need_skip,
+        )  # fmt: skip
+        grad_sum, grad_skip, grad_h, grad_weight, share_weight, share_bias = grads
+        skip_dtype, residual_dtype = ctx.dtypes
+        for_skip = grad_skip if grad_skip.numel() else grad_sum
+        return (
+            grad_h,
+            None,
+            None if weight is None else grad_weight.to(weight.dtype),
+            for_skip.to(skip_dtype) if need_skip else None,
+            grad_sum.to(residual_dtype) if need_residual else None,
+            sum_of(share_weight, norm_weight),
+            sum_of(share_bias, norm_bias),
+            None,
+            None,
+        )
+
+
+def combine(
+    h: Tensor,
+    packed: Packed,
+    weight: Tensor | None,
+    skip: Tensor | None,
+    residual: Tensor | None,
+    norm: RowNorm | None,
+    plan: Plan,
+) -> Tensor:
+    """See :func:`sma.ops.combine.combine`."""
+    d = h.shape[1]
+
+    def rows(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.contiguous().view(-1, d)
+
+    options = Options(
+        plan.activation == "silu",
+        norm is not None,
+        norm is not None and norm.centred,
+        1.0 if norm is None else norm.eps,
+        plan.dropout,
+        plan.drop_sum,
+    )
+    flat: Tensor = _Combine.apply(
+        h.contiguous(),
+        packed.row,
+        None if weight is None else weight.contiguous().view(-1),
+        rows(skip),
+        rows(residual),
+        None if norm is None else norm.weight,
+        None if norm is None else norm.bias,
+        options,
+        packed.fixed,
+    )
+    out: Tensor = flat.view(*packed.shape, d)
+    return out

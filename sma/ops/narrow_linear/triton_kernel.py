@@ -1,0 +1,188 @@
+"""narrow_linear with one look at x, forward and backward; the backward adds to the gradient that passes through."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sma.ops.kernel import kernel
+
+BLOCK_D = 128
+BLOCK_T = 8
+WARPS = 4
+TOKENS_PER_PROGRAM = 256
+"""Tokens over which a program of the backward pass adds up the gradient of the weights."""
+
+
+@triton.jit
+def forward_kernel(
+    x,
+    weight,
+    bias,
+    valid,
+    out,
+    tokens,
+    D,
+    C: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """C outputs of a block of tokens."""
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    real = t < tokens
+    if HAS_VALID:
+        real = real & (tl.load(valid + t, mask=real, other=0) != 0)
+    for c in tl.static_range(C):
+        total = tl.zeros((BLOCK_T,), tl.float32)
+        for first in range(0, D, BLOCK_D):
+            d = first + tl.arange(0, BLOCK_D)
+            w = tl.load(weight + c * D + d, mask=d < D, other=0).to(tl.float32)
+            part = tl.load(x + t[:, None] * D + d, mask=real[:, None] & (d < D), other=0).to(tl.float32)
+            total += tl.sum(part * w, 1)
+        total = tl.where(real, total + tl.load(bias + c).to(tl.float32), 0.0)
+        tl.store(out + t * C + c, total, mask=t < tokens)
+
+
+@triton.jit
+def backward_kernel(
+    x,
+    weight,
+    grad_out,
+    grad_x,
+    grad_weight,
+    grad_bias,
+    tokens,
+    blocks,
+    D,
+    C: tl.constexpr,
+    PADDED_C: tl.constexpr,
+    HAS_THROUGH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``grad_x = through + grad_out W`` (in place when through is there), and this program's share of the others."""
+    program = tl.program_id(0)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    outputs = tl.arange(0, PADDED_C)[:, None]
+    total = tl.zeros((PADDED_C, BLOCK_D), tl.float32)
+    total_bias = tl.zeros((PADDED_C, 1), tl.float32)
+    for block in range(blocks):
+        t = (program.to(tl.int64) * blocks + block) * BLOCK_T + tl.arange(0, BLOCK_T)
+        touched = tl.zeros((BLOCK_T,), tl.int1)
+        for c in tl.static_range(C):
+            touched = touched | (tl.load(grad_out + t * C + c, mask=t < tokens, other=0) != 0)  # NaN is
+        # Rows without a gradient are not even looked at.
+        cells = touched[:, None] & (d < D)
+        place = t[:, None] * D + d
+        value = tl.load(x + place, mask=cells, other=0).to(tl.float32)
+        if HAS_THROUGH:
+            new = tl.load(grad_x + place, mask=cells, other=0).to(tl.float32)
+        else:
+            new = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        for c in tl.static_range(C):
+            g = tl.load(grad_out + t * C + c, mask=t < tokens, other=0)
+            new += g[:, None] * tl.load(weight + c * D + d, mask=d < D, other=0).to(tl.float32)
+            total += tl.where(outputs == c, tl.sum(value * g[:, None], 0)[None, :], 0.0)
+            total_bias += tl.where(outputs == c, tl.sum(g), 0.0)
+        written = cells if HAS_THROUGH else (t < tokens)[:, None] & (d < D)
+        tl.store(grad_x + place, new.to(grad_x.dtype.element_ty), mask=written)
+    tl.store(grad_weight + (program * C + outputs) * D + d, total, mask=(outputs < C) & (d < D))
+    if tl.program_id(1) == 0:
+        tl.store(grad_bias + program * C + outputs, total_bias, mask=outputs < C)
+
+
+def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor, valid: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:2], weight.shape[0], dtype=torch.float32)
+
+
+@kernel("narrow_linear_forward", fake=_forward_fake)
+def forward(x: Tensor, weight: Tensor, bias: Tensor, valid: Tensor | None) -> Tensor:
+    """``(B, L, C)`` float32 of contiguous inputs."""
+    out = _forward_fake(x, weight, bias, valid)
+    tokens, d = x.shape[0] * x.shape[1], x.shape[2]
+    forward_kernel[(triton.cdiv(tokens, BLOCK_T),)](
+        x,
+        weight,
+        bias,
+        x if valid is None else valid,
+        out,
+        tokens,
+        d,
+        C=weight.shape[0],
+        HAS_VALID=valid is not None,
+        BLOCK_T=BLOCK_T,
+        BLOCK_D=BLOCK_D,
+        num_warps=WARPS,
+    )
+    return out
+
+
+def _backward_fake(
+    x: Tensor, weight: Tensor, grad_out: Tensor, through: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight), weight.new_empty(weight.shape[0])
+
+
+@kernel("narrow_linear_backward", fake=_backward_fake)
+def backward(x: Tensor, weight: Tensor, grad_out: Tensor, through: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``x``, weight and bias; ``through`` is left alone."""
+    return _backward(x, weight, grad_out, None if through is None else through.clone())
+
+
+def _backward(x: Tensor, weight: Tensor, grad_out: Tensor, through: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The same; ``through`` becomes the gradient of x."""
+    grad_x = torch.empty_like(x) if through is None else through
+    tokens, (outputs, d) = x.shape[0] * x.shape[1], weight.shape
+    programs = triton.cdiv(tokens, TOKENS_PER_PROGRAM)
+    grad_weight = weight.new_empty(programs, outputs, d, dtype=torch.float32)
+    grad_bias = weight.new_empty(programs, outputs, dtype=torch.float32)
+    backward_kernel[(programs, triton.cdiv(d, BLOCK_D))](
+        x,
+        weight,
+        grad_out,
+        grad_x,
+        grad_weight,
+        grad_bias,
+        tokens,
+        TOKENS_PER_PROGRAM // BLOCK_T,
+        d,
+        C=outputs,
+        PADDED_C=triton.next_power_of_2(outputs),
+        HAS_THROUGH=through is not None,
+        BLOCK_T=BLOCK_T,
+        BLOCK_D=BLOCK_D,
+        num_warps=WARPS,
+    )
+    return grad_x, grad_weight.sum(0).to(weight.dtype), grad_bias.sum(0).to(weight.dtype)
+
+
+class _NarrowLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, valid)
+        return forward(x, weight, bias, valid), x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, through: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, valid = ctx.saved_tensors
+        if grad_out is None:
+            return through, torch.zeros_like(weight), weight.new_zeros(weight.shape[0]), None
+        grad_out = grad_out.contiguous()
+        if valid is not None:
+            grad_out = grad_out.masked_fill(~valid[..., None], 0)
+        run = backward if torch.compiler.is_compiling() else _backward
+        return *run(x, weight, grad_out, None if through is None else through.contiguous()), None
+
+
+def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See :func:`sma.ops.narrow_linear.narrow_linear`."""
+    valid = None if valid is None else valid.contiguous()
+    return _NarrowLinear.apply(x.contiguous(), weight.contiguous(), bias, valid)  # type: ignore[no-any-return]

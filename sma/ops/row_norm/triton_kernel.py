@@ -1,0 +1,232 @@
+"""row_norm in one kernel forward and one backward, which computes the statistics anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sma.ops.kernel import kernel
+from sma.ops.row_norm import RowNorm
+
+ELEMENTS = 1024
+"""Numbers of a block of tokens, with WARPS warps."""
+WARPS = 4
+PROGRAMS = 2048
+"""About how many programs share the gradients of the weights."""
+
+
+@triton.jit
+def scale(y, eps, inside, D, CENTRED: tl.constexpr):
+    """``y (BLOCK_T, BLOCK_D)``, 0 outside, with mean square 1 (and mean 0), and the factor ``(BLOCK_T,)`` for that."""
+    if CENTRED:
+        y = tl.where(inside, y - (tl.sum(y, 1) / D)[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(y * y, 1) / D + eps)
+    return y * rstd[:, None], rstd
+
+
+@triton.jit
+def affine(y, weight, bias, d, D, WEIGHT_STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """``y * weight + bias``; the stride is -1 without a weight and 0 for a single number."""
+    if WEIGHT_STRIDE >= 0:
+        y = y * tl.load(weight + d * WEIGHT_STRIDE, mask=d < D, other=0).to(tl.float32)
+    if HAS_BIAS:
+        y += tl.load(bias + d, mask=d < D, other=0).to(tl.float32)
+    return y
+
+
+@triton.jit
+def unscale(g, scaled, rstd, inside, D, CENTRED: tl.constexpr):
+    """The gradient of what :func:`scale` was given, from that of what it gave."""
+    g = g - scaled * (tl.sum(g * scaled, 1) / D)[:, None]
+    if CENTRED:
+        g = g - (tl.sum(tl.where(inside, g, 0.0), 1) / D)[:, None]
+    return g * rstd[:, None]
+
+
+@triton.jit
+def forward_kernel(
+    x,
+    weight,
+    bias,
+    out,
+    tokens,
+    D,
+    eps,
+    CENTRED: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A block of tokens."""
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    inside = (t < tokens)[:, None] & (d < D)
+    y = tl.load(x + t[:, None] * D + d, mask=inside, other=0).to(tl.float32)
+    y, _ = scale(y, eps, inside, D, CENTRED)
+    y = affine(y, weight, bias, d, D, WEIGHT_STRIDE, HAS_BIAS)
+    tl.store(out + t[:, None] * D + d, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def backward_kernel(
+    grad,
+    x,
+    weight,
+    grad_x,
+    share_weight,
+    share_bias,
+    tokens,
+    blocks,
+    D,
+    eps,
+    CENTRED: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Blocks of tokens one after the other, and their share of the gradients of weight and bias."""
+    program = tl.program_id(0)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    sum_weight = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)  # over the blocks; over their tokens at the end
+    sum_bias = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for block in range(blocks):
+        t = (program.to(tl.int64) * blocks + block) * BLOCK_T + tl.arange(0, BLOCK_T)
+        inside = (t < tokens)[:, None] & (d < D)
+        place = t[:, None] * D + d
+        g = tl.load(grad + place, mask=inside, other=0).to(tl.float32)
+        y = tl.load(x + place, mask=inside, other=0).to(tl.float32)
+        scaled, rstd = scale(y, eps, inside, D, CENTRED)
+        if HAS_BIAS:
+            sum_bias += g
+        if WEIGHT_STRIDE >= 0:
+            sum_weight += g * scaled
+            g = g * tl.load(weight + d * WEIGHT_STRIDE, mask=d < D, other=0).to(tl.float32)
+        g = unscale(g, scaled, rstd, inside, D, CENTRED)
+        tl.store(grad_x + place, g.to(grad_x.dtype.element_ty), mask=inside)
+    if WEIGHT_STRIDE >= 0:
+        tl.store(share_weight + program * D + d, tl.sum(sum_weight, 0)[None, :], mask=d < D)
+    if HAS_BIAS:
+        tl.store(share_bias + program * D + d, tl.sum(sum_bias, 0)[None, :], mask=d < D)
+
+
+def sizes(d: int) -> tuple[int, int, int]:
+    """Tokens and features of a block, and warps."""
+    block_d = max(triton.next_power_of_2(d), 16)
+    return max(1, ELEMENTS // block_d), block_d, WARPS if block_d <= ELEMENTS else 2 * WARPS
+
+
+def shares(tokens: int, d: int) -> tuple[int, int]:
+    """Blocks for each program of a backward pass, and programs."""
+    blocks: int = triton.cdiv(tokens, sizes(d)[0])
+    each: int = triton.cdiv(blocks, PROGRAMS)
+    return each, triton.cdiv(blocks, each)
+
+
+def stride(weight: Tensor | None) -> int:
+    """What :func:`affine` calls so."""
+    return -1 if weight is None else int(weight.numel() > 1)
+
+
+def total(share: Tensor, parameter: Tensor | None) -> Tensor | None:
+    """The gradient of a parameter from the programs' shares ``(programs, D)``."""
+    if parameter is None:
+        return None
+    summed = share.sum(0) if parameter.numel() == share.shape[1] else share.sum()
+    return summed.reshape(parameter.shape).to(parameter.dtype)
+
+
+def _forward_fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, centred: bool, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@kernel("row_norm_forward", fake=_forward_fake)
+def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, centred: bool, eps: float) -> Tensor:
+    """``(T, D)`` of a contiguous x."""
+    out = torch.empty_like(x)
+    tokens, d = x.shape
+    block_t, block_d, warps = sizes(d)
+    forward_kernel[(triton.cdiv(tokens, block_t),)](
+        x,
+        x if weight is None else weight,
+        x if bias is None else bias,
+        out,
+        tokens,
+        d,
+        eps,
+        CENTRED=centred,
+        WEIGHT_STRIDE=stride(weight),
+        HAS_BIAS=bias is not None,
+        BLOCK_T=block_t,
+        BLOCK_D=block_d,
+        num_warps=warps,
+    )
+    return out
+
+
+def _backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, centred: bool, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    programs = shares(*x.shape)[1]
+    return (
+        torch.empty_like(x),
+        x.new_empty(0 if weight is None else programs, x.shape[1], dtype=torch.float32),
+        x.new_empty(0 if bias is None else programs, x.shape[1], dtype=torch.float32),
+    )
+
+
+@kernel("row_norm_backward", fake=_backward_fake)
+def backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, centred: bool, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of x, and shares of those of weight and bias."""
+    outs = _backward_fake(grad, x, weight, bias, centred, eps)
+    tokens, d = x.shape
+    block_t, block_d, warps = sizes(d)
+    each, programs = shares(tokens, d)
+    backward_kernel[(programs,)](
+        grad,
+        x,
+        x if weight is None else weight,
+        *outs,
+        tokens,
+        each,
+        d,
+        eps,
+        CENTRED=centred,
+        WEIGHT_STRIDE=stride(weight),
+        HAS_BIAS=bias is not None,
+        BLOCK_T=block_t,
+        BLOCK_D=block_d,
+        num_warps=warps,
+    )
+    return outs
+
+
+class _RowNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, centred: bool, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.centred, ctx.eps = centred, eps
+        out: Tensor = forward(x, weight, bias, centred, eps)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        grad_x, share_weight, share_bias = backward(grad.contiguous(), x, weight, bias, ctx.centred, ctx.eps)
+        return grad_x, total(share_weight, weight), total(share_bias, bias), None, None
+
+
+def row_norm(x: Tensor, norm: RowNorm) -> Tensor:
+    """See :func:`sma.ops.row_norm.row_norm`."""
+    rows = x.contiguous().view(-1, x.shape[-1])
+    out: Tensor = _RowNorm.apply(rows, norm.weight, norm.bias, norm.centred, norm.eps)
+    return out.view(x.shape)

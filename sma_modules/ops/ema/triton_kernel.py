@@ -1,0 +1,614 @@
+"""Kernels of the moving average: a chunked scan. README.md derives it.
+
+A program owns ``BLOCK`` channels, one per thread, and all N states of each: its tensors ``(N, BLOCK)`` lie in the
+registers of single threads, and the sum over the states needs no other thread. It walks over chunks of tokens, the
+same channels in many sequences and places, tile after tile of ``TILE`` tokens, of which ``STEP`` are loaded at once.
+
+``table (8, directions, N, D)`` holds the coefficients in the order of the names below, N padded to a power of two.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+Q = tl.constexpr(0)  # decay, rounded to float32
+CORRECTION = tl.constexpr(1)  # (true q / rounded q)^TILE - 1
+WEIGHT = tl.constexpr(2)  # of a state in the output
+CHUNK_LOSS = tl.constexpr(3)  # 1 - q^CHUNK
+CHUNK_SLOPE = tl.constexpr(4)  # d q^CHUNK / dq
+LEAVING = tl.constexpr(5)  # q^taps
+LEAVING_SLOPE = tl.constexpr(6)  # d q^taps / dq
+DRIVE = tl.constexpr(7)  # weight of an input in a state, where states carry it
+
+ONE_CHANNEL_EACH = ("table", "sums", "hidden", "hidden_end", "partial")
+"""What is read or written as ``(N, BLOCK)``. If the compiler knew these addresses to be multiples of 16 bytes it would
+give four neighbouring channels to one thread, to move them together, and spread the states over several threads, which
+would then have to talk to each other in the innermost loop."""
+
+
+@triton.jit
+def _sigmoid64(x):
+    return 1.0 / (1.0 + tl.exp(-tl.minimum(tl.maximum(x, -700.0), 700.0)))
+
+
+@triton.jit
+def _silu(x):
+    return x * tl.sigmoid(x)
+
+
+@triton.jit
+def _silu_slope(x):
+    s = tl.sigmoid(x)
+    return s * (1.0 + x * (1.0 - s))
+
+
+@triton.jit
+def prepare(
+    delta, alpha, beta, gamma, table, reach,
+    dim, n_state, read_scale, chunk, taps,
+    STREAM: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Coefficients, in float64 because powers of q near 1 are worthless otherwise; and each channel's reach.
+
+    The reach of a channel is the number of tokens after which even its slowest state is below 2^-40 of what it was.
+    """
+    direction = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    states = tl.arange(0, N)
+    real = (states < n_state)[:, None] & (columns < dim)[None, :]
+    at = (direction * dim + columns)[None, :] * n_state + states[:, None]
+    d = tl.load(delta + at, mask=real, other=0.0).to(tl.float64)
+    a = tl.load(alpha + at, mask=real, other=0.0).to(tl.float64)
+    p = _sigmoid64(d)
+    # 1 - p a without cancellation; the floor keeps its logarithm finite.
+    q = _sigmoid64(-d) + p * _sigmoid64(-a)
+    log_q = tl.log(tl.maximum(q, 1e-300))
+    rounded = q.to(tl.float32)
+    drift = log_q - tl.log(tl.maximum(rounded.to(tl.float64), 1e-300))
+    correction = tl.where(rounded > 0.5, tl.exp(drift * TILE) - 1.0, 0.0)
+    drive = p * tl.load(beta + at, mask=real, other=0.0).to(tl.float64)
+    weight = tl.load(gamma + at, mask=real, other=0.0).to(tl.float64) * read_scale
+    if not STREAM:
+        weight = weight * drive
+    out = table + direction * N * dim + states[:, None] * dim + columns[None, :]
+    size = tl.num_programs(0) * N * dim
+    inside = (states < N)[:, None] & (columns < dim)[None, :]
+    tl.store(out + Q * size, tl.where(real, rounded, 0.0), mask=inside)
+    tl.store(out + CORRECTION * size, tl.where(real, correction, 0.0).to(tl.float32), mask=inside)
+    tl.store(out + WEIGHT * size, tl.where(real, weight, 0.0).to(tl.float32), mask=inside)
+    tl.store(out + CHUNK_LOSS * size, tl.where(real, 1.0 - tl.exp(log_q * chunk), 1.0).to(tl.float32), mask=inside)
+    tl.store(
+        out + CHUNK_SLOPE * size,
+        tl.where(real, chunk * tl.exp(log_q * (chunk - 1)), 0.0).to(tl.float32),
+        mask=inside,
+    )
+    tl.store(out + LEAVING * size, tl.where(real, tl.exp(log_q * taps), 0.0).to(tl.float32), mask=inside)
+    tl.store(
+        out + LEAVING_SLOPE * size,
+        tl.where(real, taps * tl.exp(log_q * (taps - 1)), 0.0).to(tl.float32),
+        mask=inside,
+    )
+    tl.store(out + DRIVE * size, tl.where(real, drive, 0.0).to(tl.float32), mask=inside)
+    steps = tl.minimum(27.725887222397812 / tl.maximum(-log_q, 1e-8) + 1.0, 1073741824.0)
+    steps = tl.max(tl.where(real, steps.to(tl.float32), 0.0), axis=0)
+    tl.store(reach + direction * dim + columns, steps.to(tl.int32), mask=columns < dim)
+
+
+@triton.jit
+def _coefficient(table, field, direction, dim, columns, inside, DIRECTIONS: tl.constexpr, N: tl.constexpr):
+    """``(N, BLOCK)`` of the table."""
+    rows = (field * DIRECTIONS + direction) * N + tl.arange(0, N)
+    return tl.load(table + rows[:, None] * dim + columns[None, :], mask=inside[None, :], other=0.0)
+
+
+@triton.jit
+def _reach(reach, direction, dim, columns, inside):
+    return tl.max(tl.load(reach + direction * dim + columns, mask=inside, other=0), axis=0)
+
+
+@triton.jit
+def _token(row, t, limit, dim, columns, inside):
+    """``(BLOCK,)`` float32: token t, zero outside 0..limit - 1."""
+    return tl.load(row + t * dim + columns, mask=inside & (t >= 0) & (t < limit), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _tokens(row, first, limit, dim, columns, inside, REVERSE: tl.constexpr, STEP: tl.constexpr):
+    """The ``STEP`` tokens from ``first`` on, in the order of the scan: all loads on their way before any is used."""
+    tokens = ()
+    for i in tl.static_range(STEP):
+        t = first + (STEP - 1 - i if REVERSE else i)
+        tokens = tokens + (_token(row, t, limit, dim, columns, inside),)
+    return tokens
+
+
+@triton.jit
+def _in_order(tokens, i: tl.constexpr, REVERSE: tl.constexpr, STEP: tl.constexpr):
+    """Of a tuple in the order of the scan, the one that comes i-th in the sequence."""
+    return tokens[STEP - 1 - i if REVERSE else i]
+
+
+@triton.jit
+def _keep(seed, b, t, columns, dim, dropout):
+    """For tokens t .. t + 3 of sequence b, ``(BLOCK,)`` each: whether dropout keeps it. t is a multiple of 4."""
+    place = (t // 4) * dim + columns
+    zero = place * 0
+    r0, r1, r2, r3 = tl.philox(seed, place, zero + b, zero, zero)
+    k0 = tl.uint_to_uniform_float(r0) >= dropout
+    k1 = tl.uint_to_uniform_float(r1) >= dropout
+    k2 = tl.uint_to_uniform_float(r2) >= dropout
+    k3 = tl.uint_to_uniform_float(r3) >= dropout
+    return k0, k1, k2, k3
+
+
+@triton.jit
+def _sum_at(sums, b, j, chunks, direction, dim, columns, DIRECTIONS: tl.constexpr, PAIR: tl.constexpr, N: tl.constexpr):
+    """Pointers ``(N, BLOCK)`` into ``sums (B, chunks, directions, PAIR, N, D)``."""
+    place = ((b.to(tl.int64) * chunks + j) * DIRECTIONS + direction) * (PAIR * N)
+    return sums + place * dim + tl.arange(0, N)[:, None] * dim + columns[None, :]
+
+
+@triton.jit(do_not_specialize_on_alignment=ONE_CHANNEL_EACH)
+def chunk_sums(
+    source, pre, lengths, seed, table, reach, inputs, sums,
+    batch, length, dim, chunks, dropout, scale,
+    LENGTHS: tl.constexpr, SUMS: tl.constexpr, GRADIENT: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
+    DIRECTIONS: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    STEP: tl.constexpr,
+):  # fmt: skip
+    """What every chunk leaves behind: ``sum_j q^j u_j``, j tokens before its end (in the order of the scan).
+
+    ``GRADIENT``: of the gradient in place of the input, in the opposite order, with the derivative by q beside it.
+    With ``SILU`` or ``DROPOUT`` what comes in is the gradient of their result, and the one before them is left in
+    ``inputs (B, L, D)``.
+    """
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < dim
+    noise = tl.load(seed) if DROPOUT else 0
+    PAIR: tl.constexpr = 2 if GRADIENT else 1
+    for item in range(tl.program_id(1), batch * chunks, tl.num_programs(1)):
+        b = item // chunks
+        j = item - b * chunks
+        begin = j * CHUNK
+        tiles = (tl.minimum(length - begin, CHUNK) + TILE - 1) // TILE
+        row = b.to(tl.int64) * length * dim
+        limit = length
+        if LENGTHS and not GRADIENT:
+            limit = tl.minimum(tl.load(lengths + b).to(tl.int32), length)
+        if SILU or DROPOUT:
+            for k in range(tiles * (TILE // 4)):
+                _through_activation(
+                    source + row, pre + row, inputs + row, noise, b, begin + k * 4, length, dim, columns, inside,
+                    dropout, scale, SILU, DROPOUT,
+                )  # fmt: skip
+        if SUMS:
+            for direction in tl.static_range(DIRECTIONS):
+                if SILU or DROPOUT:
+                    entering = inputs + row
+                else:
+                    entering = source + row
+                out = _sum_at(sums, b, j, chunks, direction, dim, columns, DIRECTIONS, PAIR, N)
+                _chunk_sum(
+                    entering, out, table, reach, begin, tiles, limit, dim, columns, inside, direction,
+                    (direction == 1) != GRADIENT, GRADIENT, DIRECTIONS, N, BLOCK, TILE, STEP,
+                )  # fmt: skip
+
+
+@triton.jit
+def _chunk_sum(
+    entering, out, table, reach, begin, tiles, limit, dim, columns, inside, direction: tl.constexpr,
+    REVERSE: tl.constexpr, GRADIENT: tl.constexpr, DIRECTIONS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """One direction of one chunk. Tokens from which nothing is left at its end are passed over."""
+    q = _coefficient(table, Q, direction, dim, columns, inside, DIRECTIONS, N)
+    correction = _coefficient(table, CORRECTION, direction, dim, columns, inside, DIRECTIONS, N)
+    needed = (_reach(reach, direction, dim, columns, inside) + TILE - 1) // TILE
+    s = tl.zeros((N, BLOCK), tl.float32)
+    h = tl.zeros((N, BLOCK), tl.float32)
+    for k in range(tl.maximum(tiles - needed, 0), tiles):
+        tile = begin + (tiles - 1 - k if REVERSE else k) * TILE
+        s = s + s * correction
+        if GRADIENT:
+            h = h + h * correction
+        for part in tl.static_range(TILE // STEP):
+            first = tile + (TILE // STEP - 1 - part if REVERSE else part) * STEP
+            xs = _tokens(entering, first, limit, dim, columns, inside, REVERSE, STEP)
+            for i in tl.static_range(STEP):
+                if GRADIENT:
+                    h = h * q + s
+                s = s * q + xs[i][None, :]
+    tl.store(out, s, mask=inside[None, :])
+    if GRADIENT:
+        tl.store(out + N * dim, h, mask=inside[None, :])
+
+
+@triton.jit
+def _through_activation(
+    dy, pre, out, seed, b, t, length, dim, columns, inside, dropout, scale, SILU: tl.constexpr, DROPOUT: tl.constexpr
+):
+    """The gradient before dropout and activation of tokens t .. t + 3."""
+    if DROPOUT:
+        keeps = _keep(seed, b, t, columns, dim, dropout)
+    for i in tl.static_range(4):
+        g = _token(dy, t + i, length, dim, columns, inside)
+        # No gradient stays none, also where padding holds nan.
+        if SILU:
+            g = tl.where(g == 0.0, 0.0, g * _silu_slope(_token(pre, t + i, length, dim, columns, inside)))
+        if DROPOUT:
+            g = tl.where(keeps[i], g * scale, 0.0)
+        tl.store(out + (t + i) * dim + columns, g, mask=inside & (t + i < length))
+
+
+@triton.jit
+def carry(
+    sums, table, hidden, dim, chunks, n_state,
+    STREAM: tl.constexpr, CARRIED: tl.constexpr, GRADIENT: tl.constexpr, DIRECTIONS: tl.constexpr, N: tl.constexpr,
+    BLOCK: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Turns the sums of the chunks into the states at their beginnings, in place. Without truncation only.
+
+    ``hidden (B, D, n_state)`` is the state before the first chunk of a stream.
+    """
+    b = tl.program_id(0) // DIRECTIONS
+    direction = tl.program_id(0) % DIRECTIONS
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < N * dim
+    field = DIRECTIONS * N * dim
+    at = table + direction * N * dim + place
+    loss = tl.load(at + CHUNK_LOSS * field, mask=inside, other=0.0)
+    slope = tl.load(at + CHUNK_SLOPE * field, mask=inside, other=0.0)
+    drive = tl.load(at + DRIVE * field, mask=inside, other=0.0)
+    PAIR: tl.constexpr = 2 if GRADIENT else 1
+    stride = DIRECTIONS * PAIR * N * dim
+    start = sums + (b.to(tl.int64) * chunks * DIRECTIONS + direction) * (PAIR * N * dim) + place
+    reverse = direction == (0 if GRADIENT else 1)
+    s = tl.zeros((BLOCK,), tl.float32)
+    h = tl.zeros((BLOCK,), tl.float32)
+    if CARRIED:
+        n = place // dim
+        at = hidden + (b.to(tl.int64) * dim + place - n * dim) * n_state + n
+        s = tl.load(at, mask=inside & (n < n_state), other=0.0)
+    for base in range(0, chunks, AHEAD):
+        added = ()
+        slopes = ()
+        for i in tl.static_range(AHEAD):
+            j = tl.where(reverse, chunks - 1 - base - i, base + i).to(tl.int64)
+            mask = inside & (base + i < chunks)
+            added = added + (tl.load(start + j * stride, mask=mask, other=0.0),)
+            if GRADIENT:
+                slopes = slopes + (tl.load(start + j * stride + N * dim, mask=mask, other=0.0),)
+        for i in tl.static_range(AHEAD):
+            j = tl.where(reverse, chunks - 1 - base - i, base + i).to(tl.int64)
+            mask = inside & (base + i < chunks)
+            tl.store(start + j * stride, s, mask=mask)
+            if GRADIENT:
+                tl.store(start + j * stride + N * dim, h, mask=mask)
+                h = h - loss * h + slope * s + slopes[i]
+            if STREAM:
+                s = s - loss * s + drive * added[i]
+            else:
+                s = s - loss * s + added[i]
+
+
+@triton.jit
+def _start(
+    sums, table, source, b, j, limit, chunks, dim, columns, inside, direction: tl.constexpr, needed, taps, leaves,
+    MANY: tl.constexpr, WINDOW: tl.constexpr, REVERSE: tl.constexpr, PAIR: tl.constexpr, DIRECTIONS: tl.constexpr,
+    CHUNK: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """States at the beginning of chunk j, and, for a ``PAIR``, their derivatives by q.
+
+    Without truncation they lie ready. With it they are summed over the chunks that the window reaches back to, less
+    the oldest tokens that it no longer reaches.
+    """
+    s = tl.zeros((N, BLOCK), tl.float32)
+    h = tl.zeros((N, BLOCK), tl.float32)
+    if MANY and not WINDOW:
+        at = _sum_at(sums, b, j, chunks, direction, dim, columns, DIRECTIONS, PAIR, N)
+        s = tl.load(at, mask=inside[None, :], other=0.0)
+        if PAIR == 2:
+            h = tl.load(at + N * dim, mask=inside[None, :], other=0.0)
+    if MANY and WINDOW:
+        loss = _coefficient(table, CHUNK_LOSS, direction, dim, columns, inside, DIRECTIONS, N)
+        whole = (taps + CHUNK - 1) // CHUNK
+        back = tl.minimum(whole, (needed + CHUNK - 1) // CHUNK)
+        back = tl.minimum(back, chunks - 1 - j if REVERSE else j)
+        for i in range(back):
+            other = j + back - i if REVERSE else j - back + i
+            at = _sum_at(sums, b, other, chunks, direction, dim, columns, DIRECTIONS, PAIR, N)
+            if PAIR == 2:
+                slope = _coefficient(table, CHUNK_SLOPE, direction, dim, columns, inside, DIRECTIONS, N)
+                h = h - loss * h + slope * s + tl.load(at + N * dim, mask=inside[None, :], other=0.0)
+            s = s - loss * s + tl.load(at, mask=inside[None, :], other=0.0)
+        if leaves:
+            q = _coefficient(table, Q, direction, dim, columns, inside, DIRECTIONS, N)
+            old = tl.zeros((N, BLOCK), tl.float32)
+            older = tl.zeros((N, BLOCK), tl.float32)
+            for i in range(whole * CHUNK - taps):
+                t = (j + 1 + whole) * CHUNK - 1 - i if REVERSE else (j - whole) * CHUNK + i
+                if PAIR == 2:
+                    older = older * q + old
+                old = old * q + _token(source, t, limit, dim, columns, inside)[None, :]
+            gone = _coefficient(table, LEAVING, direction, dim, columns, inside, DIRECTIONS, N)
+            if PAIR == 2:
+                slope = _coefficient(table, LEAVING_SLOPE, direction, dim, columns, inside, DIRECTIONS, N)
+                h = h - gone * older - slope * old
+            s = s - gone * old
+    return s, h
+
+
+@triton.jit
+def _forward_sweep(
+    s, q, weight, x, y, pre, scratch, hidden_end, table, omega, seed,
+    b, begin, tiles, limit, length, dim, columns, inside, lanes, direction: tl.constexpr, taps, dropout, scale, n_state,
+    LEAVES: tl.constexpr, STREAM: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr, SAVE: tl.constexpr,
+    DIRECTIONS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """One direction of one chunk. The last direction adds what the first left in ``scratch`` and finishes the output."""
+    REVERSE: tl.constexpr = direction == 1
+    correction = _coefficient(table, CORRECTION, direction, dim, columns, inside, DIRECTIONS, N)
+    if LEAVES:
+        gone = _coefficient(table, LEAVING, direction, dim, columns, inside, DIRECTIONS, N)
+    if STREAM:
+        drive = _coefficient(table, DRIVE, direction, dim, columns, inside, DIRECTIONS, N)
+        end = s
+    for k in range(tiles * (TILE // STEP)):
+        local = (tiles * (TILE // STEP) - 1 - k if REVERSE else k) * STEP
+        first = begin + local
+        xs = _tokens(x, first, length, dim, columns, inside, REVERSE, STEP)
+        if LEAVES:
+            olds = _tokens(x, first + (taps if REVERSE else -taps), limit, dim, columns, inside, REVERSE, STEP)
+        if direction == 1:
+            before = _tokens(scratch, local, tiles * TILE, BLOCK, lanes, inside, REVERSE, STEP)
+        s = s + s * correction
+        outs = ()
+        for i in tl.static_range(STEP):
+            t = first + (STEP - 1 - i if REVERSE else i)
+            u = tl.where(t < limit, xs[i], 0.0)[None, :]
+            if STREAM:
+                u = u * drive
+            s = s * q + u
+            if LEAVES:
+                s = s - gone * olds[i][None, :]
+            outs = outs + (tl.sum(s * weight, axis=0),)
+            if STREAM:
+                end = tl.where(t == limit - 1, s, end)
+        if direction == DIRECTIONS - 1:
+            for group in tl.static_range(STEP // 4):
+                if DROPOUT:
+                    keeps = _keep(seed, b, first + group * 4, columns, dim, dropout)
+                for i in tl.static_range(4):
+                    t = first + group * 4 + i
+                    value = _in_order(outs, group * 4 + i, REVERSE, STEP)
+                    value = value + omega * _in_order(xs, group * 4 + i, REVERSE, STEP)
+                    if direction == 1:
+                        value = value + _in_order(before, group * 4 + i, REVERSE, STEP)
+                    at = t * dim + columns
+                    mask = inside & (t < length)
+                    if SAVE:
+                        tl.store(pre + at, value, mask=mask)
+                    if SILU:
+                        value = _silu(value)
+                    if DROPOUT:
+                        value = tl.where(keeps[i], value * scale, 0.0)
+                    tl.store(y + at, value, mask=mask)
+        else:
+            for i in tl.static_range(STEP):
+                tl.store(scratch + (local + i) * BLOCK + lanes, _in_order(outs, i, REVERSE, STEP), mask=inside)
+    if STREAM:
+        # Rows with nothing new keep what they had.
+        if (tl.maximum(limit - 1, 0) >= begin) & (tl.maximum(limit - 1, 0) < begin + tiles * TILE):
+            states = tl.arange(0, N)
+            at = hidden_end + (b.to(tl.int64) * dim + columns)[None, :] * n_state + states[:, None]
+            tl.store(at, end, mask=inside[None, :] & (states < n_state)[:, None])
+
+
+@triton.jit(do_not_specialize_on_alignment=ONE_CHANNEL_EACH)
+def forward(
+    x, y, pre, scratch, sums, table, reach, omega, lengths, seed, hidden, hidden_end,
+    batch, length, dim, chunks, taps, dropout, scale, n_state,
+    LENGTHS: tl.constexpr, MANY: tl.constexpr, WINDOW: tl.constexpr, STREAM: tl.constexpr, CARRIED: tl.constexpr,
+    SILU: tl.constexpr, DROPOUT: tl.constexpr, SAVE: tl.constexpr,
+    DIRECTIONS: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    STEP: tl.constexpr,
+):  # fmt: skip
+    """The average, ``omega x``, activation and dropout of all chunks that fall to this program."""
+    tl.static_assert(TILE == STEP)
+    lanes = tl.arange(0, BLOCK)
+    columns = tl.program_id(0) * BLOCK + lanes
+    inside = columns < dim
+    direct = tl.load(omega + columns, mask=inside, other=0.0).to(tl.float32)
+    noise = tl.load(seed) if DROPOUT else 0
+    slot = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    mine = scratch + slot.to(tl.int64) * (CHUNK * BLOCK)
+    for item in range(tl.program_id(1), batch * chunks, tl.num_programs(1)):
+        b = item // chunks
+        j = item - b * chunks
+        begin = j * CHUNK
+        tiles = (tl.minimum(length - begin, CHUNK) + TILE - 1) // TILE
+        row = b.to(tl.int64) * length * dim
+        limit = length
+        if LENGTHS:
+            limit = tl.minimum(tl.load(lengths + b).to(tl.int32), length)
+        for direction in tl.static_range(DIRECTIONS):
+            q = _coefficient(table, Q, direction, dim, columns, inside, DIRECTIONS, N)
+            weight = _coefficient(table, WEIGHT, direction, dim, columns, inside, DIRECTIONS, N)
+            needed = _reach(reach, direction, dim, columns, inside)
+            leaves = needed > taps
+            s, _ = _start(
+                sums, table, x + row, b, j, limit, chunks, dim, columns, inside, direction, needed, taps, leaves,
+                MANY, WINDOW, direction == 1, 1, DIRECTIONS, CHUNK, N, BLOCK,
+            )  # fmt: skip
+            if CARRIED and not MANY:
+                states = tl.arange(0, N)
+                at = hidden + (b.to(tl.int64) * dim + columns)[None, :] * n_state + states[:, None]
+                s = tl.load(at, mask=inside[None, :] & (states < n_state)[:, None], other=0.0)
+            if WINDOW and leaves:
+                _forward_sweep(
+                    s, q, weight, x + row, y + row, pre + row, mine, hidden_end, table, direct, noise,
+                    b, begin, tiles, limit, length, dim, columns, inside, lanes, direction, taps, dropout, scale,
+                    n_state, True, STREAM, SILU, DROPOUT, SAVE, DIRECTIONS, N, BLOCK, TILE, STEP,
+                )  # fmt: skip
+            else:
+                _forward_sweep(
+                    s, q, weight, x + row, y + row, pre + row, mine, hidden_end, table, direct, noise,
+                    b, begin, tiles, limit, length, dim, columns, inside, lanes, direction, taps, dropout, scale,
+                    n_state, False, STREAM, SILU, DROPOUT, SAVE, DIRECTIONS, N, BLOCK, TILE, STEP,
+                )  # fmt: skip
+
+
+@triton.jit
+def _backward_sweep(
+    s, h, q, x, grad, dx, scratch, table, omega, by_omega,
+    begin, tiles, limit, length, dim, columns, inside, lanes, direction: tl.constexpr, taps,
+    LEAVES: tl.constexpr, DIRECTIONS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    STEP: tl.constexpr,
+):  # fmt: skip
+    """One direction of one chunk; returns the gradients by weight, by q (without weight) and by omega."""
+    REVERSE: tl.constexpr = direction == 0
+    weight = _coefficient(table, WEIGHT, direction, dim, columns, inside, DIRECTIONS, N)
+    by_weight = tl.zeros((N, BLOCK), tl.float32)
+    by_q = tl.zeros((N, BLOCK), tl.float32)
+    if LEAVES:
+        gone = _coefficient(table, LEAVING, direction, dim, columns, inside, DIRECTIONS, N)
+        slope = _coefficient(table, LEAVING_SLOPE, direction, dim, columns, inside, DIRECTIONS, N)
+    for k in range(tiles):
+        correction = _coefficient(table, CORRECTION, direction, dim, columns, inside, DIRECTIONS, N)
+        s = s + s * correction
+        h = h + h * correction
+        for part in tl.static_range(TILE // STEP):
+            local = (tiles - 1 - k if REVERSE else k) * TILE + (TILE // STEP - 1 - part if REVERSE else part) * STEP
+            first = begin + local
+            xs = _tokens(x, first, length, dim, columns, inside, REVERSE, STEP)
+            gs = _tokens(grad, first, length, dim, columns, inside, REVERSE, STEP)
+            if LEAVES:
+                olds = _tokens(grad, first + (taps if REVERSE else -taps), length, dim, columns, inside, REVERSE, STEP)
+            if direction == 1:
+                before = _tokens(scratch, local, tiles * TILE, BLOCK, lanes, inside, REVERSE, STEP)
+            for i in tl.static_range(STEP):
+                t = first + (STEP - 1 - i if REVERSE else i)
+                h = h * q + s
+                s = s * q + gs[i][None, :]
+                if LEAVES:
+                    h = h - slope * olds[i][None, :]
+                    s = s - gone * olds[i][None, :]
+                u = tl.where(t < limit, xs[i], 0.0)[None, :]
+                by_weight = by_weight + u * s
+                by_q = by_q + u * h
+                value = tl.sum(s * weight, axis=0)
+                if direction == 0:
+                    # No gradient stays none, also where padding holds nan.
+                    by_omega = by_omega + tl.where(gs[i] == 0.0, 0.0, gs[i] * xs[i])
+                if direction == 1:
+                    value = value + before[i]
+                if direction == DIRECTIONS - 1:
+                    value = tl.where(t < limit, value, 0.0) + omega * gs[i]
+                    tl.store(dx + t * dim + columns, value, mask=inside & (t < length))
+                else:
+                    tl.store(scratch + (t - begin) * BLOCK + lanes, value, mask=inside)
+    return by_weight, by_q, by_omega
+
+
+@triton.jit(do_not_specialize_on_alignment=ONE_CHANNEL_EACH)
+def backward(
+    x, grad, dx, scratch, sums, table, reach, omega, lengths, partial,
+    batch, length, dim, chunks, taps,
+    LENGTHS: tl.constexpr, MANY: tl.constexpr, WINDOW: tl.constexpr,
+    DIRECTIONS: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    STEP: tl.constexpr,
+):  # fmt: skip
+    """Gradients of all chunks that fall to this program, from ``grad``, that by the output before activation.
+
+    ``partial (programs, directions * 2 * N + 1, D)`` receives its share of the gradients by weight, q and omega.
+    """
+    lanes = tl.arange(0, BLOCK)
+    columns = tl.program_id(0) * BLOCK + lanes
+    inside = columns < dim
+    direct = tl.load(omega + columns, mask=inside, other=0.0).to(tl.float32)
+    slot = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    mine = scratch + slot.to(tl.int64) * (CHUNK * BLOCK)
+    share = partial + tl.program_id(1).to(tl.int64) * (DIRECTIONS * 2 * N + 1) * dim
+    by_omega = tl.zeros((BLOCK,), tl.float32)
+    for item in range(tl.program_id(1), batch * chunks, tl.num_programs(1)):
+        b = item // chunks
+        j = item - b * chunks
+        begin = j * CHUNK
+        tiles = (tl.minimum(length - begin, CHUNK) + TILE - 1) // TILE
+        row = b.to(tl.int64) * length * dim
+        limit = length
+        if LENGTHS:
+            limit = tl.minimum(tl.load(lengths + b).to(tl.int32), length)
+        for direction in tl.static_range(DIRECTIONS):
+            q = _coefficient(table, Q, direction, dim, columns, inside, DIRECTIONS, N)
+            needed = _reach(reach, direction, dim, columns, inside)
+            leaves = needed > taps
+            s, h = _start(
+                sums, table, grad + row, b, j, length, chunks, dim, columns, inside, direction, needed, taps, leaves,
+                MANY, WINDOW, direction == 0, 2, DIRECTIONS, CHUNK, N, BLOCK,
+            )  # fmt: skip
+            if WINDOW and leaves:
+                by_weight, by_q, by_omega = _backward_sweep(
+                    s, h, q, x + row, grad + row, dx + row, mine, table, direct, by_omega,
+                    begin, tiles, limit, length, dim, columns, inside, lanes, direction, taps,
+                    True, DIRECTIONS, N, BLOCK, TILE, STEP,
+                )  # fmt: skip
+            else:
+                by_weight, by_q, by_omega = _backward_sweep(
+                    s, h, q, x + row, grad + row, dx + row, mine, table, direct, by_omega,
+                    begin, tiles, limit, length, dim, columns, inside, lanes, direction, taps,
+                    False, DIRECTIONS, N, BLOCK, TILE, STEP,
+                )  # fmt: skip
+            # Kept in memory from chunk to chunk: registers are short. The first chunk finds nothing there yet.
+            later = item >= tl.num_programs(1)
+            at = share + (direction * 2 * N + tl.arange(0, N))[:, None] * dim + columns[None, :]
+            mask = inside[None, :]
+            tl.store(at, by_weight + tl.load(at, mask=mask & later, other=0.0), mask=mask)
+            at = at + N * dim
+            tl.store(at, by_q + tl.load(at, mask=mask & later, other=0.0), mask=mask)
+            tl.debug_barrier()
+    tl.store(share + DIRECTIONS * 2 * N * dim + columns, by_omega, mask=inside)
+
+
+@triton.jit
+def finish(
+    partial, delta, alpha, beta, gamma, by_delta, by_alpha, by_beta, by_gamma, by_omega,
+    programs, dim, n_state, read_scale,
+    DIRECTIONS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Adds up the shares of all programs, always in the same order, and goes on to the parameters."""
+    which = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < dim
+    slots = DIRECTIONS * 2 * N + 1
+    direction = which // n_state
+    n = which - direction * n_state
+    is_omega = which == DIRECTIONS * n_state
+    slot = tl.where(is_omega, slots - 1, direction * 2 * N + n)
+    weight = tl.zeros((ROWS, BLOCK), tl.float64)
+    decay = tl.zeros((ROWS, BLOCK), tl.float64)
+    for first in range(0, programs, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        at = partial + (rows.to(tl.int64) * slots + slot)[:, None] * dim + columns[None, :]
+        mask = (rows < programs)[:, None] & inside[None, :]
+        weight += tl.load(at, mask=mask, other=0.0).to(tl.float64)
+        decay += tl.load(at + N * dim, mask=mask & (not is_omega), other=0.0).to(tl.float64)
+    by_weight = tl.sum(weight, axis=0)
+    if is_omega:
+        tl.store(by_omega + columns, by_weight.to(by_omega.dtype.element_ty), mask=inside)
+    else:
+        at = (direction * dim + columns) * n_state + n
+        d = tl.load(delta + at, mask=inside, other=0.0).to(tl.float64)
+        a = tl.load(alpha + at, mask=inside, other=0.0).to(tl.float64)
+        bt = tl.load(beta + at, mask=inside, other=0.0).to(tl.float64)
+        g = tl.load(gamma + at, mask=inside, other=0.0).to(tl.float64) * read_scale
+        p = _sigmoid64(d)
+        damping = _sigmoid64(a)
+        by_q = tl.sum(decay, axis=0) * (g * p * bt)
+        delta_grad = p * _sigmoid64(-d) * (by_weight * g * bt - by_q * damping)
+        alpha_grad = -by_q * p * damping * _sigmoid64(-a)
+        tl.store(by_delta + at, delta_grad.to(by_delta.dtype.element_ty), mask=inside)
+        tl.store(by_alpha + at, alpha_grad.to(by_alpha.dtype.element_ty), mask=inside)
+        tl.store(by_beta + at, (by_weight * g * p).to(by_beta.dtype.element_ty), mask=inside)
+        tl.store(by_gamma + at, (by_weight * p * bt * read_scale).to(by_gamma.dtype.element_ty), mask=inside)

@@ -1,0 +1,172 @@
+"""The command at a size at which it runs in a moment, and the pages and figures that are made of what it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import pages, peers
+from benchmarks.__main__ import main
+from benchmarks.figures import draw
+from benchmarks.profiles import Ceilings, Work, group_of
+from benchmarks.rows import LM, load
+from benchmarks.subjects import Setting, model_subject
+from benchmarks.sweeps import crossover
+from benchmarks.tables import HEAD, workload_cells
+from benchmarks.workloads import WORKLOADS
+
+SMALL = ["--device", "cpu", "--scale", "small", "--rounds", "2"]
+STANDALONE = """
+import torch
+class SeqBoatLayer(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        width = options["embed_dim"]
+        self.q_router, self.hx_proj = torch.nn.Softmax(-1), torch.nn.Linear(width, 2 + width)
+    def forward(self, x):
+        hx = self.hx_proj(x)
+        return hx[..., 2:] + self.q_router(hx[..., :2])[..., 1:]
+class MultiHeadEMA(torch.nn.Identity): ...
+"""
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("results")
+    (folder / "standalone.py").write_text(STANDALONE)
+    options = ["--json", str(folder / "run.json"), "--reference", str(folder / "standalone.py")]
+    main(["cpu-lm", "ffn", "text-4k", "--rows", "r=0.15,r=0.3,r=0.25,dense,GLA", *SMALL, *options])
+    content: dict[str, Any] = json.loads((folder / "run.json").read_text())
+    return content
+
+
+def test_every_row_is_there(record: dict[str, Any]) -> None:
+    assert set(record["workloads"]) == {"cpu-lm", "ffn", "text-4k"}
+    for key in ("device", "dtype", "torch", "python", "sma", "date", "scale", "commit", "triton"):
+        assert key in record["environment"]
+    rows = {(row["workload"], row["model"]): row for row in record["rows"]}
+    for key in (("cpu-lm", "ours r=0.3"), ("cpu-lm", "published r=0.3"), ("ffn", "dense"), ("text-4k", "ours r=0.15")):
+        row = rows[key]
+        assert row["error"] is None
+        assert len(row["train_ms"]) == len(row["forward_ms"]) == 2
+        assert min(row["train_ms"] + row["forward_ms"]) > 0
+        assert row["parameters"] > 0
+    assert rows["cpu-lm", "ours r=0.3"]["share"] == pytest.approx(0.3, abs=0.03)
+    assert rows["cpu-lm", "published r=0.3"]["share"] == pytest.approx(0.3, abs=0.03)
+    assert rows["cpu-lm", "ours r=0.3"]["backends"]["window_attention"] == "eager"
+    assert rows["ffn", "dense"]["share"] is None
+    graph = rows["text-4k", "ours r=0.15, graph"]
+    assert graph["train_ms"] is None
+    assert graph["error"].startswith("not available: ")
+
+
+def test_the_table_compares_with_ours_and_the_peer(record: dict[str, Any]) -> None:
+    rows = [row for row in record["rows"] if row["workload"] == "cpu-lm"]
+    cells = {line[0]: line for line in workload_cells(rows, record["workloads"]["cpu-lm"])}
+    ours, other = rows[0], rows[1]
+    assert (ours["model"], other["model"]) == ("ours r=0.3", "published r=0.3")
+    assert cells["ours r=0.3"][4] == f"{median(other['train_ms']) / median(ours['train_ms']):.2f}"
+    assert cells["published r=0.3"][5] == f"{median(ours['train_ms']) / median(other['train_ms']):.2f}"
+    assert cells["ours r=0.3"][7] == f"{median(other['forward_ms']) / median(ours['forward_ms']):.2f}"
+    assert cells["published r=0.3"][4] == cells["ours r=0.3"][5] == "1.00"
+    assert all(len(line) == len(HEAD) for line in cells.values())
+
+
+def test_sweeps_and_profiles_run_and_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep, profile = tmp_path / "sweep.json", tmp_path / "profile.json"
+    main(["sweep", "width", *SMALL, "--json", str(sweep)])
+    main(["profile", "text-4k", *SMALL, "--json", str(profile)])
+    assert "all of it" in capsys.readouterr().out
+    first = json.loads(sweep.read_text())["sweeps"][0]
+    assert [point["x"] for point in first["points"]] == [64, 128]
+    assert first["crossover_train_ms"] == crossover(first["points"])["crossover_train_ms"]
+    (figure,) = draw([sweep, profile], tmp_path)
+    drawn = figure.read_bytes()
+    assert draw([sweep], tmp_path) == [figure]
+    assert figure.read_bytes() == drawn
+    groups = {group["group"]: group for group in json.loads(profile.read_text())["profiles"][0]["groups"]}
+    assert groups["EMA"]["ms"] > 0
+    assert groups["projections"]["floor_ms"] > 0
+
+
+def test_the_page_shows_the_latest_at_full_size(record: dict[str, Any], tmp_path: Path) -> None:
+    assert pages.workloads(tmp_path) == pages.sweeps(tmp_path) == pages.profiles(tmp_path) == pages.NOTHING
+    (tmp_path / "small.json").write_text(json.dumps(record))
+    assert pages.workloads(tmp_path) == pages.NOTHING
+    for name, date, times in (("a", "2026-02-01", [1.0, 3.0]), ("b", "2026-01-01", [70.0, 80.0])):
+        content = record | {"environment": record["environment"] | {"scale": "full", "date": date}}
+        content["rows"] = [row | {"train_ms": times} if row["train_ms"] else row for row in record["rows"]]
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "cpu-lm.md").write_text("The rest goes into sorting.")
+    page = pages.workloads(tmp_path)
+    assert "1.00..3.00" in page
+    assert "70.0..80.0" not in page
+    assert "The rest goes into sorting." in page.split("### ffn")[0]
+    assert "Not measured: ours r=0.15, graph: not available: " in page
+
+
+def test_what_was_measured_before_is_still_read() -> None:
+    assert "### text-4k" in pages.workloads()
+    assert "### lm-8k" in pages.workloads()
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(SystemExit, match="nothing is named text-5k; there are text-4k, "):
+        main(["run", "text-5k", *SMALL])
+
+
+def test_each_workload_names_rows_that_it_has() -> None:
+    for name, workload in WORKLOADS.items():
+        labels = [row.label for row in workload.rows]
+        assert len(set(labels)) == len(labels), name
+        assert workload.ours in labels, name
+        assert workload.peer in labels, name
+
+
+def test_the_published_layer_gets_the_sizes_of_the_spec() -> None:
+    options = peers.published_options(load("seqboat_lm", Setting(torch.device("cpu"), torch.float32)), LM, 8192)
+    assert (options["embed_dim"], options["zdim"], options["hdim"], options["window_size"]) == (616, 128, 1232, 1024)
+    assert (options["rel_pos_bias"], options["max_positions"], options["bidirectional"]) == ("rotary", 8192, False)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "group"),
+    [
+        ("_ema_forward_kernel", "EMA"),
+        ("window_attention_backward", "attention"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NTT", "projections"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdam>", "optimiser"),
+        ("void at::native::vectorized_elementwise_kernel<4, silu>", "element by element"),
+        ("something_else", "other"),
+    ],
+)
+def test_kernels_are_told_by_their_names(kernel: str, group: str) -> None:
+    assert group_of(kernel) == group
+
+
+def test_the_floor_is_the_slower_of_memory_and_arithmetic() -> None:
+    limits = Ceilings(bandwidth=1e12, arithmetic=1e14)
+    assert limits.floor_ms(Work(moved=2e9, operations=1e11)) == 2.0
+    assert limits.floor_ms(Work(moved=1e9, operations=4e11)) == 4.0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
+def test_a_captured_training_step_is_replayed() -> None:
+    setting = Setting(torch.device("cuda"), torch.bfloat16).of(2, 64)
+    subject = model_subject(peers.transformer(LM, 2, 64, 2, 128), LM, setting, graph=True)
+    assert subject.train is not None
+    assert (subject.peak or 0) > 0
+    weight = next(subject.module.parameters())
+    assert weight.grad is not None
+    weight.grad.fill_(7.0)
+    subject.train()
+    assert not bool((weight.grad == 7.0).any())
+    subject.module.eval()
+    subject.forward()
+    subject.forward()

@@ -1,0 +1,361 @@
+"""The kernels of sma.ops against their references: values, gradients, low precision, bounds, compilation."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sma.ops import RowNorm, combine, compress, extract, narrow_linear, pack, row_norm, using
+from sma.ops.compress import compress_through
+from sma.routing import Packed
+from tests.devices import DEVICE, error_of, needs_triton
+from tests.kernels import Compilation, compile_all
+
+pytestmark = needs_triton
+# Triton's interpreter cuts numbers off where it makes them bfloat16, instead of rounding.
+LOW = (torch.bfloat16, torch.float16) if DEVICE.type == "cuda" else (torch.float16,)
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE)
+
+
+def mask_of(batch: int, length: int, rate: float = 0.3) -> Tensor:
+    mask = torch.rand(batch, length, generator=torch.Generator().manual_seed(1)) < rate
+    if batch > 1:
+        mask[1] = False
+    return mask.to(DEVICE)
+
+
+def differentiable(*values: Tensor | None) -> list[Tensor]:
+    return [value.detach().clone().requires_grad_() for value in values if value is not None]
+
+
+def results(run: Callable[..., Any], inputs: list[Tensor], backend: str) -> list[Tensor]:
+    """Output and gradients by one backend."""
+    inputs = differentiable(*inputs)
+    with using(backend):
+        out = run(*inputs)
+        outs = out if isinstance(out, tuple) else (out,)
+        loss = sum(
+            (each.float() * torch.linspace(-1, 1, each.numel(), device=DEVICE).view_as(each)).sum() for each in outs
+        )
+        assert isinstance(loss, Tensor)
+        grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+    return [each.detach() for each in (*outs, *grads) if each is not None]
+
+
+def assert_same(run: Callable[..., Any], inputs: list[Tensor], tolerance: float = 2e-5) -> None:
+    for actual, expected in zip(results(run, inputs, "triton"), results(run, inputs, "reference"), strict=True):
+        assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+        bound = tolerance * max(1.0, float(expected.abs().max())) if expected.numel() else 0.0
+        assert error_of(actual, expected)[0] <= bound
+
+
+def assert_precise(run: Callable[..., Any], inputs: list[Tensor], dtype: torch.dtype) -> None:
+    """At most twice the error of the eager backend in the same precision, the largest and the mean."""
+    exact = results(run, [each.double() for each in inputs], "eager")
+    low = [each.to(dtype) for each in inputs]
+    for mine, base, truth in zip(results(run, low, "triton"), results(run, low, "eager"), exact, strict=True):
+        # One unit in the last place of the largest value is what rounding the result alone may cost.
+        unit = torch.finfo(dtype).eps * float(truth.abs().max())
+        for ours, theirs in zip(error_of(mine, truth), error_of(base, truth), strict=True):
+            assert ours <= 2 * theirs + 1e-3 * unit
+
+
+SHAPES = ((3, 50), (1, 1), (2, 129))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (4, 1030)])
+@pytest.mark.parametrize("capacity", [None, 1, 7, 5000])
+@pytest.mark.parametrize("positions", [None, "own", "shared"])
+def test_pack(shape: tuple[int, int], capacity: int | None, positions: str | None) -> None:
+    mask = mask_of(*shape)
+    own = torch.arange(mask.numel(), device=DEVICE).view(shape) * 3
+    position = {None: None, "own": own, "shared": own[:1].expand(shape)}[positions]
+    with using("reference"):
+        expected = pack(mask, position, capacity=capacity)
+    for backend in ("eager", "triton"):
+        with using(backend):
+            actual = pack(mask, position, capacity=capacity)
+        for name in ("index", "cu_seqlens", "row", "position", "overflow"):
+            have, want = getattr(actual, name), getattr(expected, name)
+            assert (have is None) == (want is None), name
+            assert have is None or (torch.equal(have, want) and have.dtype == want.dtype), name
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("capacity", [None, 7, 200])
+def test_data_movement_is_exact(rate: float, capacity: int | None) -> None:
+    packed = Packed.from_mask(mask_of(3, 50, rate), capacity=capacity)
+    rows, x, square = packed.index.numel(), numbers(3, 50, 20), torch.eye(20, device=DEVICE)
+    h = numbers(rows, 20, seed=2)
+
+    def through(x: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, same = compress_through(x, packed)
+        return tokens, same @ square
+
+    moves: tuple[tuple[Callable[..., Any], Tensor], ...] = (
+        (lambda x: compress(x, packed), x),
+        (lambda h: extract(h, packed), h),
+    )
+    for run, value in moves:
+        for actual, expected in zip(results(run, [value], "triton"), results(run, [value], "reference"), strict=True):
+            assert torch.equal(actual, expected)
+    assert_same(through, [x], 1e-6)
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 5])
+@pytest.mark.parametrize("padded", [False, True])
+def test_narrow_linear(outputs: int, padded: bool) -> None:
+    valid = mask_of(2, 40, 0.8) if padded else None
+    # Most tokens give no gradient, as in a router.
+    seen = mask_of(2, 40)[..., None]
+    square = torch.eye(20, device=DEVICE)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        out, same = narrow_linear(x, weight, bias, valid)
+        return torch.where(seen, out, out.detach()), same @ square
+
+    inputs = [numbers(2, 40, 20), numbers(outputs, 20, seed=1), numbers(outputs, seed=2)]
+    assert_same(run, inputs)
+    assert_same(lambda x, w, b: run(x, w, b)[0], inputs)
+    for dtype in LOW:
+        with using("triton"):
+            out, _ = narrow_linear(inputs[0].to(dtype), inputs[1], inputs[2], valid)
+        assert out.dtype == torch.float32
+
+
+def test_narrow_linear_does_not_look_at_padding() -> None:
+    x, weight = numbers(2, 9, 4), numbers(2, 4)
+    valid = torch.ones(2, 9, dtype=torch.bool, device=DEVICE)
+    valid[0, 5:] = False
+    x[0, 5:] = torch.nan
+    for each in results(lambda x, w: narrow_linear(x, w, w[:, 0], valid)[0], [x, weight], "triton"):
+        assert each.isfinite().all()
+
+
+def norms(d: int) -> Iterator[RowNorm | None]:
+    yield None
+    yield RowNorm(False, 1e-5, None, None)
+    yield RowNorm(False, 1e-5, numbers(1, seed=5), None)
+    yield RowNorm(True, 1e-5, numbers(d, seed=5), numbers(d, seed=6))
+
+
+@pytest.mark.parametrize("d", [1, 20, 129])
+def test_row_norm(d: int) -> None:
+    for norm in norms(d):
+        if norm is None:
+            continue
+        parameters = [each for each in (norm.weight, norm.bias) if each is not None]
+
+        def run(x: Tensor, *parameters: Tensor, norm: RowNorm = norm) -> Tensor:
+            weight, bias = (*parameters, None, None)[:2]
+            return row_norm(x, norm._replace(weight=weight, bias=bias))
+
+        assert_same(run, [numbers(3, 7, d) * 3 + 1, *parameters], 1e-4)
+        for dtype in (torch.float32, *LOW) if d > 1 else ():  # a single number has no slope but rounding errors
+            assert_precise(run, [numbers(40, 7, d), *parameters], dtype)
+
+
+@pytest.mark.parametrize("capacity", [None, 7, 200])
+@pytest.mark.parametrize("silu", [False, True])
+def test_combine(capacity: int | None, silu: bool) -> None:
+    packed, d = Packed.from_mask(mask_of(3, 12), capacity=capacity), 20
+    h, weight, skip, residual = numbers(packed.index.numel(), d), numbers(3, 12), numbers(3, 12, d), numbers(3, 12, d)
+    for weighed, skips, resides, norm in itertools.product((False, True), (False, True), (False, True), norms(d)):
+        parts = [part for part, there in ((weight, weighed), (skip, skips), (residual, resides)) if there]
+        parameters = [each for each in ((norm.weight, norm.bias) if norm else ()) if each is not None]
+        # Without anything added most tokens are 0, where a norm has a slope of eps^-0.5.
+        tolerance = 2e-5 if skips or resides or norm is None else 2e-2
+
+        def run(
+            h: Tensor,
+            *rest: Tensor,
+            there: tuple[bool, ...] = (weighed, skips, resides),
+            norm: RowNorm | None = norm,
+        ) -> Tensor:
+            values = iter(rest)
+            weight, skip, residual = (next(values) if each else None for each in there)
+            if norm is not None:
+                norm = norm._replace(
+                    **{key: next(values) for key in ("weight", "bias") if getattr(norm, key) is not None}
+                )
+            return combine(
+                h,
+                packed,
+                weight=weight,
+                skip=skip,
+                residual=residual,
+                activation="silu" if silu else "none",
+                norm=norm,
+            )
+
+        assert_same(run, [h, *parts, *parameters], tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+def test_combine_is_precise(dtype: torch.dtype) -> None:
+    packed = Packed.from_mask(mask_of(3, 40))
+    inputs = [
+        numbers(packed.index.numel(), 64),
+        numbers(3, 40).sigmoid(),
+        numbers(3, 40, 64),
+        numbers(3, 40, 64, seed=4),
+    ]
+    norm = RowNorm(False, 1e-5, numbers(1, seed=5), None)
+
+    def run(h: Tensor, weight: Tensor, skip: Tensor, residual: Tensor) -> Tensor:
+        return combine(h, packed, weight=weight, skip=skip, residual=residual, activation="silu", norm=norm)
+
+    assert_precise(run, inputs, dtype)
+
+
+@pytest.mark.parametrize("drop_sum", [False, True])
+def test_dropout_of_combine(drop_sum: bool) -> None:
+    """About the right share, scaled up; the backward pass drops what the forward pass dropped."""
+    packed = Packed.from_mask(mask_of(3, 50))
+    h, skip = differentiable(torch.ones(packed.index.numel(), 20), torch.ones(3, 50, 20))
+    h, skip = (each.detach().to(DEVICE).requires_grad_() for each in (h, skip))
+    with using("triton"):
+        y = combine(h, packed, skip=skip, dropout=0.25, drop_sum=drop_sum)
+        grad_h, grad_skip = torch.autograd.grad(y.sum(), [h, skip])
+        grad_of_h = extract(grad_h, packed)
+    dropped = grad_skip if drop_sum else grad_h
+    assert abs(float((dropped == 0).float().mean()) - 0.25) < 0.05
+    assert dropped.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    torch.testing.assert_close(y.detach(), grad_of_h + grad_skip)
+
+
+def test_nothing_that_is_not_active_leaks() -> None:
+    mask = mask_of(3, 20)
+    packed = Packed.from_mask(mask)
+    x = numbers(3, 20, 8).masked_fill(~mask[..., None], torch.nan)
+    weight = numbers(3, 20).masked_fill(~mask, torch.nan)
+    skip = numbers(3, 20, 8)
+    run = lambda x, weight, skip: combine(compress(x, packed), packed, weight=weight, skip=skip, activation="silu")  # noqa: E731
+    for each in results(run, [x, weight, skip], "triton"):
+        assert each.isfinite().all()
+
+
+def test_the_same_bits_twice() -> None:
+    packed = Packed.from_mask(mask_of(3, 50))
+    norm = RowNorm(True, 1e-5, numbers(20), numbers(20))
+    run = lambda h, skip: combine(h, packed, skip=skip, activation="silu", norm=norm)  # noqa: E731
+    inputs = [numbers(packed.index.numel(), 20), numbers(3, 50, 20)]
+    assert all(map(torch.equal, results(run, inputs, "triton"), results(run, inputs, "triton")))
+
+
+def test_nothing_around_the_output_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows and indices that are out of range write nowhere."""
+    from sma.ops.compress.triton_kernel import ELEMENTS, add_, take
+
+    whole = torch.full((3, 4 * ELEMENTS), 7.0, device=DEVICE)
+    index = torch.tensor([-5, 2**40, 3, 11, -(2**40)], device=DEVICE)
+    into = whole[1, : 8 * 12].view(8, 12)
+    add_(into, index, torch.ones(5, 12, device=DEVICE))
+    assert (whole[0] == 7).all()
+    assert (whole[1, 8 * 12 :] == 7).all()
+    assert (whole[2] == 7).all()
+    assert into.sum(1).tolist() == [84.0] * 3 + [96.0] + [84.0] * 4
+    assert take(into, index).sum(1).tolist() == [0.0, 0.0, 96.0, 0.0, 0.0]
+
+
+def test_operators_are_sound() -> None:
+    from sma.ops.combine import triton_kernel as merge
+    from sma.ops.compress import triton_kernel as rows
+    from sma.ops.narrow_linear import triton_kernel as linear
+    from sma.ops.pack import triton_kernel as packing
+    from sma.ops.row_norm import triton_kernel as norm_kernel
+
+    packed = Packed.from_mask(mask_of(2, 9))
+    x, h, mask = numbers(18, 4), numbers(packed.index.numel(), 4), mask_of(2, 9)
+    none = (None,) * 6
+    options = (True, False, False, 1.0, 0.0, False)
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (rows.take, (x, packed.index)),
+        (rows.add_, (x.clone(), packed.index, h)),
+        (linear.forward, (x.view(2, 9, 4), numbers(2, 4), numbers(2), None)),
+        (linear.backward, (x.view(2, 9, 4), numbers(2, 4), numbers(2, 9, 2), None)),
+        (packing.count, (mask,)),
+        (packing.place, (mask, packing.count(mask).cumsum(0, dtype=torch.int32), None, 18, True)),
+        (merge.forward, (h, packed.row, *none, *options)),
+        (merge.backward, (x, x, h, packed.row, None, None, None, None, *options, False, True, True)),
+        (norm_kernel.forward, (x, None, None, True, 1e-5)),
+        (norm_kernel.backward, (x, x, None, None, True, 1e-5)),
+    ]
+    for call, arguments in calls:
+        torch.library.opcheck(call.operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_compiles_in_one_graph() -> None:
+    packed, norm = Packed.from_mask(mask_of(2, 9)), RowNorm(True, 1e-5, numbers(4), numbers(4))
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        logits, x = narrow_linear(x, weight, weight[:, 0])
+        tokens, x = compress_through(x, packed)
+        return combine(
+            tokens * 2, packed, weight=logits[..., 0], skip=x @ weight.T @ weight, activation="silu", norm=norm
+        )
+
+    inputs = [numbers(2, 9, 4), numbers(2, 4)]
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(results(compiled, inputs, "triton"), results(run, inputs, "triton"), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+REAL_SIZES = {"Text": 128, "ListOps": 80, "Speech": 60, "language model": 616, "widest": 2048}
+
+
+def test_kernels_fit_the_hardware() -> None:
+    """At real sizes nothing spills from the registers, and shared memory suffices."""
+    from sma.ops.row_norm import triton_kernel as norm_kernel
+
+    asked: list[Compilation] = []
+    pointers = {"h": "*bf16", "row": "*i32", "weight": "*fp32", "skip": "*bf16", "residual": "*bf16", "seed": "*i64"}
+    norm = {
+        "norm_weight": "*fp32",
+        "norm_bias": "*fp32",
+        "norm_eps": "fp32",
+        "dropout": "fp32",
+        "D": "i32",
+        "tokens": "i32",
+        "blocks": "i32",
+    }
+    for d in REAL_SIZES.values():
+        block_t, block_d, warps = norm_kernel.sizes(d)
+        sizes = {"BLOCK_T": block_t, "BLOCK_D": block_d}
+        even = ["D"] if d % 16 == 0 else []
+        flags = {"HAS_WEIGHT": True, "SILU": True, "NORM": True, "CENTRED": True, "WEIGHT_STRIDE": 1, "HAS_BIAS": True}
+        flags |= {"DROP": True, "DROP_SUM": True, "KEEP": True, **sizes}
+        module, options = "sma.ops.combine.triton_kernel", {"num_warps": warps}
+        forward = {**pointers, **norm, "total": "*bf16", "out": "*bf16"}
+        asked.append(
+            Compilation(
+                module, "forward_kernel", forward, {**flags, "HAS_SKIP": True, "HAS_RESIDUAL": True}, options, even
+            )
+        )
+        grads = dict.fromkeys(("grad", "total", "grad_residual", "grad_skip", "grad_h"), "*bf16")
+        grads |= dict.fromkeys(("grad_weight", "grad_norm_weight", "grad_norm_bias"), "*fp32")
+        backward = {**flags, "STORE_SUM": True, "STORE_SKIP": True}
+        asked.append(Compilation(module, "backward_kernel", {**pointers, **norm, **grads}, backward, options, even))
+    asked.append(
+        Compilation(
+            "sma.ops.narrow_linear.triton_kernel",
+            "backward_kernel",
+            {"x": "*bf16", "weight": "*fp32", "grad_out": "*fp32", "grad_x": "*bf16", "grad_weight": "*fp32"}
+            | {"grad_bias": "*fp32", "tokens": "i32", "blocks": "i32", "D": "i32"},
+            {"C": 2, "PADDED_C": 2, "HAS_THROUGH": True, "BLOCK_T": 8, "BLOCK_D": 128},
+        )
+    )
+    for compilation, resources in zip(asked, compile_all(asked), strict=True):
+        # A few bytes are what the assembler parks in order to run more programs at a time.
+        assert resources.spilled <= 64, compilation
+        assert resources.shared < 100_000, compilation
