@@ -41,7 +41,7 @@ OP.backend("reference", priority=90)(gau_inputs_reference)
 
 
 def gau_inputs(
-    mx: Float[Tensor, "tokens z+2*h"],
+    mx: Float[Tensor, "tokens width"],
     gamma: Float[Tensor, "2 z"],
     beta: Float[Tensor, "2 z"],
     *,

@@ -46,7 +46,7 @@ def forward_blocks(z: int, width: int, itemsize: int, reach: int | None, biased:
     """
     beside = padded(z)
     if itemsize == 4:
-        return Blocks(32 if beside > 128 else 64, 32, feature_tile(width, beside, 64), 8, 2)
+        return Blocks(32 if beside >= 128 else 64, 32, feature_tile(width, beside, 64), 8, 2)
     features = feature_tile(width, beside, 128 if biased or again else 256)
     if beside > 128:
         return Blocks(64, 32, min(features, 128), 8, 2)
@@ -60,7 +60,7 @@ def d_keys_blocks(z: int, width: int, itemsize: int, biased: bool) -> tuple[Bloc
     """For a block of keys; and whether one pass gives the gradients of keys and of values (one tile of features)."""
     beside, features = padded(z), padded(width)
     if itemsize == 4:
-        return Blocks(32, 32, min(features, 64), 8 if beside > 128 else 4, 2), features <= 64 and beside <= 64
+        return Blocks(32, 32, min(features, 64), 8, 2), features <= 64 and beside <= 64
     if features <= 128 and beside <= 128:
         return Blocks(32 if biased or features + beside > 128 else 64, 64, features, 8, 2), True
     return Blocks(32 if biased or beside > 128 else 64, 64, min(features, 128), 8, 2), False
@@ -70,7 +70,7 @@ def d_queries_blocks(z: int, width: int, itemsize: int, biased: bool) -> Blocks:
     """For a block of queries."""
     beside, features = padded(z), padded(width)
     if itemsize == 4:
-        return Blocks(32, 32, min(features, 64), 8 if beside > 128 else 4, 2)
+        return Blocks(32, 32, min(features, 64), 8, 2)
     if features <= 256 and beside <= 128:
         return Blocks(64, 32 if biased else 64, features, 8, 2)
     return Blocks(64, 32 if biased or beside > 128 else 64, 64, 8, 2)

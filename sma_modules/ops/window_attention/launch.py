@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sma.ops.kernel import draw_seed, kernel
+from sma.ops.kernel import INTERPRETING, draw_seed, kernel
 from sma_modules.ops.window_attention import blocks
 from sma_modules.ops.window_attention import triton_kernel as kernels
 from sma_modules.ops.window_attention.rule import Layout, Rule
@@ -24,6 +24,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _shared(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> dict[str, Any]:
     """The constants that every kernel takes."""
+    wide = q.dtype == torch.float32
     counted = rule.activation != "softmax" and rule.divisor is None
     return {
         "QR": q.stride(0),
@@ -44,7 +45,7 @@ def _shared(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> dict[str, Any]:
         "BIAS": _BIASES[rule.bias],
         "DROPOUT": rule.dropout > 0,
         "COUNTED": counted,
-        "PRECISION": blocks.FLOAT32_PRECISION if q.dtype == torch.float32 else "tf32",
+        "PRECISION": "interpreted" if INTERPRETING else blocks.FLOAT32_PRECISION if wide else "tf32",
     }
 
 
@@ -60,6 +61,14 @@ def _scale(q: Tensor, rule: Rule) -> float:
     return 1.0 if rule.divisor is None else 1.0 / rule.divisor
 
 
+def _layout(
+    q_cu: Tensor, k_cu: Tensor | None, k_start: Tensor | None, q_position: Tensor | None, k_position: Tensor | None
+) -> Layout:
+    """None stands for the same as that of the queries: the compiler takes no tensor twice."""
+    k_position = q_position if k_position is None else k_position
+    return Layout(q_cu, q_cu if k_cu is None else k_cu, k_start, q_position, k_position, 0, 0)
+
+
 def _rule(causal: bool, window: int, chunk: int, activation: str, bias: str, dropout: float) -> Rule:
     return Rule(causal, window or None, chunk or None, activation, bias, dropout)  # type: ignore[arg-type]
 
@@ -73,10 +82,10 @@ def _attend(
     layout: Layout,
     seed: Tensor | None,
     rule: Rule,
-    lse: Tensor,
+    statistics: Tensor,
     dout: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Forward: the output, and ``lse`` is filled. With ``dout``: gradients of the gate and of what is gated, and parts
+    """Forward: the output, and ``statistics`` is filled. With ``dout``: gradients of the gate and of what is gated, and parts
     ``(tiles, H, Q)`` of the sum over features of gradient times output.
     """
     n_queries, heads = q.shape[:2]
@@ -91,7 +100,7 @@ def _attend(
     numbers = _numbers(q, k, table, layout.q_cu, rule)
     kernels.attend_kernel[n_queries // tile.queries + numbers[2] + 1, heads * tiles](
         q, k, v, gate, table, layout.q_cu, layout.k_cu, layout.k_start, layout.q_position, layout.k_position, seed,
-        out, lse, dout, d_attended, delta, *numbers, _scale(q, rule), rule.dropout,
+        out, statistics, dout, d_attended, delta, *numbers, _scale(q, rule), rule.dropout,
         **_shared(q, k, v, rule),
         GR=0 if gate is None else gate.stride(0),
         GH=0 if gate is None else gate.stride(1),
@@ -102,7 +111,7 @@ def _attend(
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return v.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    return v.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(2, q.shape[1], q.shape[0], dtype=torch.float32)
 
 
 @kernel("window_attention", fake=_fake_forward)
@@ -113,7 +122,7 @@ def forward(
     gate: Tensor | None,
     table: Tensor | None,
     q_cu: Tensor,
-    k_cu: Tensor,
+    k_cu: Tensor | None,
     k_start: Tensor | None,
     q_position: Tensor | None,
     k_position: Tensor | None,
@@ -125,13 +134,13 @@ def forward(
     bias: str,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
-    """The output ``(Q, H, h)`` and the logarithm of the softmax's denominator ``(H, Q)``, to the base 2."""
+    """The output ``(Q, H, h)`` and the statistics of the softmax ``(2, H, Q)``."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     gate = None if gate is None else _rows(gate)
     rule = _rule(causal, window, chunk, activation, bias, dropout)
-    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    layout = Layout(q_cu, k_cu, k_start, q_position, k_position, 0, 0)
-    return _attend(q, k, v, gate, table, layout, seed, rule, lse)[0], lse
+    statistics = q.new_empty(2, q.shape[1], q.shape[0], dtype=torch.float32)
+    layout = _layout(q_cu, k_cu, k_start, q_position, k_position)
+    return _attend(q, k, v, gate, table, layout, seed, rule, statistics)[0], statistics
 
 
 def _fake_backward(
@@ -151,12 +160,12 @@ def backward(
     gate: Tensor | None,
     table: Tensor | None,
     q_cu: Tensor,
-    k_cu: Tensor,
+    k_cu: Tensor | None,
     k_start: Tensor | None,
     q_position: Tensor | None,
     k_position: Tensor | None,
     seed: Tensor | None,
-    lse: Tensor,
+    statistics: Tensor,
     out: Tensor | None,
     causal: bool,
     window: int,
@@ -169,18 +178,18 @@ def backward(
     q, k, v, dout = _rows(q), _rows(k), _rows(v), dout.contiguous()
     gate = None if gate is None else _rows(gate)
     rule = _rule(causal, window, chunk, activation, bias, dropout)
-    layout = Layout(q_cu, k_cu, k_start, q_position, k_position, 0, 0)
+    layout = _layout(q_cu, k_cu, k_start, q_position, k_position)
     d_gate = d_attended = delta = None
     if gate is not None:
-        d_gate, d_attended, delta = _attend(q, k, v, gate, table, layout, seed, rule, lse, dout)
+        d_gate, d_attended, delta = _attend(q, k, v, gate, table, layout, seed, rule, statistics, dout)
     elif activation == "softmax":
         assert out is not None
         delta = _delta(dout, out)
     d_attended = dout if d_attended is None else d_attended
     # The largest gradient of a score has to be known before they are added up in integers.
-    largest = q.new_zeros(1, dtype=torch.int32) if bias == "original" else None
-    dk, dv = _d_keys(q, k, v, table, layout, seed, rule, lse, delta, d_attended, largest)
-    dq, d_table = _d_queries(q, k, v, table, layout, seed, rule, lse, delta, d_attended, largest)
+    peak = q.new_zeros(1, dtype=torch.int32) if bias == "original" else None
+    dk, dv = _d_keys(q, k, v, table, layout, seed, rule, statistics, delta, d_attended, peak)
+    dq, d_table = _d_queries(q, k, v, table, layout, seed, rule, statistics, delta, d_attended, peak)
     return dq, dk, dv, v.new_empty(0) if d_gate is None else d_gate, v.new_empty(0) if d_table is None else d_table
 
 
@@ -201,10 +210,10 @@ def _d_keys(
     layout: Layout,
     seed: Tensor | None,
     rule: Rule,
-    lse: Tensor,
+    statistics: Tensor,
     delta: Tensor | None,
     d_attended: Tensor,
-    largest: Tensor | None,
+    peak: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of keys and values: in one pass where a tile holds all features, else in one pass each."""
     heads, width = k.shape[1], v.shape[2]
@@ -215,7 +224,7 @@ def _d_keys(
     for part in [(True, True)] if together else [(False, True), (True, False)]:
         kernels.d_keys_kernel[k.shape[0] // tile.keys + numbers[2] + 1, heads * (tiles if part[1] else 1)](
             q, k, v, table, layout.q_cu, layout.k_cu, layout.k_start, layout.q_position, layout.k_position, seed,
-            lse, delta, d_attended, dk, dv, largest, *numbers, _scale(q, rule), rule.dropout,
+            statistics, delta, d_attended, dk, dv, peak, *numbers, _scale(q, rule), rule.dropout,
             **_shared(q, k, v, rule), TILES=tiles, DELTAS=1 if delta is None else delta.shape[0],
             DK=part[0], DV=part[1],
             BM=tile.queries, BN=tile.keys, BH=tile.features, num_warps=tile.warps, num_stages=tile.stages,
@@ -231,10 +240,10 @@ def _d_queries(
     layout: Layout,
     seed: Tensor | None,
     rule: Rule,
-    lse: Tensor,
+    statistics: Tensor,
     delta: Tensor | None,
     d_attended: Tensor,
-    largest: Tensor | None,
+    peak: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of queries and table."""
     n_queries, heads = q.shape[:2]
@@ -254,7 +263,7 @@ def _d_queries(
     dq = q.new_empty(q.shape)
     kernels.d_queries_kernel[programs, heads](
         q, k, v, table, layout.q_cu, layout.k_cu, layout.k_start, layout.q_position, layout.k_position, seed,
-        lse, delta, d_attended, dq, largest, partial, *numbers, room, _scale(q, rule), rule.dropout,
+        statistics, delta, d_attended, dq, peak, partial, *numbers, room, _scale(q, rule), rule.dropout,
         **_shared(q, k, v, rule),
         TILES=-(-v.shape[2] // tile.features), DELTAS=1 if delta is None else delta.shape[0],
         OFFSETS=offsets, COPIES=blocks.TABLE_COPIES, SPAN=tile.diagonals,
@@ -270,7 +279,7 @@ def _d_queries(
         )  # fmt: skip
     else:
         kernels.original_table_kernel[(-(-numbers[5] // 128),)](
-            partial, largest, d_table, numbers[5], room, COPIES=blocks.TABLE_COPIES, BLOCK=128
+            partial, peak, d_table, numbers[5], room, COPIES=blocks.TABLE_COPIES, BLOCK=128
         )
     return dq, d_table
 
@@ -287,7 +296,7 @@ class _WindowAttention(torch.autograd.Function):
         gate: Tensor | None,
         table: Tensor | None,
         q_cu: Tensor,
-        k_cu: Tensor,
+        k_cu: Tensor | None,
         k_start: Tensor | None,
         q_position: Tensor | None,
         k_position: Tensor | None,
@@ -295,9 +304,9 @@ class _WindowAttention(torch.autograd.Function):
         *options: Any,
     ) -> Tensor:
         inputs = (q, k, v, gate, table, q_cu, k_cu, k_start, q_position, k_position, seed)
-        out, lse = forward(*inputs, *options)
+        out, statistics = forward(*inputs, *options)
         # A gated output is not needed again: what is gated gets computed once more, which is cheaper than keeping it.
-        ctx.save_for_backward(*inputs, lse, out if gate is None and options[3] == "softmax" else None)
+        ctx.save_for_backward(*inputs, statistics, out if gate is None and options[3] == "softmax" else None)
         ctx.options = options
         return out  # type: ignore[no-any-return]
 
@@ -321,10 +330,10 @@ def window_attention_triton(
         gate,
         table if rule.bias != "none" else None,
         layout.q_cu,
-        layout.k_cu,
+        None if layout.aligned else layout.k_cu,
         layout.k_start,
         layout.q_position if rule.bias == "original" else None,
-        layout.k_position if rule.bias == "original" else None,
+        layout.k_position if rule.bias == "original" and layout.k_position is not layout.q_position else None,
         draw_seed(q.device) if rule.dropout > 0 else None,
         rule.causal,
         rule.window or 0,

@@ -142,9 +142,17 @@ def _scores(products, factor, index, visible, table, present, BIAS: tl.constexpr
 
 
 @triton.jit
-def _weights(scores, visible, lse, ACTIVATION: tl.constexpr):
+def _statistics(statistics, rows, keep, head, n_queries, HEADS: tl.constexpr):
+    """Of the softmax of some queries: the largest score, and one over the denominator; 0 where there is none."""
+    at = statistics + head.to(tl.int64) * n_queries + rows
+    largest = tl.load(at, mask=keep, other=0.0)
+    return largest, tl.load(at + n_queries.to(tl.int64) * HEADS, mask=keep, other=0.0)
+
+
+@triton.jit
+def _weights(scores, visible, largest, share, ACTIVATION: tl.constexpr):
     if ACTIVATION == SOFTMAX:
-        weights = tl.exp2(scores - lse)
+        weights = tl.exp2(scores - largest) * share
     elif ACTIVATION == RELU2:
         positive = tl.maximum(scores, 0.0, propagate_nan=tl.PropagateNan.ALL)
         weights = positive * positive
@@ -167,11 +175,25 @@ def _slopes(scores, weights, d_weights, visible, delta, ACTIVATION: tl.constexpr
 
 
 @triton.jit
+def _dot(a, b, PRECISION: tl.constexpr):
+    if PRECISION == "interpreted":  # the interpreter takes bfloat16 for integers
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _dot_add(a, b, total, PRECISION: tl.constexpr):
+    if PRECISION == "interpreted":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
 def _dot_slopes(slopes, x, PRECISION: tl.constexpr):
     """Product with gradients of scores, which may lie below what float16 can hold."""
     if x.dtype == tl.float16:
         return tl.dot(slopes, x.to(tl.float32), input_precision="tf32")
-    return tl.dot(slopes.to(x.dtype), x, input_precision=PRECISION)
+    return _dot(slopes.to(x.dtype), x, PRECISION)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -188,7 +210,7 @@ def attend_kernel(
     k_position,
     seed,
     out,
-    lse,
+    statistics,
     dout,
     d_attended,
     delta,
@@ -229,7 +251,7 @@ def attend_kernel(
 ):
     """A block of queries and a tile of the value features.
 
-    Forward: the output, gated if there is a gate, and the logarithm of the softmax's denominator. AGAIN, the start of
+    Forward: the output, gated if there is a gate, and the ``statistics (2, H, Q)`` of the softmax. AGAIN, the start of
     the backward pass of a gated call: from the gradient of the output the one of the gate, the one of what was gated,
     and the tile's part of the sum over features of gradient times output.
     """
@@ -268,15 +290,15 @@ def attend_kernel(
 
     largest = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
-    known = tl.zeros((BM,), tl.float32)
+    known, share = total, total
     if AGAIN and ACTIVATION == SOFTMAX:
-        known = tl.load(lse + head.to(tl.int64) * n_queries + rows, mask=own, other=0.0)
+        known, share = _statistics(statistics, rows, own, head, n_queries, HEADS)
     sums = tl.zeros((BM, BH), tl.float32)
     for n0 in range(block_low, block_high + 1, BN):
         j = n0 + tl.arange(0, BN)
         seen = j <= block_high
         keys = _tile(k, k_first + j, seen, KR, 0, Z, ZP)
-        products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        products = _dot(queries, tl.trans(keys), PRECISION)
         visible = (j[None, :] >= low[:, None]) & (j[None, :] <= high[:, None])
         t_j = j
         if BIAS == ORIGINAL:
@@ -293,19 +315,20 @@ def attend_kernel(
             sums *= rescale[:, None]
             largest = higher
         else:
-            weights = _weights(scores, visible, known[:, None], ACTIVATION)
+            weights = _weights(scores, visible, known[:, None], share[:, None], ACTIVATION)
         if DROPOUT:
             kept = _kept(seed_value, rows[:, None], head, j[None, :], dropout)
             weights = tl.where(kept, weights, 0.0)
         values = _tile(v, k_first + j, seen, VR, tile * BH, WIDTH, BH)
-        sums = tl.dot(weights.to(values.dtype), values, sums, input_precision=PRECISION)
+        sums = _dot_add(weights.to(values.dtype), values, sums, PRECISION)
 
     if ACTIVATION == SOFTMAX and not AGAIN:
-        divisor = tl.where(total == 0.0, 1.0, total)
-        sums = sums / divisor[:, None]
+        share = tl.where(total == 0.0, 0.0, 1.0 / total)
+        sums = sums * share[:, None]
         if tile == 0:
-            level = tl.where(total == 0.0, 0.0, largest + tl.log2(divisor))
-            tl.store(lse + head.to(tl.int64) * n_queries + rows, level, mask=own)
+            at = statistics + head.to(tl.int64) * n_queries + rows
+            tl.store(at, tl.where(total == 0.0, 0.0, largest), mask=own)
+            tl.store(at + n_queries.to(tl.int64) * HEADS, share, mask=own)
     if DROPOUT:
         sums = sums / (1.0 - dropout)
     out += head * WIDTH
@@ -355,12 +378,12 @@ def d_keys_kernel(
     q_position,
     k_position,
     seed,
-    lse,
+    statistics,
     delta,
     d_attended,
     dk,
     dv,
-    largest,
+    peak,
     n_queries,
     n_keys,
     batch,
@@ -398,7 +421,7 @@ def d_keys_kernel(
 ):
     """A block of keys: the gradient of the keys (DK), of a tile of the value features (DV), or both if one tile is all.
 
-    ``largest`` gets the bits of the largest absolute gradient
+    ``peak`` gets the bits of the largest absolute gradient
     of any score if biases go by original position.
     """
     LOOPED: tl.constexpr = TILES > 1 and DK
@@ -438,7 +461,7 @@ def d_keys_kernel(
         t_j = _since(k_position, rows, own, reference)
     if DROPOUT:
         seed_value = tl.load(seed)
-    peak = n0 * 0
+    highest = n0 * 0
     d_keys = tl.zeros((BN, ZP), tl.float32)
     d_values = tl.zeros((BN, BH), tl.float32)
     for member in range(GROUP):
@@ -451,7 +474,7 @@ def d_keys_kernel(
             low, high = _interval(i, m < q_len, k_len, start, window, chunk, CAUSAL, WINDOW, CHUNK)
             sees = (low <= high) & (high >= n0) & (low <= last)
             queries = _tile(q + head * QH, q_rows, sees, QR, 0, Z, ZP)
-            products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+            products = _dot(queries, tl.trans(keys), PRECISION)
             visible = (j[None, :] >= low[:, None]) & (j[None, :] <= high[:, None])
             t_i = i
             if BIAS == ORIGINAL:
@@ -460,10 +483,11 @@ def d_keys_kernel(
             if COUNTED:
                 factor = (1.0 / tl.maximum(high - low + 1, 1).to(tl.float32))[:, None]
             scores = _scores(products, factor, index, visible, table, m0 < q_len, BIAS, ACTIVATION)
-            level = tl.zeros((BM,), tl.float32)
+            largest = tl.zeros((BM,), tl.float32)
+            share = largest
             if ACTIVATION == SOFTMAX:
-                level = tl.load(lse + head.to(tl.int64) * n_queries + q_rows, mask=sees, other=0.0)
-            weights = _weights(scores, visible, level[:, None], ACTIVATION)
+                largest, share = _statistics(statistics, q_rows, sees, head, n_queries, HEADS)
+            weights = _weights(scores, visible, largest[:, None], share[:, None], ACTIVATION)
             if DROPOUT:
                 kept = _kept(seed_value, q_rows[:, None], head, j[None, :], dropout)
             if not LOOPED:
@@ -472,16 +496,16 @@ def d_keys_kernel(
                 dropped = weights
                 if DROPOUT:
                     dropped = tl.where(kept, weights / (1.0 - dropout), 0.0)
-                d_values = tl.dot(tl.trans(dropped.to(grads.dtype)), grads, d_values, input_precision=PRECISION)
+                d_values = _dot_add(tl.trans(dropped.to(grads.dtype)), grads, d_values, PRECISION)
             if DK:
                 if LOOPED:
                     d_weights = tl.zeros((BM, BN), tl.float32)
                     for h0 in range(0, WIDTH, BH):
                         grads = _tile(d_attended + head * WIDTH, q_rows, sees, HEADS * WIDTH, h0, WIDTH, BH)
                         values = _tile(v, rows, own, VR, h0, WIDTH, BH)
-                        d_weights = tl.dot(grads, tl.trans(values), d_weights, input_precision=PRECISION)
+                        d_weights = _dot_add(grads, tl.trans(values), d_weights, PRECISION)
                 else:
-                    d_weights = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
+                    d_weights = _dot(grads, tl.trans(values), PRECISION)
                 if DROPOUT:
                     d_weights = tl.where(kept, d_weights / (1.0 - dropout), 0.0)
                 part = tl.zeros((BM,), tl.float32)
@@ -489,7 +513,7 @@ def d_keys_kernel(
                     part = _deltas(delta, q_rows, sees, head, n_queries, HEADS, DELTAS)
                 slopes = _slopes(scores, weights, d_weights, visible, part[:, None], ACTIVATION)
                 if BIAS == ORIGINAL:
-                    peak = tl.maximum(peak, tl.max(tl.max(tl.abs(slopes).to(tl.int32, bitcast=True), 1), 0))
+                    highest = tl.maximum(highest, tl.max(tl.max(tl.abs(slopes).to(tl.int32, bitcast=True), 1), 0))
                 if COUNTED:
                     slopes *= factor
                 d_keys += _dot_slopes(tl.trans(slopes), queries, PRECISION)
@@ -499,15 +523,15 @@ def d_keys_kernel(
             d_keys *= scale
         _put(dk + kv_head * Z, d_keys, rows, own, heads * Z, 0, Z, ZP)
         if BIAS == ORIGINAL:
-            tl.atomic_max(largest, peak, sem="relaxed")
+            tl.atomic_max(peak, highest, sem="relaxed")
     if DV:
         _put(dv + kv_head * WIDTH, d_values, rows, own, heads * WIDTH, tile * BH, WIDTH, BH)
 
 
 @triton.jit
-def _exponent(largest, room):
-    """Power of two that scales a sum of gradients, the largest given by its bits, to an integer of ``room`` bits."""
-    bits = tl.load(largest)
+def _exponent(peak, room):
+    """Power of two that makes an integer of ``room`` bits of the largest gradient, given by its bits as a float."""
+    bits = tl.load(peak)
     return tl.minimum(tl.maximum(room - ((bits >> 23) - 126), -126), 126), bits
 
 
@@ -532,11 +556,11 @@ def d_queries_kernel(
     q_position,
     k_position,
     seed,
-    lse,
+    statistics,
     delta,
     d_attended,
     dq,
-    largest,
+    peak,
     partial,
     n_queries,
     n_keys,
@@ -614,17 +638,17 @@ def d_queries_kernel(
     d_attended += head * WIDTH
     if TILES == 1:
         grads = _tile(d_attended, rows, sees, HEADS * WIDTH, 0, WIDTH, BH)
-    level = tl.zeros((BM,), tl.float32)
     part = tl.zeros((BM,), tl.float32)
+    largest, share = part, part
     if ACTIVATION == SOFTMAX:
-        level = tl.load(lse + head.to(tl.int64) * n_queries + rows, mask=sees, other=0.0)
+        largest, share = _statistics(statistics, rows, sees, head, n_queries, HEADS)
         part = _deltas(delta, rows, sees, head, n_queries, HEADS, DELTAS)
     t_i = i
     reference = start * 0
     if BIAS == ORIGINAL:
         reference = tl.load(q_position + q_first + m0)
         t_i = _since(q_position, rows, own, reference)
-        exponent, _ = _exponent(largest, room)
+        exponent, _ = _exponent(peak, room)
         units = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
         partial += (program % COPIES) * entries
     if BIAS == LOCAL:
@@ -636,23 +660,23 @@ def d_queries_kernel(
         j = n0 + tl.arange(0, BN)
         seen = (j >= block_low) & (j <= block_high)
         keys = _tile(k, k_first + j, seen, KR, 0, Z, ZP)
-        products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        products = _dot(queries, tl.trans(keys), PRECISION)
         visible = (j[None, :] >= low[:, None]) & (j[None, :] <= high[:, None])
         t_j = j
         if BIAS == ORIGINAL:
             t_j = _since(k_position, k_first + j, seen, reference)
         index = _entry(distance, n0 - i0, t_i[:, None], t_j[None, :], entries, window, BIAS)
         scores = _scores(products, factor, index, visible, table, n0 <= block_high, BIAS, ACTIVATION)
-        weights = _weights(scores, visible, level[:, None], ACTIVATION)
+        weights = _weights(scores, visible, largest[:, None], share[:, None], ACTIVATION)
         if TILES == 1:
             values = _tile(v, k_first + j, seen, VR, 0, WIDTH, BH)
-            d_weights = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
+            d_weights = _dot(grads, tl.trans(values), PRECISION)
         else:
             d_weights = tl.zeros((BM, BN), tl.float32)
             for h0 in range(0, WIDTH, BH):
                 grads = _tile(d_attended, rows, sees, HEADS * WIDTH, h0, WIDTH, BH)
                 values = _tile(v, k_first + j, seen, VR, h0, WIDTH, BH)
-                d_weights = tl.dot(grads, tl.trans(values), d_weights, input_precision=PRECISION)
+                d_weights = _dot_add(grads, tl.trans(values), d_weights, PRECISION)
         if DROPOUT:
             kept = _kept(seed_value, rows[:, None], head, j[None, :], dropout)
             d_weights = tl.where(kept, d_weights / (1.0 - dropout), 0.0)
@@ -693,13 +717,13 @@ def local_table_kernel(
 
 
 @triton.jit(do_not_specialize=["entries", "room"])
-def original_table_kernel(partial, largest, d_table, entries, room, COPIES: tl.constexpr, BLOCK: tl.constexpr):
+def original_table_kernel(partial, peak, d_table, entries, room, COPIES: tl.constexpr, BLOCK: tl.constexpr):
     """Adds up the copies, exactly, and scales back. All of it is NaN if any gradient of a score was not finite."""
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.int64)
     for copy in tl.static_range(COPIES):
         total += tl.load(partial + copy * entries + entry, mask=entry < entries, other=0)
-    exponent, bits = _exponent(largest, room)
+    exponent, bits = _exponent(peak, room)
     back = ((1023 - exponent).to(tl.int64) << 52).to(tl.float64, bitcast=True)
     sums = (total.to(tl.float64) * back).to(tl.float32)
     sums = tl.where(bits >= INFINITY_BITS, float("nan"), sums)
