@@ -7,14 +7,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sma.interfaces import ModuleOutput
 from sma.memory import WorkingMemory
 from sma.routing import Packed
 from sma.state import State
 from sma_modules.local_attention import LocalAttention, initialise
-from sma_modules.ops.rotary import rotary
+from sma_modules.ops.gau_inputs import gau_inputs
+from sma_modules.ops.gau_inputs.eager import queries_and_keys
 from sma_modules.ops.window_attention import Bias
 
 _BIAS: dict[str, Bias] = {"simple": "original", "local": "local"}
@@ -80,19 +80,29 @@ class SingleHead(LocalAttention):
         """Attention over values ``v (K, h)`` with queries and keys from ``z (K, d_qk)``: ``(K, h)`` and the memory
         after.
         """
-        config = self.config
-        qk = (z[:, None] * self.gamma + self.beta).to(z.dtype)
-        if config.positions == "rotary":
-            qk = rotary(qk, packed.position, config.rotary_theta)
+        q, k = queries_and_keys(z, self.gamma, self.beta, self.rotated_by(packed), self.config.rotary_theta)
+        return self.attend_single(q, k, v, packed, state)
+
+    def rotated_by(self, packed: Packed) -> Tensor | None:
+        """Positions ``(K,)`` that turn queries and keys; None if positions are not rotary."""
+        return packed.position if self.config.positions == "rotary" else None
+
+    def attend_single(
+        self, q: Tensor, k: Tensor, v: Tensor, packed: Packed, state: State | None, gate: Tensor | None = None
+    ) -> tuple[Tensor, WorkingMemory | None]:
+        """Attention with queries and keys ``(K, d_qk)``, values and, if any, a gate ``(K, h)``, as
+        :meth:`attend_shared`.
+        """
         out, memory = self.attend(
-            qk[:, :1],
-            qk[:, 1:],
+            q[:, None],
+            k[:, None],
             v[:, None],
             packed,
             state,
-            activation=config.activation,
-            bias=_BIAS.get(config.positions, "none"),
+            activation=self.config.activation,
+            bias=_BIAS.get(self.config.positions, "none"),
             table=self.position_bias,
+            gate=None if gate is None else gate[:, None],
         )
         return out.squeeze(1), memory
 
@@ -151,6 +161,9 @@ class GAU(SingleHead):
             StreamingError: a state is given to a unit that does not stream, or does not fit.
         """
         self.check(x, packed, state)
-        z, r, v = F.silu(self.mx_proj(x)).split_with_sizes([self.config.d_qk, self.d_v, self.d_v], dim=-1)
-        out, memory = self.attend_shared(z, v, packed, state)
-        return ModuleOutput(self.dropout(self.h_proj(out * r)), memory)
+        theta = self.config.rotary_theta
+        q, k, v, r = gau_inputs(
+            self.mx_proj(x), self.gamma, self.beta, position=self.rotated_by(packed), theta=theta
+        )
+        out, memory = self.attend_single(q, k, v, packed, state, gate=r)
+        return ModuleOutput(self.dropout(self.h_proj(out)), memory)

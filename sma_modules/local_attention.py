@@ -96,6 +96,7 @@ class LocalAttention(Module):
         activation: Activation = "softmax",
         bias: Bias = "none",
         table: Tensor | None = None,
+        gate: Tensor | None = None,
     ) -> tuple[Tensor, WorkingMemory | None]:
         """Attention of new tokens to themselves and to what is remembered.
 
@@ -108,6 +109,7 @@ class LocalAttention(Module):
             activation: as for :func:`~sma_modules.ops.window_attention.window_attention`, like the rest.
             bias: what the table is indexed by.
             table: biases.
+            gate: ``(K, H, h)`` what the result is multiplied with, or None.
 
         Returns:
             ``(K, H, h)`` and the memory after the tokens, None if none was given.
@@ -117,8 +119,6 @@ class LocalAttention(Module):
         if isinstance(state, WorkingMemory):
             (k, v, position), k_cu, start, memory = state.append(packed, k, v, packed.position)
             max_k += capacity
-        if k.shape[1] != q.shape[1]:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         out = window_attention(
             q,
             k,
@@ -137,6 +137,7 @@ class LocalAttention(Module):
             bias=bias,
             bias_table=table,
             dropout=self.attention_dropout if self.training else 0.0,
+            gate=gate,
         )
         return out, memory
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from sma.errors import ConfigError, ShapeError
 from sma.ops.backend import Op
+from sma.ops.kernel import why_not_triton
+from sma_modules.ops.window_attention.blocks import MAXIMUM_QK
 from sma_modules.ops.window_attention.eager import window_attention_eager
 from sma_modules.ops.window_attention.reference import window_attention_reference
 from sma_modules.ops.window_attention.rule import Activation, Bias, Layout, Rule
@@ -15,14 +17,38 @@ from sma_modules.ops.window_attention.rule import Activation, Bias, Layout, Rule
 __all__ = ["OP", "Activation", "Bias", "window_attention"]
 
 OP = Op("window_attention")
+
+
+def _why_not_triton(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, table: Tensor | None, layout: Layout, rule: Rule
+) -> str | None:
+    reason = why_not_triton(q)
+    if reason is not None:
+        return reason
+    if q.shape[2] > MAXIMUM_QK:
+        return f"the kernel takes queries and keys of at most {MAXIMUM_QK} features, got {q.shape[2]}"
+    if not q.shape[1] or not q.shape[2] or not v.shape[2]:
+        return f"the kernel needs at least one head and feature, got q {tuple(q.shape)} and v {tuple(v.shape)}"
+    return None
+
+
+@OP.backend("triton", priority=10, applies=_why_not_triton)
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, table: Tensor | None, layout: Layout, rule: Rule
+) -> Tensor:
+    from sma_modules.ops.window_attention.launch import window_attention_triton
+
+    return window_attention_triton(q, k, v, gate, table, layout, rule)
+
+
 OP.backend("eager", priority=50)(window_attention_eager)
 OP.backend("reference", priority=90)(window_attention_reference)
 
 
 def window_attention(
     q: Float[Tensor, "queries heads z"],
-    k: Float[Tensor, "keys heads z"],
-    v: Float[Tensor, "keys heads h"],
+    k: Float[Tensor, "keys kv_heads z"],
+    v: Float[Tensor, "keys kv_heads h"],
     *,
     q_cu: Int[Tensor, " bounds"],
     k_cu: Int[Tensor, " bounds"],
@@ -38,6 +64,7 @@ def window_attention(
     k_position: Int[Tensor, " keys"] | None = None,
     k_start: Int[Tensor, " batch"] | None = None,
     dropout: float = 0.0,
+    gate: Float[Tensor, "queries heads h"] | None = None,
 ) -> Float[Tensor, "queries heads h"]:
     """Local attention over packed sequences (MEGA, arXiv 2209.10655; SeqBoat, arXiv 2306.11197, section 4).
 
@@ -55,8 +82,8 @@ def window_attention(
 
     Args:
         q: ``(Q, H, z)`` queries, sequences one after the other.
-        k: ``(K, H, z)`` keys.
-        v: ``(K, H, h)`` values.
+        k: ``(K, G, z)`` keys, with G dividing H: each key head serves H / G query heads (arXiv 2305.13245).
+        v: ``(K, G, h)`` values.
         q_cu: ``(B + 1,)`` int64, sequence b owns the query rows ``q_cu[b]:q_cu[b + 1]``.
         k_cu: ``(B + 1,)`` the same for keys. Pass ``q_cu`` itself when no keys are in front: it saves work.
         causal: no key after the query.
@@ -71,6 +98,7 @@ def window_attention(
         k_position: ``(K,)`` int64.
         k_start: ``(B,)`` int64 how many keys of the stream came before the first one here (chunks count them); None: 0.
         dropout: probability that a weight is dropped; those kept are scaled up.
+        gate: ``(Q, H, h)`` what the result is multiplied with, in the dtype of ``v``; None for nothing.
 
     Returns:
         ``(Q, H, h)`` in the dtype of ``v``.
@@ -87,7 +115,7 @@ def window_attention(
         torch.Size([5, 1, 4])
     """
     _check_options(causal, window, chunk, activation, bias, bias_table, dropout)
-    _check_tensors(q, k, v)
+    _check_tensors(q, k, v, gate)
     _check_rows(q.shape[0], q_cu, q_position, "q")
     _check_rows(k.shape[0], k_cu, k_position, "k")
     if q_cu.shape != k_cu.shape:
@@ -99,7 +127,7 @@ def window_attention(
     if k_start is not None and k_start.shape != q_cu[1:].shape:
         raise ShapeError(f"window_attention: k_start must be ({q_cu.numel() - 1},), got {tuple(k_start.shape)}")
     layout = Layout(q_cu, k_cu, k_start, q_position, k_position, max_q, max_k)
-    out: Tensor = OP(q, k, v, bias_table, layout, Rule(causal, window, chunk, activation, bias, dropout))
+    out: Tensor = OP(q, k, v, gate, bias_table, layout, Rule(causal, window, chunk, activation, bias, dropout))
     return out
 
 
@@ -134,16 +162,22 @@ def _check_options(
         )
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 3 or not x.is_floating_point():
             raise ShapeError(
                 f"window_attention: {name} must be floating point (rows, heads, width), got {x.dtype} {tuple(x.shape)}"
             )
-    if q.shape[1:] != k.shape[1:] or k.shape[:2] != v.shape[:2]:
+    shared = k.shape[1] and q.shape[1] % k.shape[1] == 0 or q.shape[1] == k.shape[1]
+    if q.shape[2] != k.shape[2] or k.shape[:2] != v.shape[:2] or not shared:
         raise ShapeError(
-            "window_attention: q (Q, H, z), k (K, H, z) and v (K, H, h) must agree, "
+            "window_attention: q (Q, H, z), k (K, G, z) and v (K, G, h) must agree, with G dividing H, "
             f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if gate is not None and (gate.shape != (*q.shape[:2], v.shape[2]) or gate.dtype != v.dtype):
+        raise ShapeError(
+            f"window_attention: gate must be {v.dtype} {(*q.shape[:2], v.shape[2])}, "
+            f"got {gate.dtype} {tuple(gate.shape)}"
         )
     if q.dtype != k.dtype or k.dtype != v.dtype:
         raise ShapeError(f"window_attention: q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")

@@ -95,8 +95,17 @@ def place(x: Tensor, rows: Tensor, n_rows: int) -> Tensor:
     return x.new_zeros(n_rows, *x.shape[1:]).index_copy_(0, rows, x)
 
 
-def window_attention_eager(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, layout: Layout, rule: Rule) -> Tensor:
+def window_attention_eager(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, table: Tensor | None, layout: Layout, rule: Rule
+) -> Tensor:
     """The default backend; never holds a tensor of length times length when there is a window or a chunk."""
+    if k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    out = _attention(q, k, v, table, layout, rule)
+    return out if gate is None else out * gate
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, layout: Layout, rule: Rule) -> Tensor:
     if not q.shape[0] or not k.shape[0] or not q.shape[1]:
         return _without_keys(q, k, v, table)
     if rule.reach is None and rule.activation == "softmax" and rule.bias == "none" and layout.aligned:

@@ -57,9 +57,10 @@ def one_query(q: Tensor, keys: Tensor, values: Tensor, biases: Tensor | None, ru
 
 
 def window_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, layout: Layout, rule: Rule
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, table: Tensor | None, layout: Layout, rule: Rule
 ) -> Tensor:
     """One query and one head at a time; memory and time in proportion to queries times keys."""
+    group = q.shape[1] // max(k.shape[1], 1)
     rows: list[Tensor] = []
     for b in range(layout.q_cu.numel() - 1):
         q_first, q_end = int(layout.q_cu[b]), int(layout.q_cu[b + 1])
@@ -77,8 +78,13 @@ def window_attention_reference(
                 biases = table[[bias_index(0, 0, t_i, t_j, table.numel(), rule) for t_i, t_j in t]]
             elif table is not None and rule.bias == "local":
                 biases = table[[bias_index(i, j, 0, 0, table.numel(), rule) for j in seen]]
-            heads = [one_query(q[row, n], k[keys, n], v[keys, n], biases, rule) for n in range(q.shape[1]) if keys]
-            rows.append(torch.stack(heads) if heads else torch.zeros_like(v[:1]).sum(0))
+            heads = [
+                one_query(q[row, n], k[keys, n // group], v[keys, n // group], biases, rule)
+                for n in range(q.shape[1])
+                if keys
+            ]
+            rows.append(torch.stack(heads) if heads else v.new_zeros(q.shape[1], v.shape[2]))
     # The sum over no rows of every input keeps the autograd graph where no query sees any key.
     graph = (q[:0].sum() + k[:0].sum() + (table[:0].sum() if table is not None else 0)).to(v.dtype) + v[:0].sum()
-    return torch.stack([*rows, v.new_zeros(v.shape[1:])])[:-1] + graph
+    out = torch.stack([*rows, v.new_zeros(q.shape[1], v.shape[2])])[:-1] + graph
+    return out if gate is None else out * gate

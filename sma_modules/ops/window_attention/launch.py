@@ -1,0 +1,345 @@
+"""The kernels of window attention as operators, and their gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sma.ops.kernel import INTERPRETING, draw_seed, kernel
+from sma_modules.ops.window_attention import blocks
+from sma_modules.ops.window_attention import triton_kernel as kernels
+from sma_modules.ops.window_attention.rule import Layout, Rule
+
+_ACTIVATIONS = {"softmax": 0, "relu2": 1, "laplace": 2}
+_BIASES = {"none": 0, "original": 1, "local": 2}
+_LARGEST = 1 << 30  # a window or chunk beyond this is as good as none
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x (rows, heads, width)`` with strides that depend on the sizes of the model only: they are constants."""
+    return x if x.stride(2) == 1 and x.stride(1) <= x.stride(0) else x.contiguous()
+
+
+def _shared(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> dict[str, Any]:
+    """The constants that every kernel takes."""
+    wide = q.dtype == torch.float32
+    counted = rule.activation != "softmax" and rule.divisor is None
+    return {
+        "QR": q.stride(0),
+        "QH": q.stride(1),
+        "KR": k.stride(0),
+        "KH": k.stride(1),
+        "VR": v.stride(0),
+        "VH": v.stride(1),
+        "HEADS": q.shape[1],
+        "GROUP": q.shape[1] // k.shape[1],
+        "Z": q.shape[2],
+        "ZP": blocks.padded(q.shape[2]),
+        "WIDTH": v.shape[2],
+        "CAUSAL": rule.causal,
+        "WINDOW": rule.window is not None,
+        "CHUNK": rule.chunk is not None,
+        "ACTIVATION": _ACTIVATIONS[rule.activation],
+        "BIAS": _BIASES[rule.bias],
+        "DROPOUT": rule.dropout > 0,
+        "COUNTED": counted,
+        "PRECISION": "interpreted" if INTERPRETING else blocks.FLOAT32_PRECISION if wide else "tf32",
+    }
+
+
+def _numbers(q: Tensor, k: Tensor, table: Tensor | None, q_cu: Tensor, rule: Rule) -> tuple[int, ...]:
+    """Rows, sequences, bounds and entries, as every kernel takes them."""
+    window, chunk = min(rule.window or 0, _LARGEST), min(rule.chunk or 0, _LARGEST)
+    return q.shape[0], k.shape[0], q_cu.numel() - 1, window, chunk, 0 if table is None else table.numel()
+
+
+def _scale(q: Tensor, rule: Rule) -> float:
+    if rule.activation == "softmax":
+        return float(q.shape[2] ** -0.5)
+    return 1.0 if rule.divisor is None else 1.0 / rule.divisor
+
+
+def _layout(
+    q_cu: Tensor, k_cu: Tensor | None, k_start: Tensor | None, q_position: Tensor | None, k_position: Tensor | None
+) -> Layout:
+    """None stands for the same as that of the queries: the compiler takes no tensor twice."""
+    k_position = q_position if k_position is None else k_position
+    return Layout(q_cu, q_cu if k_cu is None else k_cu, k_start, q_position, k_position, 0, 0)
+
+
+def _rule(causal: bool, window: int, chunk: int, activation: str, bias: str, dropout: float) -> Rule:
+    return Rule(causal, window or None, chunk or None, activation, bias, dropout)  # type: ignore[arg-type]
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    table: Tensor | None,
+    layout: Layout,
+    seed: Tensor | None,
+    rule: Rule,
+    statistics: Tensor,
+    dout: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Forward: the output, and ``statistics`` is filled. With ``dout``: gradients of the gate and of what is gated, and parts
+    ``(tiles, H, Q)`` of the sum over features of gradient times output.
+    """
+    n_queries, heads = q.shape[:2]
+    width = v.shape[2]
+    tile = blocks.forward_blocks(
+        q.shape[2], width, q.element_size(), rule.reach, table is not None, dout is not None
+    )
+    tiles = -(-width // tile.features)
+    out = v.new_empty(n_queries, heads, width)
+    d_attended = None if dout is None else torch.empty_like(out)
+    delta = None if dout is None else q.new_empty(tiles, heads, n_queries, dtype=torch.float32)
+    numbers = _numbers(q, k, table, layout.q_cu, rule)
+    kernels.attend_kernel[n_queries // tile.queries + numbers[2] + 1, heads * tiles](
+        q, k, v, gate, table, layout.q_cu, layout.k_cu, layout.k_start, layout.q_position, layout.k_position, seed,
+        out, statistics, dout, d_attended, delta, *numbers, _scale(q, rule), rule.dropout,
+        **_shared(q, k, v, rule),
+        GR=0 if gate is None else gate.stride(0),
+        GH=0 if gate is None else gate.stride(1),
+        TILES=tiles, AGAIN=dout is not None,
+        BM=tile.queries, BN=tile.keys, BH=tile.features, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out, d_attended, delta
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return v.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(2, q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@kernel("window_attention", fake=_fake_forward)
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    table: Tensor | None,
+    q_cu: Tensor,
+    k_cu: Tensor | None,
+    k_start: Tensor | None,
+    q_position: Tensor | None,
+    k_position: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    window: int,
+    chunk: int,
+    activation: str,
+    bias: str,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """The output ``(Q, H, h)`` and the statistics of the softmax ``(2, H, Q)``."""
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    gate = None if gate is None else _rows(gate)
+    rule = _rule(causal, window, chunk, activation, bias, dropout)
+    statistics = q.new_empty(2, q.shape[1], q.shape[0], dtype=torch.float32)
+    layout = _layout(q_cu, k_cu, k_start, q_position, k_position)
+    return _attend(q, k, v, gate, table, layout, seed, rule, statistics)[0], statistics
+
+
+def _fake_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, table: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    d_gate = v.new_empty(0) if gate is None else v.new_empty(gate.shape)
+    d_table = v.new_empty(0) if table is None else torch.empty_like(table)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_gate, d_table
+
+
+@kernel("window_attention_backward", fake=_fake_backward)
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    table: Tensor | None,
+    q_cu: Tensor,
+    k_cu: Tensor | None,
+    k_start: Tensor | None,
+    q_position: Tensor | None,
+    k_position: Tensor | None,
+    seed: Tensor | None,
+    statistics: Tensor,
+    out: Tensor | None,
+    causal: bool,
+    window: int,
+    chunk: int,
+    activation: str,
+    bias: str,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, gate and table; empty for what was not given. ``out`` is read without a gate only."""
+    q, k, v, dout = _rows(q), _rows(k), _rows(v), dout.contiguous()
+    gate = None if gate is None else _rows(gate)
+    rule = _rule(causal, window, chunk, activation, bias, dropout)
+    layout = _layout(q_cu, k_cu, k_start, q_position, k_position)
+    d_gate = d_attended = delta = None
+    if gate is not None:
+        d_gate, d_attended, delta = _attend(q, k, v, gate, table, layout, seed, rule, statistics, dout)
+    elif activation == "softmax":
+        assert out is not None
+        delta = _delta(dout, out)
+    d_attended = dout if d_attended is None else d_attended
+    # The largest gradient of a score has to be known before they are added up in integers.
+    peak = q.new_zeros(1, dtype=torch.int32) if bias == "original" else None
+    dk, dv = _d_keys(q, k, v, table, layout, seed, rule, statistics, delta, d_attended, peak)
+    dq, d_table = _d_queries(q, k, v, table, layout, seed, rule, statistics, delta, d_attended, peak)
+    return dq, dk, dv, v.new_empty(0) if d_gate is None else d_gate, v.new_empty(0) if d_table is None else d_table
+
+
+def _delta(dout: Tensor, out: Tensor) -> Tensor:
+    n_queries, heads, width = out.shape
+    delta = out.new_empty(1, heads, n_queries, dtype=torch.float32)
+    features = min(blocks.padded(width), 128)
+    grid = (max(-(-n_queries * heads // 32), 1),)
+    kernels.delta_kernel[grid](dout, out, delta, n_queries, HEADS=heads, WIDTH=width, BM=32, BH=features)
+    return delta
+
+
+def _d_keys(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    layout: Layout,
+    seed: Tensor | None,
+    rule: Rule,
+    statistics: Tensor,
+    delta: Tensor | None,
+    d_attended: Tensor,
+    peak: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of keys and values: in one pass where a tile holds all features, else in one pass each."""
+    heads, width = k.shape[1], v.shape[2]
+    tile, together = blocks.d_keys_blocks(q.shape[2], width, q.element_size(), table is not None)
+    tiles = -(-width // tile.features)
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    numbers = _numbers(q, k, table, layout.q_cu, rule)
+    for part in [(True, True)] if together else [(False, True), (True, False)]:
+        kernels.d_keys_kernel[k.shape[0] // tile.keys + numbers[2] + 1, heads * (tiles if part[1] else 1)](
+            q, k, v, table, layout.q_cu, layout.k_cu, layout.k_start, layout.q_position, layout.k_position, seed,
+            statistics, delta, d_attended, dk, dv, peak, *numbers, _scale(q, rule), rule.dropout,
+            **_shared(q, k, v, rule), TILES=tiles, DELTAS=1 if delta is None else delta.shape[0],
+            DK=part[0], DV=part[1],
+            BM=tile.queries, BN=tile.keys, BH=tile.features, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return dk, dv
+
+
+def _d_queries(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    layout: Layout,
+    seed: Tensor | None,
+    rule: Rule,
+    statistics: Tensor,
+    delta: Tensor | None,
+    d_attended: Tensor,
+    peak: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of queries and table."""
+    n_queries, heads = q.shape[:2]
+    tile = blocks.d_queries_blocks(q.shape[2], v.shape[2], q.element_size(), table is not None)
+    numbers = _numbers(q, k, table, layout.q_cu, rule)
+    programs, span = n_queries // tile.queries + numbers[2] + 1, n_queries if rule.window is None else 2 * rule.window
+    offsets, room, partial = 1, 0, None
+    if rule.bias == "local":
+        assert rule.window is not None
+        offsets = -(-(tile.queries + (1 if rule.causal else 2) * rule.window) // tile.keys)
+        partial = q.new_zeros(programs, heads, offsets, tile.diagonals, dtype=torch.float32)
+    elif rule.bias == "original":
+        # No more terms than pairs can meet in one entry, whose sum must stay below 2^62.
+        pairs = max(n_queries * heads, 1) * max(min(k.shape[0], span + 1), 1)
+        room = 61 - pairs.bit_length()
+        partial = q.new_zeros(blocks.TABLE_COPIES, numbers[5], dtype=torch.int64)
+    dq = q.new_empty(q.shape)
+    kernels.d_queries_kernel[programs, heads](
+        q, k, v, table, layout.q_cu, layout.k_cu, layout.k_start, layout.q_position, layout.k_position, seed,
+        statistics, delta, d_attended, dq, peak, partial, *numbers, room, _scale(q, rule), rule.dropout,
+        **_shared(q, k, v, rule),
+        TILES=-(-v.shape[2] // tile.features), DELTAS=1 if delta is None else delta.shape[0],
+        OFFSETS=offsets, COPIES=blocks.TABLE_COPIES, SPAN=tile.diagonals,
+        BM=tile.queries, BN=tile.keys, BH=tile.features, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if table is None or partial is None:
+        return dq, None
+    d_table = torch.empty_like(table)
+    if rule.bias == "local":
+        kernels.local_table_kernel[(-(-numbers[5] // 32),)](
+            partial, d_table, programs * heads, numbers[3], numbers[5],
+            OFFSETS=offsets, BM=tile.queries, BN=tile.keys, SPAN=tile.diagonals, ROWS=64, BLOCK=32, num_warps=8,
+        )  # fmt: skip
+    else:
+        kernels.original_table_kernel[(-(-numbers[5] // 128),)](
+            partial, peak, d_table, numbers[5], room, COPIES=blocks.TABLE_COPIES, BLOCK=128
+        )
+    return dq, d_table
+
+
+class _WindowAttention(torch.autograd.Function):
+    """The two operators, tied together."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gate: Tensor | None,
+        table: Tensor | None,
+        q_cu: Tensor,
+        k_cu: Tensor | None,
+        k_start: Tensor | None,
+        q_position: Tensor | None,
+        k_position: Tensor | None,
+        seed: Tensor | None,
+        *options: Any,
+    ) -> Tensor:
+        inputs = (q, k, v, gate, table, q_cu, k_cu, k_start, q_position, k_position, seed)
+        out, statistics = forward(*inputs, *options)
+        # A gated output is not needed again: what is gated gets computed once more, which is cheaper than keeping it.
+        ctx.save_for_backward(*inputs, statistics, out if gate is None and options[3] == "softmax" else None)
+        ctx.options = options
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        dq, dk, dv, d_gate, d_table = backward(grads[0], *saved, *ctx.options)
+        gate, table = saved[3], saved[4]
+        rest = (None,) * (6 + len(ctx.options))
+        return dq, dk, dv, None if gate is None else d_gate, None if table is None else d_table, *rest
+
+
+def window_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, table: Tensor | None, layout: Layout, rule: Rule
+) -> Tensor:
+    """See :func:`sma_modules.ops.window_attention.window_attention`."""
+    out: Tensor = _WindowAttention.apply(  # type: ignore[no-untyped-call]
+        q,
+        k,
+        v,
+        gate,
+        table if rule.bias != "none" else None,
+        layout.q_cu,
+        None if layout.aligned else layout.k_cu,
+        layout.k_start,
+        layout.q_position if rule.bias == "original" else None,
+        layout.k_position if rule.bias == "original" and layout.k_position is not layout.q_position else None,
+        draw_seed(q.device) if rule.dropout > 0 else None,
+        rule.causal,
+        rule.window or 0,
+        rule.chunk or 0,
+        rule.activation,
+        rule.bias,
+        rule.dropout,
+    )
+    return out
