@@ -168,7 +168,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None) -> None
             raise ShapeError(
                 f"window_attention: {name} must be floating point (rows, heads, width), got {x.dtype} {tuple(x.shape)}"
             )
-    shared = k.shape[1] and q.shape[1] % k.shape[1] == 0 or q.shape[1] == k.shape[1]
+    shared = q.shape[1] == k.shape[1] or (k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0)
     if q.shape[2] != k.shape[2] or k.shape[:2] != v.shape[:2] or not shared:
         raise ShapeError(
             "window_attention: q (Q, H, z), k (K, G, z) and v (K, G, h) must agree, with G dividing H, "

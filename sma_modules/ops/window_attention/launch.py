@@ -85,14 +85,12 @@ def _attend(
     statistics: Tensor,
     dout: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Forward: the output, and ``statistics`` is filled. With ``dout``: gradients of the gate and of what is gated, and parts
-    ``(tiles, H, Q)`` of the sum over features of gradient times output.
+    """Forward: the output, and ``statistics`` is filled. With ``dout``: gradients of the gate and of what is gated, and
+    parts ``(tiles, H, Q)`` of the sum over features of gradient times output.
     """
     n_queries, heads = q.shape[:2]
     width = v.shape[2]
-    tile = blocks.forward_blocks(
-        q.shape[2], width, q.element_size(), rule.reach, table is not None, dout is not None
-    )
+    tile = blocks.forward_blocks(q.shape[2], width, q.element_size(), rule.reach, table is not None, dout is not None)
     tiles = -(-width // tile.features)
     out = v.new_empty(n_queries, heads, width)
     d_attended = None if dout is None else torch.empty_like(out)
