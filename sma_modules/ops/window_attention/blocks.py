@@ -10,6 +10,9 @@ TABLE_COPIES = 8
 FLOAT32_PRECISION = "tf32x3"
 """How float32 is multiplied: "tf32x3" (tensor cores, error of about float32) or "ieee" (none, slower)."""
 
+FEWEST_QUERIES = 0
+"""With fewer queries the eager backend is taken: a matter of measurement, 0 until one says otherwise."""
+
 MAXIMUM_QK = 256
 """Widest queries and keys: a tile of them is held whole."""
 
