@@ -381,9 +381,11 @@ SIZES: dict[str, tuple[Any, ...]] = {
     "wide heads": (8192, 1, 128, 128, 8, 8, Rule(False, None, 1024, "softmax", "none", 0.1)),
     "wide, all options": (8192, 1, 256, 2048, 1, 1, Rule(True, 256, 128, "laplace", "local", 0.1)),
 }
-EVERY_SIZE = [(name, dtype) for name in SIZES for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+EVERY_SIZE = [(name, dtype) for name in SIZES for dtype in (torch.bfloat16, torch.float16)]
+# Beyond 64 features of queries float32 spills some bytes: it is multiplied in three parts.
+EVERY_SIZE += [(name, torch.float32) for name in ("text", "listops", "speech", "heads")]
 # What the assembler needs for them takes minutes: in the usual run two stand for all.
-COMPILED = EVERY_SIZE if os.environ.get("SMA_HYPOTHESIS_PROFILE") == "thorough" else EVERY_SIZE[:4:3]
+COMPILED = EVERY_SIZE if os.environ.get("SMA_HYPOTHESIS_PROFILE") == "thorough" else EVERY_SIZE[:3:2]
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
 
 
