@@ -378,10 +378,11 @@ SIZES: dict[str, tuple[Any, ...]] = {
     "speech": (32000, 20, 30, 120, 1, 1, Rule(False, 128, None, "relu2", "local", 0.0)),
     "lm": (8192, 1, 128, 1232, 1, 1, Rule(True, 1024, None, "softmax", "none", 0.0)),
     "heads": (8192, 1, 64, 64, 8, 2, Rule(True, None, None, "softmax", "none", 0.0)),
-    "wide heads": (8192, 1, 128, 128, 8, 8, Rule(False, None, 1024, "softmax", "none", 0.1)),
+    "wide heads": (8192, 1, 128, 128, 8, 8, Rule(False, None, 1024, "softmax", "none", 0.0)),
     "wide, all options": (8192, 1, 256, 2048, 1, 1, Rule(True, 256, 128, "laplace", "local", 0.1)),
 }
 EVERY_SIZE = [(name, dtype) for name in SIZES for dtype in (torch.bfloat16, torch.float16)]
+EVERY_SIZE.remove(("wide, all options", torch.float16))  # whose gradients of scores are multiplied in TF32
 # Beyond 64 features of queries float32 spills some bytes: it is multiplied in three parts.
 EVERY_SIZE += [(name, torch.float32) for name in ("text", "listops", "speech", "heads")]
 # What the assembler needs for them takes minutes: in the usual run two stand for all.
