@@ -28,11 +28,11 @@ def _shared(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> dict[str, Any]:
     counted = rule.activation != "softmax" and rule.divisor is None
     return {
         "QR": q.stride(0),
-        "QH": q.stride(1),
+        "QH": q.stride(1) if q.shape[1] > 1 else 0,
         "KR": k.stride(0),
-        "KH": k.stride(1),
+        "KH": k.stride(1) if k.shape[1] > 1 else 0,
         "VR": v.stride(0),
-        "VH": v.stride(1),
+        "VH": v.stride(1) if v.shape[1] > 1 else 0,
         "HEADS": q.shape[1],
         "GROUP": q.shape[1] // k.shape[1],
         "Z": q.shape[2],

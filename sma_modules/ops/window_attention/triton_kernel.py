@@ -433,15 +433,14 @@ def d_keys_kernel(
                 if COUNTED:
                     slopes *= factor
                 d_keys += _dot_slopes(tl.trans(slopes), queries, PRECISION)
-    heads: tl.constexpr = HEADS // GROUP
     if DK:
         if not COUNTED:
             d_keys *= scale
-        _put(dk + kv_head * Z, d_keys, rows, own, heads * Z, 0, Z, ZP)
+        _put(dk + kv_head * Z, d_keys, rows, own, HEADS // GROUP * Z, 0, Z, ZP)
         if BIAS == ORIGINAL:
             tl.atomic_max(peak, highest, sem="relaxed")
     if DV:
-        _put(dv + kv_head * WIDTH, d_values, rows, own, heads * WIDTH, tile * BH, WIDTH, BH)
+        _put(dv + kv_head * WIDTH, d_values, rows, own, HEADS // GROUP * WIDTH, tile * BH, WIDTH, BH)
 
 
 @triton.jit
@@ -498,8 +497,7 @@ def d_queries_kernel(
         base = i0 - window
     first_block = tl.maximum(block_low - base, 0) // BN
     if BIAS != LOCAL:
-        base = block_low
-        first_block = m0 * 0
+        base, first_block = block_low, m0 * 0
 
     factor = scale * LOG2E if ACTIVATION == SOFTMAX else scale
     if COUNTED:
