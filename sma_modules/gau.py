@@ -162,8 +162,6 @@ class GAU(SingleHead):
         """
         self.check(x, packed, state)
         theta = self.config.rotary_theta
-        q, k, v, r = gau_inputs(
-            self.mx_proj(x), self.gamma, self.beta, position=self.rotated_by(packed), theta=theta
-        )
+        q, k, v, r = gau_inputs(self.mx_proj(x), self.gamma, self.beta, position=self.rotated_by(packed), theta=theta)
         out, memory = self.attend_single(q, k, v, packed, state, gate=r)
         return ModuleOutput(self.dropout(self.h_proj(out)), memory)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import math
 import os
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from sma.errors import BackendError, ShapeError
 from sma.ops import using
 from sma.ops.kernel import why_not_triton
 from sma_modules.attention import Attention
-from sma_modules.ops.window_attention import OP, blocks, launch, window_attention
+from sma_modules.ops.window_attention import blocks, launch, window_attention
 from sma_modules.ops.window_attention.rule import Rule
 from tests.kernels import Compilation, compile_all
 from tests.modules.test_window_attention import RULES, problem
@@ -58,7 +57,7 @@ def case(
     entries: int = 9,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Named inputs in float64 on the device, and options."""
-    (q, k, v, *table), options = problem(lengths, front, rule, entries=entries)
+    (q, k, _, *table), options = problem(lengths, front, rule, entries=entries)
     (n_queries, n_keys), (n_heads, n_kv), (z, h) = (q.shape[0], k.shape[0]), heads, widths
     sizes = {"q": (n_queries, n_heads, z), "k": (n_keys, n_kv, z), "v": (n_keys, n_kv, h)}
     if gate:
@@ -299,8 +298,8 @@ def test_nothing_is_written_outside(bias: str, q_cu: list[int]) -> None:
         mock.patch.object(torch.Tensor, "new_empty", lambda like, *size, **more: guard.new_empty(like, *size, **more)),
         mock.patch.object(torch, "empty_like", lambda like: guard.new_empty(like, like.shape)),
     ):
-        y, lse = launch.forward(*inputs, *arguments)
-        launch.backward(torch.ones_like(y), *inputs, lse, None, *arguments)
+        y, statistics = launch.forward(*inputs, *arguments)
+        launch.backward(torch.ones_like(y), *inputs, statistics, None, *arguments)
     guard.check()
 
 
@@ -309,7 +308,8 @@ def test_rows_behind_the_last_sequence_give_zeros() -> None:
     tensors, options = case([7, 12], ("softmax", "none", True, 5, None), gate=False)
     q, k, v = (tensors[name].float() for name in "qkv")
     more = [torch.cat([x, torch.full_like(x[:9], math.nan)]).requires_grad_() for x in (q, k, v)]
-    y, lse = launch.forward(*more, None, None, options["q_cu"], options["q_cu"], *(None,) * 4, True, 5, 0, "softmax", "none", 0.0)
+    places = (options["q_cu"], *(None,) * 5)
+    y, _ = launch.forward(*more, None, None, *places, True, 5, 0, "softmax", "none", 0.0)
     assert torch.equal(y[19:], torch.zeros_like(y[19:]))
     torch.testing.assert_close(y[:19], attend({"q": q, "k": k, "v": v}, options), rtol=0, atol=0)
 
@@ -335,8 +335,10 @@ def test_operators_are_sound() -> None:
     places = [options["q_cu"], None, None, None, None, None]
     arguments = [True, 4, 0, "softmax", "local", 0.0]
     torch.library.opcheck(launch.forward.operator, (*inputs, *places, *arguments))
-    y, lse = launch.forward(*inputs, *places, *arguments)
-    torch.library.opcheck(launch.backward.operator, (torch.ones_like(y), *inputs, *places, lse, None, *arguments))
+    y, statistics = launch.forward(*inputs, *places, *arguments)
+    torch.library.opcheck(
+        launch.backward.operator, (torch.ones_like(y), *inputs, *places, statistics, None, *arguments)
+    )
 
 
 def test_multi_head_attention_without_a_window() -> None:
@@ -357,7 +359,7 @@ def test_what_the_kernel_cannot_do_has_a_reason() -> None:
     tensors, options = case([5], ("softmax", "none", True, 3, None), widths=(300, 2))
     with pytest.raises(BackendError, match="at most 256 features, got 300"):
         attend({name: x.float() for name, x in tensors.items()}, options)
-    with pytest.raises(BackendError, match="got torch.float64"):
+    with pytest.raises(BackendError, match=r"got torch\.float64"):
         attend(case([5], ("softmax", "none", True, 3, None))[0], options)
     gate = tensors["gate"][:-1]
     with pytest.raises(ShapeError, match=r"gate must be torch.float64 \(5, 1, 2\), got torch.float64 \(4, 1, 2\)"):
@@ -376,12 +378,15 @@ SIZES: dict[str, tuple[Any, ...]] = {
     "speech": (32000, 20, 30, 120, 1, 1, Rule(False, 128, None, "relu2", "local", 0.0)),
     "lm": (8192, 1, 128, 1232, 1, 1, Rule(True, 1024, None, "softmax", "none", 0.0)),
     "heads": (8192, 1, 64, 64, 8, 2, Rule(True, None, None, "softmax", "none", 0.0)),
-    "wide heads": (8192, 1, 128, 128, 8, 8, Rule(False, None, 1024, "softmax", "none", 0.1)),
+    "wide heads": (8192, 1, 128, 128, 8, 8, Rule(False, None, 1024, "softmax", "none", 0.0)),
     "wide, all options": (8192, 1, 256, 2048, 1, 1, Rule(True, 256, 128, "laplace", "local", 0.1)),
 }
-EVERY_SIZE = [(name, dtype) for name in SIZES for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+EVERY_SIZE = [(name, dtype) for name in SIZES for dtype in (torch.bfloat16, torch.float16)]
+EVERY_SIZE.remove(("wide, all options", torch.float16))  # whose gradients of scores are multiplied in TF32
+# Beyond 64 features of queries float32 spills some bytes: it is multiplied in three parts.
+EVERY_SIZE += [(name, torch.float32) for name in ("text", "listops", "speech", "heads")]
 # What the assembler needs for them takes minutes: in the usual run two stand for all.
-COMPILED = EVERY_SIZE if os.environ.get("SMA_HYPOTHESIS_PROFILE") == "thorough" else EVERY_SIZE[:4:3]
+COMPILED = EVERY_SIZE if os.environ.get("SMA_HYPOTHESIS_PROFILE") == "thorough" else EVERY_SIZE[:3:2]
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
 
 
@@ -423,10 +428,11 @@ def compilations(size: tuple[Any, ...], dtype: torch.dtype) -> list[Compilation]
     inputs = [empty(rows, heads, z), empty(rows, kv_heads, z), empty(rows, kv_heads, h)]
     inputs += [empty(rows, heads, h), empty(entries, dtype=torch.float32) if entries else None]  # type: ignore[list-item]
     places = [cu, cu, None, position, position, empty(1, dtype=torch.int64)]
-    with mock.patch.multiple(launch.kernels, **{name: Recorder(name, seen) for name in names}):
+    recorders: dict[str, Any] = {name: Recorder(name, seen) for name in names}
+    with mock.patch.multiple(launch.kernels, **recorders), mock.patch.object(launch, "INTERPRETING", new=False):
         options = (rule.causal, rule.window or 0, rule.chunk or 0, rule.activation, rule.bias, rule.dropout)
-        y, lse = launch.forward(*inputs, *places, *options)
-        launch.backward(y, *inputs, *places, lse, None, *options)
+        y, statistics = launch.forward(*inputs, *places, *options)
+        launch.backward(y, *inputs, *places, statistics, None, *options)
         launch._delta(y, y)
     return seen
 

@@ -19,9 +19,7 @@ MAXIMUM_Z = 1024
 """Widest Z of the kernel, which holds whole rows of it."""
 
 
-def _why_not_triton(
-    mx: Tensor, gamma: Tensor, beta: Tensor, position: Tensor | None, theta: float
-) -> str | None:
+def _why_not_triton(mx: Tensor, gamma: Tensor, beta: Tensor, position: Tensor | None, theta: float) -> str | None:
     if gamma.shape[1] > MAXIMUM_Z:
         return f"the kernel takes a Z of at most {MAXIMUM_Z} features, got {gamma.shape[1]}"
     return why_not_triton(mx)
@@ -47,9 +45,7 @@ def gau_inputs(
     *,
     position: Int[Tensor, " tokens"] | None = None,
     theta: float = 10000.0,
-) -> tuple[
-    Float[Tensor, "tokens z"], Float[Tensor, "tokens z"], Float[Tensor, "tokens h"], Float[Tensor, "tokens h"]
-]:
+) -> tuple[Float[Tensor, "tokens z"], Float[Tensor, "tokens z"], Float[Tensor, "tokens h"], Float[Tensor, "tokens h"]]:
     """Queries, keys, values and gate of a gated attention unit (SeqBoat, arXiv 2306.11197, section 4).
 
     ``[Z | R | V] = SiLU(mx)``, ``q = rotary(Z * gamma[0] + beta[0])``, ``k = rotary(Z * gamma[1] + beta[1])``, where
@@ -76,9 +72,7 @@ def gau_inputs(
         (torch.Size([5, 4]), torch.Size([5, 3]))
     """
     if gamma.dim() != 2 or gamma.shape[0] != 2 or beta.shape != gamma.shape:
-        raise ShapeError(
-            f"gau_inputs: gamma and beta must be (2, z), got {tuple(gamma.shape)} and {tuple(beta.shape)}"
-        )
+        raise ShapeError(f"gau_inputs: gamma and beta must be (2, z), got {tuple(gamma.shape)} and {tuple(beta.shape)}")
     z = gamma.shape[1]
     if mx.dim() != 2 or mx.shape[1] < z or (mx.shape[1] - z) % 2:
         raise ShapeError(f"gau_inputs: mx must be (K, {z} + 2h), got {tuple(mx.shape)}")

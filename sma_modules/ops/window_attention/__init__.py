@@ -7,9 +7,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sma.errors import ConfigError, ShapeError
-from sma.ops.backend import Op
+from sma.ops.backend import Op, forced_backend
 from sma.ops.kernel import why_not_triton
-from sma_modules.ops.window_attention.blocks import MAXIMUM_QK
+from sma_modules.ops.window_attention.blocks import FEWEST_QUERIES, MAXIMUM_QK
 from sma_modules.ops.window_attention.eager import window_attention_eager
 from sma_modules.ops.window_attention.reference import window_attention_reference
 from sma_modules.ops.window_attention.rule import Activation, Bias, Layout, Rule
@@ -29,6 +29,8 @@ def _why_not_triton(
         return f"the kernel takes queries and keys of at most {MAXIMUM_QK} features, got {q.shape[2]}"
     if not q.shape[1] or not q.shape[2] or not v.shape[2]:
         return f"the kernel needs at least one head and feature, got q {tuple(q.shape)} and v {tuple(v.shape)}"
+    if q.shape[0] < FEWEST_QUERIES and forced_backend() != "triton":
+        return f"the eager backend is faster for fewer than {FEWEST_QUERIES} queries, got {q.shape[0]}"
     return None
 
 
@@ -168,7 +170,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None) -> None
             raise ShapeError(
                 f"window_attention: {name} must be floating point (rows, heads, width), got {x.dtype} {tuple(x.shape)}"
             )
-    shared = k.shape[1] and q.shape[1] % k.shape[1] == 0 or q.shape[1] == k.shape[1]
+    shared = q.shape[1] == k.shape[1] or (k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0)
     if q.shape[2] != k.shape[2] or k.shape[:2] != v.shape[:2] or not shared:
         raise ShapeError(
             "window_attention: q (Q, H, z), k (K, G, z) and v (K, G, h) must agree, with G dividing H, "

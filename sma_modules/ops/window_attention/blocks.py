@@ -10,6 +10,9 @@ TABLE_COPIES = 8
 FLOAT32_PRECISION = "tf32x3"
 """How float32 is multiplied: "tf32x3" (tensor cores, error of about float32) or "ieee" (none, slower)."""
 
+FEWEST_QUERIES = 0
+"""With fewer queries the eager backend is taken: a matter of measurement, 0 until one says otherwise."""
+
 MAXIMUM_QK = 256
 """Widest queries and keys: a tile of them is held whole."""
 
@@ -46,7 +49,8 @@ def forward_blocks(z: int, width: int, itemsize: int, reach: int | None, biased:
     """
     beside = padded(z)
     if itemsize == 4:
-        return Blocks(32 if beside >= 128 else 64, 32, feature_tile(width, beside, 64), 8, 2)
+        rows, keys, stages = (16, 16, 1) if beside > 128 else (32 if beside > 64 else 64, 32, 2)
+        return Blocks(rows, keys, feature_tile(width, beside, 64), 8, stages)
     features = feature_tile(width, beside, 128 if biased or again else 256)
     if beside > 128:
         return Blocks(64, 32, min(features, 128), 8, 2)
@@ -60,17 +64,20 @@ def d_keys_blocks(z: int, width: int, itemsize: int, biased: bool) -> tuple[Bloc
     """For a block of keys; and whether one pass gives the gradients of keys and of values (one tile of features)."""
     beside, features = padded(z), padded(width)
     if itemsize == 4:
-        return Blocks(32, 32, min(features, 64), 8, 2), features <= 64 and beside <= 64
+        rows, keys, stages = (16, 16, 1) if beside > 128 else (16 if beside > 64 else 32, 64, 2)
+        return Blocks(rows, keys, min(features, 32), 8, stages), features <= 32
     if features <= 128 and beside <= 128:
         return Blocks(32 if biased or features + beside > 128 else 64, 64, features, 8, 2), True
-    return Blocks(32 if biased or beside > 128 else 64, 64, min(features, 128), 8, 2), False
+    narrow = biased and beside > 128
+    return Blocks(32 if biased or beside > 128 else 64, 64, min(features, 64 if narrow else 128), 8, 2), False
 
 
 def d_queries_blocks(z: int, width: int, itemsize: int, biased: bool) -> Blocks:
     """For a block of queries."""
     beside, features = padded(z), padded(width)
     if itemsize == 4:
-        return Blocks(32, 32, min(features, 64), 8, 2)
+        rows, keys, stages = (16, 16, 1) if beside > 128 else (32, 16, 1) if biased or beside > 64 else (32, 32, 2)
+        return Blocks(rows, keys, min(features, 32), 8, stages)
     if features <= 256 and beside <= 128:
         return Blocks(64, 32 if biased else 64, features, 8, 2)
-    return Blocks(64, 32 if biased or beside > 128 else 64, 64, 8, 2)
+    return Blocks(64, 32 if biased or beside > 128 else 64, 64, 8, 1 if biased and beside > 128 else 2)

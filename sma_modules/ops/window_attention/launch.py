@@ -28,11 +28,11 @@ def _shared(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> dict[str, Any]:
     counted = rule.activation != "softmax" and rule.divisor is None
     return {
         "QR": q.stride(0),
-        "QH": q.stride(1),
+        "QH": q.stride(1) if q.shape[1] > 1 else 0,
         "KR": k.stride(0),
-        "KH": k.stride(1),
+        "KH": k.stride(1) if k.shape[1] > 1 else 0,
         "VR": v.stride(0),
-        "VH": v.stride(1),
+        "VH": v.stride(1) if v.shape[1] > 1 else 0,
         "HEADS": q.shape[1],
         "GROUP": q.shape[1] // k.shape[1],
         "Z": q.shape[2],
@@ -85,14 +85,12 @@ def _attend(
     statistics: Tensor,
     dout: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Forward: the output, and ``statistics`` is filled. With ``dout``: gradients of the gate and of what is gated, and parts
-    ``(tiles, H, Q)`` of the sum over features of gradient times output.
+    """Forward: the output, and ``statistics`` is filled. With ``dout``: gradients of the gate and of what is gated, and
+    parts ``(tiles, H, Q)`` of the sum over features of gradient times output.
     """
     n_queries, heads = q.shape[:2]
     width = v.shape[2]
-    tile = blocks.forward_blocks(
-        q.shape[2], width, q.element_size(), rule.reach, table is not None, dout is not None
-    )
+    tile = blocks.forward_blocks(q.shape[2], width, q.element_size(), rule.reach, table is not None, dout is not None)
     tiles = -(-width // tile.features)
     out = v.new_empty(n_queries, heads, width)
     d_attended = None if dout is None else torch.empty_like(out)

@@ -31,7 +31,7 @@ UNSPECIALISED = ["n_queries", "n_keys", "batch", "window", "chunk", "entries"]
 
 @triton.jit
 def _bound(cu, b, batch, rows):
-    """First row of sequence b, within the rows there are whatever ``cu`` says; the end of all rows from ``batch`` on."""
+    """First row of sequence b, within the rows there are whatever ``cu`` says; the end of all rows beyond ``batch``."""
     at = tl.load(cu + tl.minimum(b, batch))
     return tl.where(b > batch, rows, tl.minimum(tl.maximum(at, 0), rows).to(tl.int32))
 
@@ -198,57 +198,14 @@ def _dot_slopes(slopes, x, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def attend_kernel(
-    q,
-    k,
-    v,
-    gate,
-    table,
-    q_cu,
-    k_cu,
-    k_start,
-    q_position,
-    k_position,
-    seed,
-    out,
-    statistics,
-    dout,
-    d_attended,
-    delta,
-    n_queries,
-    n_keys,
-    batch,
-    window,
-    chunk,
-    entries,
-    scale,
-    dropout,
-    QR: tl.constexpr,
-    QH: tl.constexpr,
-    KR: tl.constexpr,
-    KH: tl.constexpr,
-    VR: tl.constexpr,
-    VH: tl.constexpr,
-    GR: tl.constexpr,
-    GH: tl.constexpr,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    Z: tl.constexpr,
-    ZP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILES: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    COUNTED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    AGAIN: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BH: tl.constexpr,
-):
+    q, k, v, gate, table, q_cu, k_cu, k_start, q_position, k_position, seed, out, statistics, dout, d_attended, delta,
+    n_queries, n_keys, batch, window, chunk, entries, scale, dropout,
+    QR: tl.constexpr, QH: tl.constexpr, KR: tl.constexpr, KH: tl.constexpr, VR: tl.constexpr, VH: tl.constexpr,
+    GR: tl.constexpr, GH: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, Z: tl.constexpr, ZP: tl.constexpr,
+    WIDTH: tl.constexpr, TILES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    ACTIVATION: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, COUNTED: tl.constexpr,
+    PRECISION: tl.constexpr, AGAIN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
     """A block of queries and a tile of the value features.
 
     Forward: the output, gated if there is a gate, and the ``statistics (2, H, Q)`` of the softmax. AGAIN, the start of
@@ -347,7 +304,9 @@ def attend_kernel(
 
 
 @triton.jit(do_not_specialize=["n_queries"])
-def delta_kernel(dout, out, delta, n_queries, HEADS: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr):
+def delta_kernel(
+    dout, out, delta, n_queries, HEADS: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr
+):
     """The sum over features of gradient times output, of every query and head; for calls without a gate."""
     at = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     own = at < n_queries.to(tl.int64) * HEADS
@@ -368,57 +327,14 @@ def _deltas(delta, rows, keep, head, n_queries, HEADS: tl.constexpr, DELTAS: tl.
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def d_keys_kernel(
-    q,
-    k,
-    v,
-    table,
-    q_cu,
-    k_cu,
-    k_start,
-    q_position,
-    k_position,
-    seed,
-    statistics,
-    delta,
-    d_attended,
-    dk,
-    dv,
-    peak,
-    n_queries,
-    n_keys,
-    batch,
-    window,
-    chunk,
-    entries,
-    scale,
-    dropout,
-    QR: tl.constexpr,
-    QH: tl.constexpr,
-    KR: tl.constexpr,
-    KH: tl.constexpr,
-    VR: tl.constexpr,
-    VH: tl.constexpr,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    Z: tl.constexpr,
-    ZP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILES: tl.constexpr,
-    DELTAS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    COUNTED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BH: tl.constexpr,
-):
+    q, k, v, table, q_cu, k_cu, k_start, q_position, k_position, seed, statistics, delta, d_attended, dk, dv, peak,
+    n_queries, n_keys, batch, window, chunk, entries, scale, dropout,
+    QR: tl.constexpr, QH: tl.constexpr, KR: tl.constexpr, KH: tl.constexpr, VR: tl.constexpr, VH: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, Z: tl.constexpr, ZP: tl.constexpr, WIDTH: tl.constexpr,
+    TILES: tl.constexpr, DELTAS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    ACTIVATION: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, COUNTED: tl.constexpr,
+    PRECISION: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
     """A block of keys: the gradient of the keys (DK), of a tile of the value features (DV), or both if one tile is all.
 
     ``peak`` gets the bits of the largest absolute gradient
@@ -517,15 +433,14 @@ def d_keys_kernel(
                 if COUNTED:
                     slopes *= factor
                 d_keys += _dot_slopes(tl.trans(slopes), queries, PRECISION)
-    heads: tl.constexpr = HEADS // GROUP
     if DK:
         if not COUNTED:
             d_keys *= scale
-        _put(dk + kv_head * Z, d_keys, rows, own, heads * Z, 0, Z, ZP)
+        _put(dk + kv_head * Z, d_keys, rows, own, HEADS // GROUP * Z, 0, Z, ZP)
         if BIAS == ORIGINAL:
             tl.atomic_max(peak, highest, sem="relaxed")
     if DV:
-        _put(dv + kv_head * WIDTH, d_values, rows, own, heads * WIDTH, tile * BH, WIDTH, BH)
+        _put(dv + kv_head * WIDTH, d_values, rows, own, HEADS // GROUP * WIDTH, tile * BH, WIDTH, BH)
 
 
 @triton.jit
@@ -546,59 +461,15 @@ def _diagonals(x, BM: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr):
 
 @triton.jit(do_not_specialize=[*UNSPECIALISED, "room"])
 def d_queries_kernel(
-    q,
-    k,
-    v,
-    table,
-    q_cu,
-    k_cu,
-    k_start,
-    q_position,
-    k_position,
-    seed,
-    statistics,
-    delta,
-    d_attended,
-    dq,
-    peak,
-    partial,
-    n_queries,
-    n_keys,
-    batch,
-    window,
-    chunk,
-    entries,
-    room,
-    scale,
-    dropout,
-    QR: tl.constexpr,
-    QH: tl.constexpr,
-    KR: tl.constexpr,
-    KH: tl.constexpr,
-    VR: tl.constexpr,
-    VH: tl.constexpr,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    Z: tl.constexpr,
-    ZP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILES: tl.constexpr,
-    DELTAS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    COUNTED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    OFFSETS: tl.constexpr,
-    COPIES: tl.constexpr,
-    SPAN: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BH: tl.constexpr,
-):
+    q, k, v, table, q_cu, k_cu, k_start, q_position, k_position, seed, statistics, delta, d_attended, dq, peak,
+    partial, n_queries, n_keys, batch, window, chunk, entries, room, scale, dropout,
+    QR: tl.constexpr, QH: tl.constexpr, KR: tl.constexpr, KH: tl.constexpr, VR: tl.constexpr, VH: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, Z: tl.constexpr, ZP: tl.constexpr, WIDTH: tl.constexpr,
+    TILES: tl.constexpr, DELTAS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    ACTIVATION: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, COUNTED: tl.constexpr,
+    PRECISION: tl.constexpr, OFFSETS: tl.constexpr, COPIES: tl.constexpr, SPAN: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
     """A block of queries: their gradient, and what they add to the gradient of the table.
 
     For local biases ``partial (programs, heads, OFFSETS, SPAN)`` gets the sums along the diagonals of each tile; key
@@ -626,8 +497,7 @@ def d_queries_kernel(
         base = i0 - window
     first_block = tl.maximum(block_low - base, 0) // BN
     if BIAS != LOCAL:
-        base = block_low
-        first_block = m0 * 0
+        base, first_block = block_low, m0 * 0
 
     factor = scale * LOG2E if ACTIVATION == SOFTMAX else scale
     if COUNTED:
