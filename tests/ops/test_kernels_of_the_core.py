@@ -63,10 +63,10 @@ def assert_precise(run: Callable[..., Any], inputs: list[Tensor], dtype: torch.d
     exact = results(run, [each.double() for each in inputs], "eager")
     low = [each.to(dtype) for each in inputs]
     for mine, base, truth in zip(results(run, low, "triton"), results(run, low, "eager"), exact, strict=True):
-        # One unit in the last place of the largest value is what rounding the result alone may cost.
+        # Half a unit in the last place of the largest value is what rounding the result costs at worst.
         unit = torch.finfo(dtype).eps * float(truth.abs().max())
         for ours, theirs in zip(error_of(mine, truth), error_of(base, truth), strict=True):
-            assert ours <= 2 * theirs + 1e-3 * unit
+            assert ours <= 2 * theirs + 0.5 * unit
 
 
 SHAPES = ((3, 50), (1, 1), (2, 129))

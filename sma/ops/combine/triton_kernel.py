@@ -26,7 +26,7 @@ def _kept(seed, place, dropout):
 
 @triton.jit
 def _silu(x):
-    return x / (1.0 + tl.exp(-x))
+    return tl.div_rn(x, 1.0 + tl.exp(-x))
 
 
 @triton.jit
@@ -144,7 +144,7 @@ def backward_kernel(
                     g = g * tl.load(norm_weight + d * WEIGHT_STRIDE, mask=d < D, other=0).to(tl.float32)
                 g = unscale(g, scaled, rstd, inside, D, CENTRED)
             if SILU:
-                gate = 1.0 / (1.0 + tl.exp(-s))
+                gate = tl.div_rn(1.0, 1.0 + tl.exp(-s))
                 g = g * gate * (1.0 + s * (1.0 - gate))
         if STORE_SUM:
             tl.store(grad_residual + place, g.to(grad_residual.dtype.element_ty), mask=inside)

@@ -25,7 +25,7 @@ def scale(y, eps, inside, D, CENTRED: tl.constexpr):
     """``y (BLOCK_T, BLOCK_D)``, 0 outside, with mean square 1 (and mean 0), and the factor ``(BLOCK_T,)`` for that."""
     if CENTRED:
         y = tl.where(inside, y - (tl.sum(y, 1) / D)[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(y * y, 1) / D + eps)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(y * y, 1), D * 1.0) + eps))
     return y * rstd[:, None], rstd
 
 
