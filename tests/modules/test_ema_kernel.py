@@ -17,6 +17,8 @@ from tests.kernels import Compilation, compile_all
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton's interpreter rounds to bfloat16 towards zero, which doubles the error: there float16 stands for both.
+LOW = (torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float16,)
 TINY = 16
 """Tokens of a chunk here, so that short sequences have several."""
 
@@ -29,12 +31,11 @@ def _tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "MINIMUM_CHUNK", TINY)
 
 
-def parameters(dim: int, n_state: int, bidirectional: bool, slower: float = 0.0) -> list[Tensor]:
-    """float64; ``slower`` moves the logit of the decay, so that q comes near 1."""
+def parameters(dim: int, n_state: int, bidirectional: bool) -> list[Tensor]:
+    """In float64."""
     rows = 2 * dim if bidirectional else dim
     shapes = [(rows, n_state, 1)] * 3 + [(rows, n_state), (dim,)]
     weights = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-    weights[1] -= slower
     return [weight.to(DEVICE) for weight in weights]
 
 
@@ -69,14 +70,15 @@ def check(dtype: torch.dtype, floor: float, x: Tensor, weights: list[Tensor], **
         assert float(error.mean()) <= 2 * float(allowed.mean()) + floor * size, name
 
 
-@pytest.mark.parametrize("slower", [0.0, 9.0])
 @pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("truncation", [None, 1, 5, 37, 1000])
-@pytest.mark.parametrize(("length", "lengths"), [(1, None), (70, None), (50, (50, 0, 17))])
+@pytest.mark.parametrize("truncation", [None, 1, 5, 20, 1000])
+@pytest.mark.parametrize(("length", "lengths"), [(1, None), (50, None), (35, (35, 0, 17))])
 def test_equals_the_definition(
-    length: int, lengths: tuple[int, ...] | None, truncation: int | None, bidirectional: bool, slower: float
+    length: int, lengths: tuple[int, ...] | None, truncation: int | None, bidirectional: bool
 ) -> None:
-    weights = parameters(3, 4, bidirectional, slower)
+    """One channel forgets in some 10^4 tokens, the others in a few."""
+    weights = parameters(3, 4, bidirectional)
+    weights[1][::3] -= 9
     batch = len(lengths) if lengths else 2
     x = torch.randn(batch, length, 3, dtype=torch.float64, device=DEVICE)
     check(
@@ -87,17 +89,27 @@ def test_equals_the_definition(
         bidirectional=bidirectional,
         truncation=truncation,
         lengths=None if lengths is None else torch.tensor(lengths, device=DEVICE),
-        activation="silu" if length == 50 else "none",
+        activation="silu" if lengths else "none",
     )
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_window_longer_than_the_memory(bidirectional: bool) -> None:
+    """Nothing is left of a token when it leaves the window: the kernel takes a shorter way."""
+    weights = parameters(3, 4, bidirectional)
+    weights[0].clamp_(min=3.0)
+    weights[1].clamp_(min=3.0)
+    x = torch.randn(1, 50, 3, dtype=torch.float64, device=DEVICE)
+    check(torch.float32, 2e-6, x, weights, bidirectional=bidirectional, truncation=20)
 
 
 @pytest.mark.parametrize("length", [63, 100, 129])
 def test_lengths_around_powers_of_two(length: int) -> None:
-    x = torch.randn(1, length, 33, dtype=torch.float64, device=DEVICE)
-    check(torch.float32, 2e-6, x, parameters(33, 3, True), bidirectional=True, truncation=40)
+    x = torch.randn(1, length, 2, dtype=torch.float64, device=DEVICE)
+    check(torch.float32, 2e-6, x, parameters(2, 3, True), bidirectional=True, truncation=40)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("activation", ["none", "silu"])
 @pytest.mark.parametrize("truncation", [None, 24])
 def test_low_precision(dtype: torch.dtype, activation: str, truncation: int | None) -> None:
@@ -123,7 +135,7 @@ def test_slow_states_over_many_chunks() -> None:
     weights = parameters(2, 2, False)
     weights[0].fill_(-7.0)
     weights[1].fill_(-7.0)
-    x = torch.randn(1, 400, 2, dtype=torch.float64, device=DEVICE) + 1
+    x = torch.randn(1, 300, 2, dtype=torch.float64, device=DEVICE) + 1
     check(torch.float32, 5e-7, x, weights, bidirectional=False)
 
 
@@ -132,8 +144,8 @@ def test_slow_states_over_many_chunks() -> None:
 def test_padding_is_another_world(bidirectional: bool, truncation: int | None) -> None:
     """Padding of nan reaches neither real outputs nor, without a gradient there, any gradient."""
     weights = [weight.float().requires_grad_() for weight in parameters(3, 2, bidirectional)]
-    clean = torch.randn(2, 40, 3, device=DEVICE)
-    lengths = torch.tensor([40, 19], device=DEVICE)
+    clean = torch.randn(2, 24, 3, device=DEVICE)
+    lengths = torch.tensor([24, 19], device=DEVICE)
     clean[1, 19:] = 0
     poisoned = clean.clone()
     poisoned[1, 19:] = torch.nan
@@ -153,7 +165,7 @@ def test_padding_is_another_world(bidirectional: bool, truncation: int | None) -
 @pytest.mark.parametrize("splits", [(1, 1, 30, 16, 2), (50,), (0, 16, 34)])
 def test_streams_in_any_split(splits: tuple[int, ...]) -> None:
     """The state passes between this backend and the others; rows may end early and come to nothing."""
-    weights = [weight.float() for weight in parameters(3, 4, False, 2.0)]
+    weights = [weight.float() for weight in parameters(3, 4, False)]
     x = torch.randn(2, 50, 3, device=DEVICE)
     lengths = torch.tensor([50, 23], device=DEVICE)
     options: dict[str, Any] = {"bidirectional": False, "return_state": True}

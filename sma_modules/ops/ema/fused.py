@@ -16,15 +16,17 @@ BLOCK = 32
 """Channels of a program, one per thread."""
 TILE = 16
 """Tokens of a tile; chunks are made of whole tiles."""
-FORWARD_STEP = 16
+SUM_STEP = 16
+FORWARD_STEP = 8
 BACKWARD_STEP = 8
-"""Tokens whose loads are on their way together; the backward pass has fewer registers to spare."""
+"""Tokens whose loads are on their way together, in multiples of 4; they take registers."""
 CHUNK = 128
 """Tokens of a chunk where nothing speaks for another size: short enough for what a bidirectional program keeps of it
 to stay in the cache, long enough for the states between chunks (N / CHUNK numbers per input) to cost little."""
 MINIMUM_CHUNK = 32
-REGISTERS = 168
-"""Of a thread in the scans: 12 warps per multiprocessor, 3 per scheduler. The compiler would take 255."""
+FORWARD_REGISTERS = 168
+BACKWARD_REGISTERS = 168
+"""Of a thread: 168 let 12 warps of a multiprocessor work in turns, 3 per scheduler. The compiler would take 255."""
 WARPS_PER_PROCESSOR = 12
 """Programs (of one warp) that a multiprocessor is to be given, as far as there is work for them."""
 PROCESSORS = 132
@@ -166,7 +168,7 @@ def ema_forward(
         LENGTHS=lengths is not None, MANY=many, WINDOW=window, STREAM=stream, CARRIED=hidden is not None,
         SILU=silu, DROPOUT=dropout > 0, SAVE=silu and save,
         DIRECTIONS=directions, CHUNK=cut.chunk, N=cut.states, BLOCK=BLOCK, TILE=TILE, STEP=FORWARD_STEP,
-        num_warps=1, maxnreg=REGISTERS,
+        num_warps=1, maxnreg=FORWARD_REGISTERS,
     )  # fmt: skip
     return outputs
 
@@ -236,7 +238,7 @@ def ema_backward(
         batch, length, dim, cut.chunks, _taps(truncation, length),
         LENGTHS=lengths is not None, MANY=many, WINDOW=window,
         DIRECTIONS=directions, CHUNK=cut.chunk, N=cut.states, BLOCK=BLOCK, TILE=TILE, STEP=BACKWARD_STEP,
-        num_warps=1, maxnreg=REGISTERS,
+        num_warps=1, maxnreg=BACKWARD_REGISTERS,
     )  # fmt: skip
     triton_kernel.finish[(directions * n_state + 1, cut.blocks)](
         partial, delta, alpha, beta, gamma, *gradients[1:], cut.programs, dim, n_state, n_state**-0.5,
@@ -291,7 +293,7 @@ def _sums(
         source, pre, _or(lengths, source), _or(seed, source), table, reach, inputs, sums,
         length, dim, cut.chunks, dropout, 1 / (1 - dropout),
         LENGTHS=lengths is not None, SUMS=cut.chunks > 1, GRADIENT=gradient, SILU=silu, DROPOUT=dropout > 0,
-        DIRECTIONS=table.shape[1], CHUNK=cut.chunk, N=cut.states, BLOCK=BLOCK, TILE=TILE, STEP=FORWARD_STEP,
+        DIRECTIONS=table.shape[1], CHUNK=cut.chunk, N=cut.states, BLOCK=BLOCK, TILE=TILE, STEP=SUM_STEP,
         num_warps=1,
     )  # fmt: skip
 
@@ -358,6 +360,7 @@ def ema(
 ) -> tuple[Tensor, Tensor | None]:
     """Output and the hidden state at the end, or None unless ``stream``; gradients only without."""
     x, parameters = x.contiguous(), tuple(value.contiguous() for value in parameters)
+    lengths, hidden = (None if value is None else value.contiguous() for value in (lengths, hidden))
     seed = draw_seed(x.device) if dropout > 0 else None
     silu = activation == "silu"
     if not stream and torch.is_grad_enabled() and any(value.requires_grad for value in (x, *parameters)):

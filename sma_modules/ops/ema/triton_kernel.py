@@ -344,8 +344,9 @@ def _start(
 def _forward_sweep(
     s, q, weight, x, y, pre, scratch, hidden_end, table, omega, seed,
     b, begin, tiles, limit, length, dim, columns, inside, lanes, direction: tl.constexpr, taps, dropout, scale, n_state,
-    LEAVES: tl.constexpr, STREAM: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr, SAVE: tl.constexpr,
-    DIRECTIONS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+    LEAVES: tl.constexpr, LAST: tl.constexpr, LENGTHS: tl.constexpr, STREAM: tl.constexpr, SILU: tl.constexpr,
+    DROPOUT: tl.constexpr, SAVE: tl.constexpr, DIRECTIONS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One direction of one chunk. The last one adds what the first left in ``scratch`` and finishes the output."""
     REVERSE: tl.constexpr = direction == 1
@@ -355,49 +356,54 @@ def _forward_sweep(
     if STREAM:
         drive = _coefficient(table, DRIVE, direction, dim, columns, inside, DIRECTIONS, N)
         end = s
-    for k in range(tiles * (TILE // STEP)):
-        local = (tiles * (TILE // STEP) - 1 - k if REVERSE else k) * STEP
-        first = begin + local
-        xs = _tokens(x, first, length, dim, columns, inside, REVERSE, STEP)
-        if LEAVES:
-            olds = _tokens(x, first + (taps if REVERSE else -taps), limit, dim, columns, inside, REVERSE, STEP)
-        if direction == 1:
-            before = _tokens(scratch, local, tiles * TILE, BLOCK, lanes, inside, REVERSE, STEP)
+    for k in range(tiles):
         s = s + s * correction
-        outs = ()
-        for i in tl.static_range(STEP):
-            t = first + (STEP - 1 - i if REVERSE else i)
-            u = tl.where(t < limit, xs[i], 0.0)[None, :]
-            if STREAM:
-                u = u * drive
-            s = s * q + u
+        for part in tl.static_range(TILE // STEP):
+            local = (tiles - 1 - k if REVERSE else k) * TILE + (TILE // STEP - 1 - part if REVERSE else part) * STEP
+            first = begin + local
+            # Only the direct path looks at padding.
+            xs = _tokens(x, first, length if LAST else limit, dim, columns, inside, REVERSE, STEP)
             if LEAVES:
-                s = s - gone * olds[i][None, :]
-            outs = outs + (tl.sum(s * weight, axis=0),)
-            if STREAM:
-                end = tl.where(t == limit - 1, s, end)
-        if direction == DIRECTIONS - 1:
-            for group in tl.static_range(STEP // 4):
-                if DROPOUT:
-                    keeps = _keep(seed, b, first + group * 4, columns, dim, dropout)
-                for i in tl.static_range(4):
-                    t = first + group * 4 + i
-                    value = _in_order(outs, group * 4 + i, REVERSE, STEP)
-                    value = value + omega * _in_order(xs, group * 4 + i, REVERSE, STEP)
-                    if direction == 1:
-                        value = value + _in_order(before, group * 4 + i, REVERSE, STEP)
-                    at = t * dim + columns
-                    mask = inside & (t < length)
-                    if SAVE:
-                        tl.store(pre + at, value, mask=mask)
-                    if SILU:
-                        value = _silu(value)
-                    if DROPOUT:
-                        value = tl.where(keeps[i], value * scale, 0.0)
-                    tl.store(y + at, value, mask=mask)
-        else:
+                olds = _tokens(x, first + (taps if REVERSE else -taps), limit, dim, columns, inside, REVERSE, STEP)
+            if direction == 1:
+                before = _tokens(scratch, local, tiles * TILE, BLOCK, lanes, inside, REVERSE, STEP)
+            outs = ()
             for i in tl.static_range(STEP):
-                tl.store(scratch + (local + i) * BLOCK + lanes, _in_order(outs, i, REVERSE, STEP), mask=inside)
+                t = first + (STEP - 1 - i if REVERSE else i)
+                u = xs[i]
+                if LENGTHS and LAST:
+                    u = tl.where(t < limit, u, 0.0)
+                if STREAM:
+                    s = s * q + u[None, :] * drive
+                else:
+                    s = s * q + u[None, :]
+                if LEAVES:
+                    s = s - gone * olds[i][None, :]
+                outs = outs + (tl.sum(s * weight, axis=0),)
+                if STREAM:
+                    end = tl.where(t == limit - 1, s, end)
+            if LAST:
+                for group in tl.static_range(STEP // 4):
+                    if DROPOUT:
+                        keeps = _keep(seed, b, first + group * 4, columns, dim, dropout)
+                    for i in tl.static_range(4):
+                        t = first + group * 4 + i
+                        value = _in_order(outs, group * 4 + i, REVERSE, STEP)
+                        value = value + omega * _in_order(xs, group * 4 + i, REVERSE, STEP)
+                        if direction == 1:
+                            value = value + _in_order(before, group * 4 + i, REVERSE, STEP)
+                        at = t * dim + columns
+                        mask = inside & (t < length)
+                        if SAVE:
+                            tl.store(pre + at, value, mask=mask)
+                        if SILU:
+                            value = _silu(value)
+                        if DROPOUT:
+                            value = tl.where(keeps[i], value * scale, 0.0)
+                        tl.store(y + at, value, mask=mask)
+            else:
+                for i in tl.static_range(STEP):
+                    tl.store(scratch + (local + i) * BLOCK + lanes, _in_order(outs, i, REVERSE, STEP), mask=inside)
     if STREAM:
         # Rows with nothing new keep what they had.
         if (tl.maximum(limit - 1, 0) >= begin) & (tl.maximum(limit - 1, 0) < begin + tiles * TILE):
@@ -416,18 +422,14 @@ def forward(
     STEP: tl.constexpr,
 ):  # fmt: skip
     """The average, ``omega x``, activation and dropout of all chunks that fall to this program."""
-    tl.static_assert(TILE == STEP)
     lanes = tl.arange(0, BLOCK)
-    columns = tl.program_id(0) * BLOCK + lanes
-    inside = columns < dim
-    direct = tl.load(omega + columns, mask=inside, other=0.0).to(tl.float32)
+    place = tl.program_id(0) * BLOCK + lanes
+    inside = place < dim
+    direct = tl.load(omega + place, mask=inside, other=0.0).to(tl.float32)
     noise = tl.load(seed) if DROPOUT else 0
     slot = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     mine = scratch + slot.to(tl.int64) * (CHUNK * BLOCK)
     for item in tl.range(tl.program_id(1), batch * chunks, tl.num_programs(1), disable_licm=True):
-        # Always 0, but not to the compiler: it would compute the addresses of all coefficients ahead of the loop, and
-        # keep them in registers.
-        coefficients = table + item // (batch * chunks)
         b = item // chunks
         j = item - b * chunks
         begin = j * CHUNK
@@ -437,12 +439,15 @@ def forward(
         if LENGTHS:
             limit = tl.minimum(tl.load(lengths + b).to(tl.int32), length)
         for direction in tl.static_range(DIRECTIONS):
-            q = _coefficient(coefficients, Q, direction, dim, columns, inside, DIRECTIONS, N)
-            weight = _coefficient(coefficients, WEIGHT, direction, dim, columns, inside, DIRECTIONS, N)
+            # Adds 0, which the compiler does not know: it would compute the addresses of all coefficients ahead of the
+            # loop, and keep them in registers.
+            columns = place + item // (batch * chunks + direction)
+            q = _coefficient(table, Q, direction, dim, columns, inside, DIRECTIONS, N)
+            weight = _coefficient(table, WEIGHT, direction, dim, columns, inside, DIRECTIONS, N)
             needed = _reach(reach, direction, dim, columns, inside)
             leaves = needed > taps
             s, _ = _start(
-                sums, coefficients, x + row, b, j, limit, chunks, dim, columns, inside, direction, needed, taps,
+                sums, table, x + row, b, j, limit, chunks, dim, columns, inside, direction, needed, taps,
                 leaves, MANY, WINDOW, direction == 1, 1, DIRECTIONS, CHUNK, N, BLOCK,
             )  # fmt: skip
             if CARRIED and not MANY:
@@ -451,15 +456,17 @@ def forward(
                 s = tl.load(at, mask=inside[None, :] & (states < n_state)[:, None], other=0.0)
             if WINDOW and leaves:
                 _forward_sweep(
-                    s, q, weight, x + row, y + row, pre + row, mine, hidden_end, coefficients, direct, noise,
+                    s, q, weight, x + row, y + row, pre + row, mine, hidden_end, table, direct, noise,
                     b, begin, tiles, limit, length, dim, columns, inside, lanes, direction, taps, dropout, scale,
-                    n_state, True, STREAM, SILU, DROPOUT, SAVE, DIRECTIONS, N, BLOCK, TILE, STEP,
+                    n_state, True, direction == DIRECTIONS - 1, LENGTHS, STREAM, SILU, DROPOUT, SAVE, DIRECTIONS, N,
+                    BLOCK, TILE, STEP,
                 )  # fmt: skip
             else:
                 _forward_sweep(
-                    s, q, weight, x + row, y + row, pre + row, mine, hidden_end, coefficients, direct, noise,
+                    s, q, weight, x + row, y + row, pre + row, mine, hidden_end, table, direct, noise,
                     b, begin, tiles, limit, length, dim, columns, inside, lanes, direction, taps, dropout, scale,
-                    n_state, False, STREAM, SILU, DROPOUT, SAVE, DIRECTIONS, N, BLOCK, TILE, STEP,
+                    n_state, False, direction == DIRECTIONS - 1, LENGTHS, STREAM, SILU, DROPOUT, SAVE, DIRECTIONS, N,
+                    BLOCK, TILE, STEP,
                 )  # fmt: skip
 
 
@@ -467,8 +474,8 @@ def forward(
 def _backward_sweep(
     s, h, q, x, grad, dx, scratch, table, omega, by_omega,
     begin, tiles, limit, length, dim, columns, inside, lanes, direction: tl.constexpr, taps,
-    LEAVES: tl.constexpr, DIRECTIONS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-    STEP: tl.constexpr,
+    LEAVES: tl.constexpr, LENGTHS: tl.constexpr, DIRECTIONS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One direction of one chunk; returns the gradients by weight, by q (without weight) and by omega."""
     REVERSE: tl.constexpr = direction == 0
@@ -478,14 +485,15 @@ def _backward_sweep(
     if LEAVES:
         gone = _coefficient(table, LEAVING, direction, dim, columns, inside, DIRECTIONS, N)
         slope = _coefficient(table, LEAVING_SLOPE, direction, dim, columns, inside, DIRECTIONS, N)
+    correction = _coefficient(table, CORRECTION, direction, dim, columns, inside, DIRECTIONS, N)
     for k in range(tiles):
-        correction = _coefficient(table, CORRECTION, direction, dim, columns, inside, DIRECTIONS, N)
         s = s + s * correction
         h = h + h * correction
         for part in tl.static_range(TILE // STEP):
             local = (tiles - 1 - k if REVERSE else k) * TILE + (TILE // STEP - 1 - part if REVERSE else part) * STEP
             first = begin + local
-            xs = _tokens(x, first, length, dim, columns, inside, REVERSE, STEP)
+            # Only the direct path looks at padding.
+            xs = _tokens(x, first, length if direction == 0 else limit, dim, columns, inside, REVERSE, STEP)
             gs = _tokens(grad, first, length, dim, columns, inside, REVERSE, STEP)
             if LEAVES:
                 olds = _tokens(grad, first + (taps if REVERSE else -taps), length, dim, columns, inside, REVERSE, STEP)
@@ -498,9 +506,11 @@ def _backward_sweep(
                 if LEAVES:
                     h = h - slope * olds[i][None, :]
                     s = s - gone * olds[i][None, :]
-                u = tl.where(t < limit, xs[i], 0.0)[None, :]
-                by_weight = by_weight + u * s
-                by_q = by_q + u * h
+                u = xs[i]
+                if LENGTHS and direction == 0:
+                    u = tl.where(t < limit, u, 0.0)
+                by_weight = by_weight + u[None, :] * s
+                by_q = by_q + u[None, :] * h
                 value = tl.sum(s * weight, axis=0)
                 if direction == 0:
                     # No gradient stays none, also where padding holds nan.
@@ -508,7 +518,9 @@ def _backward_sweep(
                 if direction == 1:
                     value = value + before[i]
                 if direction == DIRECTIONS - 1:
-                    value = tl.where(t < limit, value, 0.0) + omega * gs[i]
+                    if LENGTHS:
+                        value = tl.where(t < limit, value, 0.0)
+                    value = value + omega * gs[i]
                     tl.store(dx + t * dim + columns, value, mask=inside & (t < length))
                 else:
                     tl.store(scratch + (t - begin) * BLOCK + lanes, value, mask=inside)
@@ -528,17 +540,14 @@ def backward(
     ``partial (programs, directions * 2 * N + 1, D)`` receives its share of the gradients by weight, q and omega.
     """
     lanes = tl.arange(0, BLOCK)
-    columns = tl.program_id(0) * BLOCK + lanes
-    inside = columns < dim
-    direct = tl.load(omega + columns, mask=inside, other=0.0).to(tl.float32)
+    place = tl.program_id(0) * BLOCK + lanes
+    inside = place < dim
+    direct = tl.load(omega + place, mask=inside, other=0.0).to(tl.float32)
     slot = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     mine = scratch + slot.to(tl.int64) * (CHUNK * BLOCK)
     share = partial + tl.program_id(1).to(tl.int64) * (DIRECTIONS * 2 * N + 1) * dim
     by_omega = tl.zeros((BLOCK,), tl.float32)
     for item in tl.range(tl.program_id(1), batch * chunks, tl.num_programs(1), disable_licm=True):
-        # Always 0, but not to the compiler: it would compute the addresses of all coefficients ahead of the loop, and
-        # keep them in registers.
-        coefficients = table + item // (batch * chunks)
         b = item // chunks
         j = item - b * chunks
         begin = j * CHUNK
@@ -548,24 +557,27 @@ def backward(
         if LENGTHS:
             limit = tl.minimum(tl.load(lengths + b).to(tl.int32), length)
         for direction in tl.static_range(DIRECTIONS):
-            q = _coefficient(coefficients, Q, direction, dim, columns, inside, DIRECTIONS, N)
+            # Adds 0, which the compiler does not know: it would compute the addresses of all coefficients ahead of the
+            # loop, and keep them in registers.
+            columns = place + item // (batch * chunks + direction)
+            q = _coefficient(table, Q, direction, dim, columns, inside, DIRECTIONS, N)
             needed = _reach(reach, direction, dim, columns, inside)
             leaves = needed > taps
             s, h = _start(
-                sums, coefficients, grad + row, b, j, length, chunks, dim, columns, inside, direction, needed, taps,
+                sums, table, grad + row, b, j, length, chunks, dim, columns, inside, direction, needed, taps,
                 leaves, MANY, WINDOW, direction == 0, 2, DIRECTIONS, CHUNK, N, BLOCK,
             )  # fmt: skip
             if WINDOW and leaves:
                 by_weight, by_q, by_omega = _backward_sweep(
-                    s, h, q, x + row, grad + row, dx + row, mine, coefficients, direct, by_omega,
+                    s, h, q, x + row, grad + row, dx + row, mine, table, direct, by_omega,
                     begin, tiles, limit, length, dim, columns, inside, lanes, direction, taps,
-                    True, DIRECTIONS, N, BLOCK, TILE, STEP,
+                    True, LENGTHS, DIRECTIONS, N, BLOCK, TILE, STEP,
                 )  # fmt: skip
             else:
                 by_weight, by_q, by_omega = _backward_sweep(
-                    s, h, q, x + row, grad + row, dx + row, mine, coefficients, direct, by_omega,
+                    s, h, q, x + row, grad + row, dx + row, mine, table, direct, by_omega,
                     begin, tiles, limit, length, dim, columns, inside, lanes, direction, taps,
-                    False, DIRECTIONS, N, BLOCK, TILE, STEP,
+                    False, LENGTHS, DIRECTIONS, N, BLOCK, TILE, STEP,
                 )  # fmt: skip
             # Kept in memory from chunk to chunk: registers are short. The first chunk finds nothing there yet.
             later = item >= tl.num_programs(1)
@@ -575,7 +587,7 @@ def backward(
             at = at + N * dim
             tl.store(at, by_q + tl.load(at, mask=mask & later, other=0.0), mask=mask)
             tl.debug_barrier()
-    tl.store(share + DIRECTIONS * 2 * N * dim + columns, by_omega, mask=inside)
+    tl.store(share + DIRECTIONS * 2 * N * dim + place, by_omega, mask=inside)
 
 
 @triton.jit
