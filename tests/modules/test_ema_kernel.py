@@ -350,7 +350,7 @@ def compilation(kernel: str, bidirectional: bool, window: bool) -> Compilation:
     if kernel == "chunk_sums":
         flags |= {"SUMS": True, "GRADIENT": window, "SILU": window, "DROPOUT": False, "STEP": fused().FORWARD_STEP}
     else:
-        flags |= {"MANY": True, "WINDOW": window}
+        flags |= {"MANY": True, "WINDOW": window, "LEAVES": window}
     if kernel == "forward":
         flags |= dict.fromkeys(("STREAM", "CARRIED", "DROPOUT"), False) | {"SILU": True, "SAVE": True}
         flags |= {"STEP": fused().FORWARD_STEP}

@@ -161,15 +161,17 @@ def ema_forward(
         _sums(x, x, x, sums, table, reach, lengths, None, cut, False, False, 0.0)
         if not window:
             _carry(sums, table, hidden, cut, n_state, stream)
-    triton_kernel.forward[cut.grid](
-        x, y, pre, _scratch(x, cut, directions), sums, table, reach, omega, _or(lengths, x), _or(seed, x),
-        _or(hidden, x), end,
-        batch, length, dim, cut.chunks, _taps(truncation, length), dropout, 1 / (1 - dropout), n_state,
-        LENGTHS=lengths is not None, MANY=many, WINDOW=window, STREAM=stream, CARRIED=hidden is not None,
-        SILU=silu, DROPOUT=dropout > 0, SAVE=silu and save,
-        DIRECTIONS=directions, CHUNK=cut.chunk, N=cut.states, BLOCK=BLOCK, TILE=TILE, STEP=FORWARD_STEP,
-        num_warps=1, maxnreg=FORWARD_REGISTERS,
-    )  # fmt: skip
+    scratch = _scratch(x, cut, directions)
+    for leaves in _launches(window):
+        triton_kernel.forward[cut.grid](
+            x, y, pre, scratch, sums, table, reach, omega, _or(lengths, x), _or(seed, x),
+            _or(hidden, x), end,
+            batch, length, dim, cut.chunks, _taps(truncation, length), dropout, 1 / (1 - dropout), n_state,
+            LENGTHS=lengths is not None, MANY=many, WINDOW=window, LEAVES=leaves, STREAM=stream, CARRIED=hidden is not None,
+            SILU=silu, DROPOUT=dropout > 0, SAVE=silu and save,
+            DIRECTIONS=directions, CHUNK=cut.chunk, N=cut.states, BLOCK=BLOCK, TILE=TILE, STEP=FORWARD_STEP,
+            num_warps=1, maxnreg=FORWARD_REGISTERS,
+        )  # fmt: skip
     return outputs
 
 
@@ -233,13 +235,15 @@ def ema_backward(
     if many and not window:
         _carry(sums, table, None, cut, n_state, stream=False, gradient=True)
     partial = x.new_empty(cut.programs, directions * 2 * cut.states + 1, dim, dtype=torch.float32)
-    triton_kernel.backward[cut.grid](
-        x, inner, gradients[0], _scratch(x, cut, directions), sums, table, reach, omega, _or(lengths, x), partial,
-        batch, length, dim, cut.chunks, _taps(truncation, length),
-        LENGTHS=lengths is not None, MANY=many, WINDOW=window,
-        DIRECTIONS=directions, CHUNK=cut.chunk, N=cut.states, BLOCK=BLOCK, TILE=TILE, STEP=BACKWARD_STEP,
-        num_warps=1, maxnreg=BACKWARD_REGISTERS,
-    )  # fmt: skip
+    scratch = _scratch(x, cut, directions)
+    for leaves in _launches(window):
+        triton_kernel.backward[cut.grid](
+            x, inner, gradients[0], scratch, sums, table, reach, omega, _or(lengths, x), partial,
+            batch, length, dim, cut.chunks, _taps(truncation, length),
+            LENGTHS=lengths is not None, MANY=many, WINDOW=window, LEAVES=leaves,
+            DIRECTIONS=directions, CHUNK=cut.chunk, N=cut.states, BLOCK=BLOCK, TILE=TILE, STEP=BACKWARD_STEP,
+            num_warps=1, maxnreg=BACKWARD_REGISTERS,
+        )  # fmt: skip
     triton_kernel.finish[(directions * n_state + 1, cut.blocks)](
         partial, delta, alpha, beta, gamma, *gradients[1:], cut.programs, dim, n_state, n_state**-0.5,
         DIRECTIONS=directions, N=cut.states, BLOCK=BLOCK, ROWS=32, num_warps=4,
@@ -250,6 +254,14 @@ def ema_backward(
 def _or(tensor: Tensor | None, instead: Tensor) -> Tensor:
     """Some tensor, for an argument that the kernel will not look at."""
     return instead if tensor is None else tensor
+
+
+def _launches(window: bool) -> tuple[bool, ...]:
+    """Values of ``LEAVES``: with a window each launch has programs for its own channels, and the others end at once.
+
+    One kernel for both would need the registers, and the compile time, of the longer way.
+    """
+    return (False, True) if window else (False,)
 
 
 def _taps(truncation: int | None, length: int) -> int:

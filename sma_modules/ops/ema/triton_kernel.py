@@ -108,6 +108,15 @@ def _reach(reach, direction, dim, columns, inside):
 
 
 @triton.jit
+def _leaves(reach, taps, dim, columns, inside, DIRECTIONS: tl.constexpr):
+    """Whether anything is left, in any direction, of a token that leaves the window."""
+    longest = _reach(reach, 0, dim, columns, inside)
+    if DIRECTIONS == 2:
+        longest = tl.maximum(longest, _reach(reach, 1, dim, columns, inside))
+    return longest > taps
+
+
+@triton.jit
 def _token(row, t, limit, dim, columns, inside):
     """``(BLOCK,)`` float32: token t, zero outside 0..limit - 1."""
     return tl.load(row + t * dim + columns, mask=inside & (t >= 0) & (t < limit), other=0.0).to(tl.float32)
@@ -295,8 +304,8 @@ def carry(
 
 @triton.jit
 def _start(
-    sums, table, source, b, j, limit, chunks, dim, columns, inside, direction: tl.constexpr, needed, taps, leaves,
-    MANY: tl.constexpr, WINDOW: tl.constexpr, REVERSE: tl.constexpr, PAIR: tl.constexpr, DIRECTIONS: tl.constexpr,
+    sums, table, source, b, j, limit, chunks, dim, columns, inside, direction: tl.constexpr, needed, taps,
+    LEAVES: tl.constexpr, MANY: tl.constexpr, WINDOW: tl.constexpr, REVERSE: tl.constexpr, PAIR: tl.constexpr, DIRECTIONS: tl.constexpr,
     CHUNK: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """States at the beginning of chunk j, and, for a ``PAIR``, their derivatives by q.
@@ -323,7 +332,7 @@ def _start(
                 slope = _coefficient(table, CHUNK_SLOPE, direction, dim, columns, inside, DIRECTIONS, N)
                 h = h - loss * h + slope * s + tl.load(at + N * dim, mask=inside[None, :], other=0.0)
             s = s - loss * s + tl.load(at, mask=inside[None, :], other=0.0)
-        if leaves:
+        if LEAVES:
             q = _coefficient(table, Q, direction, dim, columns, inside, DIRECTIONS, N)
             old = tl.zeros((N, BLOCK), tl.float32)
             older = tl.zeros((N, BLOCK), tl.float32)
@@ -416,8 +425,8 @@ def _forward_sweep(
 def forward(
     x, y, pre, scratch, sums, table, reach, omega, lengths, seed, hidden, hidden_end,
     batch, length, dim, chunks, taps, dropout, scale, n_state,
-    LENGTHS: tl.constexpr, MANY: tl.constexpr, WINDOW: tl.constexpr, STREAM: tl.constexpr, CARRIED: tl.constexpr,
-    SILU: tl.constexpr, DROPOUT: tl.constexpr, SAVE: tl.constexpr,
+    LENGTHS: tl.constexpr, MANY: tl.constexpr, WINDOW: tl.constexpr, LEAVES: tl.constexpr, STREAM: tl.constexpr,
+    CARRIED: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr, SAVE: tl.constexpr,
     DIRECTIONS: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
     STEP: tl.constexpr,
 ):  # fmt: skip
@@ -429,7 +438,10 @@ def forward(
     noise = tl.load(seed) if DROPOUT else 0
     slot = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     mine = scratch + slot.to(tl.int64) * (CHUNK * BLOCK)
-    for item in tl.range(tl.program_id(1), batch * chunks, tl.num_programs(1), disable_licm=True):
+    items = batch * chunks
+    if WINDOW:  # channels of which something leaves the window, and the others, are two launches
+        items = tl.where(_leaves(reach, taps, dim, place, inside, DIRECTIONS) == LEAVES, items, 0)
+    for item in tl.range(tl.program_id(1), items, tl.num_programs(1), disable_licm=True):
         b = item // chunks
         j = item - b * chunks
         begin = j * CHUNK
@@ -445,29 +457,20 @@ def forward(
             q = _coefficient(table, Q, direction, dim, columns, inside, DIRECTIONS, N)
             weight = _coefficient(table, WEIGHT, direction, dim, columns, inside, DIRECTIONS, N)
             needed = _reach(reach, direction, dim, columns, inside)
-            leaves = needed > taps
             s, _ = _start(
                 sums, table, x + row, b, j, limit, chunks, dim, columns, inside, direction, needed, taps,
-                leaves, MANY, WINDOW, direction == 1, 1, DIRECTIONS, CHUNK, N, BLOCK,
+                LEAVES, MANY, WINDOW, direction == 1, 1, DIRECTIONS, CHUNK, N, BLOCK,
             )  # fmt: skip
             if CARRIED and not MANY:
                 states = tl.arange(0, N)
                 at = hidden + (b.to(tl.int64) * dim + columns)[None, :] * n_state + states[:, None]
                 s = tl.load(at, mask=inside[None, :] & (states < n_state)[:, None], other=0.0)
-            if WINDOW and leaves:
-                _forward_sweep(
-                    s, q, weight, x + row, y + row, pre + row, mine, hidden_end, table, direct, noise,
-                    b, begin, tiles, limit, length, dim, columns, inside, lanes, direction, taps, dropout, scale,
-                    n_state, True, direction == DIRECTIONS - 1, LENGTHS, STREAM, SILU, DROPOUT, SAVE, DIRECTIONS, N,
-                    BLOCK, TILE, STEP,
-                )  # fmt: skip
-            else:
-                _forward_sweep(
-                    s, q, weight, x + row, y + row, pre + row, mine, hidden_end, table, direct, noise,
-                    b, begin, tiles, limit, length, dim, columns, inside, lanes, direction, taps, dropout, scale,
-                    n_state, False, direction == DIRECTIONS - 1, LENGTHS, STREAM, SILU, DROPOUT, SAVE, DIRECTIONS, N,
-                    BLOCK, TILE, STEP,
-                )  # fmt: skip
+            _forward_sweep(
+                s, q, weight, x + row, y + row, pre + row, mine, hidden_end, table, direct, noise,
+                b, begin, tiles, limit, length, dim, columns, inside, lanes, direction, taps, dropout, scale,
+                n_state, LEAVES, direction == DIRECTIONS - 1, LENGTHS, STREAM, SILU, DROPOUT, SAVE, DIRECTIONS, N,
+                BLOCK, TILE, STEP,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -531,7 +534,7 @@ def _backward_sweep(
 def backward(
     x, grad, dx, scratch, sums, table, reach, omega, lengths, partial,
     batch, length, dim, chunks, taps,
-    LENGTHS: tl.constexpr, MANY: tl.constexpr, WINDOW: tl.constexpr,
+    LENGTHS: tl.constexpr, MANY: tl.constexpr, WINDOW: tl.constexpr, LEAVES: tl.constexpr,
     DIRECTIONS: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
     STEP: tl.constexpr,
 ):  # fmt: skip
@@ -547,7 +550,10 @@ def backward(
     mine = scratch + slot.to(tl.int64) * (CHUNK * BLOCK)
     share = partial + tl.program_id(1).to(tl.int64) * (DIRECTIONS * 2 * N + 1) * dim
     by_omega = tl.zeros((BLOCK,), tl.float32)
-    for item in tl.range(tl.program_id(1), batch * chunks, tl.num_programs(1), disable_licm=True):
+    items = batch * chunks
+    if WINDOW:  # channels of which something leaves the window, and the others, are two launches
+        items = tl.where(_leaves(reach, taps, dim, place, inside, DIRECTIONS) == LEAVES, items, 0)
+    for item in tl.range(tl.program_id(1), items, tl.num_programs(1), disable_licm=True):
         b = item // chunks
         j = item - b * chunks
         begin = j * CHUNK
@@ -562,23 +568,15 @@ def backward(
             columns = place + item // (batch * chunks + direction)
             q = _coefficient(table, Q, direction, dim, columns, inside, DIRECTIONS, N)
             needed = _reach(reach, direction, dim, columns, inside)
-            leaves = needed > taps
             s, h = _start(
                 sums, table, grad + row, b, j, length, chunks, dim, columns, inside, direction, needed, taps,
-                leaves, MANY, WINDOW, direction == 0, 2, DIRECTIONS, CHUNK, N, BLOCK,
+                LEAVES, MANY, WINDOW, direction == 0, 2, DIRECTIONS, CHUNK, N, BLOCK,
             )  # fmt: skip
-            if WINDOW and leaves:
-                by_weight, by_q, by_omega = _backward_sweep(
-                    s, h, q, x + row, grad + row, dx + row, mine, table, direct, by_omega,
-                    begin, tiles, limit, length, dim, columns, inside, lanes, direction, taps,
-                    True, LENGTHS, DIRECTIONS, N, BLOCK, TILE, STEP,
-                )  # fmt: skip
-            else:
-                by_weight, by_q, by_omega = _backward_sweep(
-                    s, h, q, x + row, grad + row, dx + row, mine, table, direct, by_omega,
-                    begin, tiles, limit, length, dim, columns, inside, lanes, direction, taps,
-                    False, LENGTHS, DIRECTIONS, N, BLOCK, TILE, STEP,
-                )  # fmt: skip
+            by_weight, by_q, by_omega = _backward_sweep(
+                s, h, q, x + row, grad + row, dx + row, mine, table, direct, by_omega,
+                begin, tiles, limit, length, dim, columns, inside, lanes, direction, taps,
+                LEAVES, LENGTHS, DIRECTIONS, N, BLOCK, TILE, STEP,
+            )  # fmt: skip
             # Kept in memory from chunk to chunk: registers are short. The first chunk finds nothing there yet.
             later = item >= tl.num_programs(1)
             at = share + (direction * 2 * N + tl.arange(0, N))[:, None] * dim + columns[None, :]
@@ -587,7 +585,7 @@ def backward(
             at = at + N * dim
             tl.store(at, by_q + tl.load(at, mask=mask & later, other=0.0), mask=mask)
             tl.debug_barrier()
-    tl.store(share + DIRECTIONS * 2 * N * dim + place, by_omega, mask=inside)
+    tl.store(share + DIRECTIONS * 2 * N * dim + place, by_omega, mask=inside & (items > 0))
 
 
 @triton.jit
