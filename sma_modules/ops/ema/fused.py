@@ -26,9 +26,11 @@ to stay in the cache, long enough for the states between chunks (N / CHUNK numbe
 MINIMUM_CHUNK = 32
 FORWARD_REGISTERS = 168
 BACKWARD_REGISTERS = 168
-"""Of a thread: 168 let 12 warps of a multiprocessor work in turns, 3 per scheduler. The compiler would take 255."""
+"""Of a thread: with 168 a multiprocessor works on 12 warps in turns, 3 per scheduler. The compiler would take 255."""
 WARPS_PER_PROCESSOR = 12
-"""Programs (of one warp) that a multiprocessor is to be given, as far as there is work for them."""
+"""Chunks are cut short where there would be fewer than these, of 32 channels each, for a multiprocessor."""
+REGISTER_FILE = 65536
+"""Registers of a multiprocessor: as many programs (of one warp) are started as they are enough for."""
 PROCESSORS = 132
 """Of the device, where it does not say."""
 
@@ -53,15 +55,23 @@ def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def plan(x: Tensor, n_state: int, truncation: int | None) -> Plan:
-    """Sizes for ``x (B, L, D)``; forward and backward agree on them because they depend on nothing else."""
+def plan(x: Tensor, n_state: int, truncation: int | None, registers: int) -> Plan:
+    """Sizes for ``x (B, L, D)`` and programs of so many registers. Forward and backward pass agree on the chunks."""
     processors = _processors(x.device.index or 0) if x.is_cuda else PROCESSORS
-    return _plan(*x.shape, n_state, truncation, processors, CHUNK, MINIMUM_CHUNK)
+    return _plan(*x.shape, n_state, truncation, registers, processors, CHUNK, MINIMUM_CHUNK)
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
-    batch: int, length: int, dim: int, n_state: int, truncation: int | None, processors: int, chunk: int, minimum: int
+    batch: int,
+    length: int,
+    dim: int,
+    n_state: int,
+    truncation: int | None,
+    registers: int,
+    processors: int,
+    chunk: int,
+    minimum: int,
 ) -> Plan:
     """Chunks are halved while there are too few of them to occupy the device.
 
@@ -75,7 +85,7 @@ def _plan(
         sizes = range(max(chunk * 3 // 4 // TILE, 1) * TILE, chunk * 3 // 2 + 1, TILE)
         chunk = min(sizes, key=lambda size: (-truncation % size, abs(size - chunk)))
     chunks = -(-length // chunk)
-    most = max(min(batch * chunks, wanted // blocks), 1)
+    most = max(min(batch * chunks, REGISTER_FILE // (32 * registers) * processors // blocks), 1)
     rounds = -(-batch * chunks // most)
     return Plan(chunk, chunks, blocks, -(-batch * chunks // rounds), 1 << (n_state - 1).bit_length())
 
@@ -151,7 +161,7 @@ def ema_forward(
     y, pre, table, reach, end = outputs
     batch, length, dim = x.shape
     directions, n_state = table.shape[1], gamma.shape[1]
-    cut = plan(x, n_state, truncation)
+    cut = plan(x, n_state, truncation, FORWARD_REGISTERS)
     window = truncation is not None and truncation < length
     many = cut.chunks > 1
     _prepare(table, reach, (delta, alpha, beta, gamma), cut, truncation, stream)
@@ -221,7 +231,7 @@ def ema_backward(
     )
     batch, length, dim = x.shape
     directions, n_state = table.shape[1], gamma.shape[1]
-    cut = plan(x, n_state, truncation)
+    cut = plan(x, n_state, truncation, BACKWARD_REGISTERS)
     window = truncation is not None and truncation < length
     many, silu = cut.chunks > 1, pre.numel() > 0
     inner = dy
