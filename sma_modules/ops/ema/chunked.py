@@ -90,19 +90,20 @@ def _handed_on(given: Tensor, fade: Tensor, batch: int, back: bool = False) -> T
 
     They go from the first chunk of a sequence to its last, or ``back``.
     """
-    entering = torch.zeros_like(given)
-    before, after = (each.view(given.shape[0], batch, -1, given.shape[2]) for each in (given, entering))
-    last = before.shape[2] - 1
-    for step in range(last):
-        chunk, following = (last - step, last - step - 1) if back else (step, step + 1)
-        torch.addcmul(before[:, :, chunk], after[:, :, chunk], fade[:, None], out=after[:, :, following])
+    entering = torch.empty_like(given)
+    steps = [each.view(given.shape[0], batch, -1, given.shape[2]).unbind(2) for each in (given, entering)]
+    gives, enters = (each[::-1] for each in steps) if back else steps
+    factor = fade[:, None]
+    enters[0].zero_()
+    for gift, state, following in zip(gives, enters, enters[1:], strict=False):
+        torch.addcmul(gift, state, factor, out=following)
     return entering
 
 
 def _toeplitz(taps: Tensor) -> Tensor:
     """``(D, C)`` to ``(D, C, C)``: ``taps[i - j]`` at row j, column i, and zeros below the diagonal."""
-    step = torch.arange(CHUNK, device=taps.device)
-    return F.pad(taps, (CHUNK, 0))[:, (CHUNK + step - step[:, None])]
+    shifted = F.pad(taps, (CHUNK, 0)).as_strided((taps.shape[0], CHUNK, CHUNK), (2 * CHUNK, 1, 1), 1)
+    return shifted.flip(1)
 
 
 def _diagonals(matrix: Tensor) -> Tensor:
