@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sma.dropout import dropout
 from sma_modules.ops.window_attention.rule import LAPLACE_DEVIATION, LAPLACE_MEAN, Layout, Rule
 from sma_modules.ops.window_attention.tiling import Tiling, concrete, overlap_add, spans, tile
 
@@ -166,7 +167,7 @@ def _attend(
     keys, values = (place(x.reshape(-1, x.shape[-1]), k_rows, tiling.key_rows(heads)) for x in (k, v))
     with torch.autocast(q.device.type, enabled=False):
         scores = _scores(blocks, keys, scale, *_biases(tiling, layout, rule, table, q), tiling)
-        weights = torch.dropout(_activate(scores, rule), rule.dropout, rule.dropout > 0)
+        weights = dropout(_activate(scores, rule), rule.dropout)
         out: Tensor = _Values.apply(weights.to(v.dtype), values, tiling.stride)  # type: ignore[no-untyped-call]
     return pick(out.view(n * block, -1), q_rows).view(*q.shape[:2], -1)
 
