@@ -97,7 +97,7 @@ def test_with_lengths_nothing_is_waited_for(
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)  # it does not know "meta"
     model = tiny(name, **options)
     inputs = inputs_of(model, batch=4).to("meta")
-    model.stack.layers = nn.ModuleList([_Pass(), _Pass()])
+    model.stack.layers, model.stack.final_norm = nn.ModuleList([_Pass(), _Pass()]), None
     model.train().to("meta")
     run(model, inputs, lengths=LENGTHS.to("meta")).logits.float().sum().backward()
     assert isinstance(model, Classifier | LanguageModel | Retrieval)
