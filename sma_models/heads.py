@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sma.dropout import Dropout
 from sma.errors import RoutingError, ShapeError
 from sma.interfaces import Model
 from sma.padding import check_lengths, check_valid, valid_of
@@ -220,7 +221,7 @@ class _Encoder(Model):
         self.stack = Stack(config, causal=config.causal)
         d_hidden = config.d_hidden or 2 * config.d_model
         self.hidden = nn.Linear(n_inputs * config.d_model, d_hidden)
-        self.head_dropout = nn.Dropout(config.head_dropout)
+        self.head_dropout = Dropout(config.head_dropout)
         self.head = nn.Linear(d_hidden, config.n_classes, bias=False)
         nn.init.xavier_uniform_(self.hidden.weight)
         nn.init.zeros_(self.hidden.bias)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sma.configurable import BaseConfig
 from sma.configurators import Always
+from sma.dropout import Dropout
 from sma.interfaces import Block, BlockOutput, Mixer, Module, Norm
 from sma.layer import ActivatedConfig, MixtureConfig, SparselyActivated, SparseMixture
 from sma.padding import valid_of
@@ -81,7 +82,7 @@ class Sublayer(nn.Module):
             self.module = always_on(config.module.build(d_model=d_model, causal=causal), causal=causal)
         else:
             setattr(self, self.role, getattr(config, self.role).build(d_model=d_model, causal=causal))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def initial_state(self, batch: int, like: Tensor) -> State | None:
         """State before the first token."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sma.dropout import Dropout
 from sma.interfaces import Block, BlockOutput, Mixer, Module, ModuleOutput, Norm
 from sma.layer import ActivatedState, SparselyActivated
 from sma.padding import valid_of
@@ -85,7 +86,7 @@ class Mega(Block):
         self.mx_proj = nn.Linear(d_model, 2 * d_model + self.d_qk + self.d_v)
         self.h_proj = nn.Linear(self.d_v, d_model)
         initialise(self.v_proj, self.mx_proj, self.h_proj)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         sublayer = SublayerConfig(module=config.ffn, norm=config.norm, dropout=config.dropout) if config.ffn else None
         self.ffn = sublayer.build(d_model=d_model, causal=causal, prenorm=config.prenorm) if sublayer else None
 

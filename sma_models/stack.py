@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sma.checkpointing import checkpoint
+from sma.dropout import Dropout
 from sma.errors import RoutingError, StreamingError
 from sma.interfaces import Block, BlockOutput, Model, Norm
 from sma.padding import Alignment, valid_of
@@ -69,7 +70,7 @@ class Stack(nn.Module):
         pattern = [config.blocks[i % len(config.blocks)] for i in range(config.n_layers)]
         self.layers = nn.ModuleList(block.build(d_model=config.d_model, causal=causal) for block in pattern)
         self.final_norm = config.final_norm.build(d_model=config.d_model) if config.final_norm else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def initial_state(self, batch: int, like: Tensor) -> StackState:
         """State before the first token.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sma.configurable import BaseConfig
+from sma.dropout import Dropout
 from sma.errors import ShapeError
 from sma.interfaces import Mixer, ModuleOutput
 from sma.memory import WorkingMemory
@@ -73,7 +74,7 @@ class Attention(LocalAttention):
         self.qkv_proj = nn.Linear(d_model, heads * self.width, bias=config.qkv_bias)
         self.out_proj = nn.Linear(d_model, d_model)
         initialise(self.qkv_proj, self.out_proj)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
 
     def initial_state(self, batch: int, like: Tensor) -> State | None:
         """An empty memory; None for a module that does not stream."""

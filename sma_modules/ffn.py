@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sma.dropout import Dropout
 from sma.interfaces import Module
 from sma_modules.ops.feed_forward import Activation, Linear, feed_forward
 from sma_modules.ops.feed_forward.eager import ACTIVATIONS
@@ -58,7 +59,7 @@ class FFN(Module):
         self.up = nn.Linear(d_model, d_hidden, bias=config.bias)
         self.gate = nn.Linear(d_model, d_hidden, bias=config.bias) if config.gated else None
         self.down = nn.Linear(d_hidden, d_model, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (K, D)``, or any leading shape, to the same shape."""

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sma.dropout import Dropout
 from sma.interfaces import ModuleOutput
 from sma.memory import WorkingMemory
 from sma.routing import Packed
@@ -143,7 +144,7 @@ class GAU(SingleHead):
         self.mx_proj = nn.Linear(d_model, config.d_qk + 2 * self.d_v)
         self.h_proj = nn.Linear(self.d_v, d_model)
         initialise(self.mx_proj, self.h_proj)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
 
     def forward(self, x: Tensor, packed: Packed, state: State | None = None) -> ModuleOutput:
         """One chunk of activated tokens.

@@ -1,9 +1,9 @@
 """combine with the operations of PyTorch, one after the other."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sma.dropout import dropout
 from sma.ops.combine import OP, Plan, out_dtype
 from sma.ops.extract import extract
 from sma.ops.row_norm import RowNorm
@@ -27,11 +27,11 @@ def combine(
         rows = packed.index if not packed.fixed else packed.index.clamp(max=packed.row.numel() - 1)
         h = h * weight.reshape(-1).index_select(0, rows).to(h.dtype)[:, None]
     if not plan.drop_sum:
-        h = torch.dropout(h, plan.dropout, plan.dropout > 0)
+        h = dropout(h, plan.dropout)
     y = extract(h, packed)
     y = y if skip is None else skip + y
     if plan.drop_sum:
-        y = torch.dropout(y, plan.dropout, plan.dropout > 0)
+        y = dropout(y, plan.dropout)
     y = y if residual is None else y + residual
     y = F.silu(y) if plan.activation == "silu" else y
     return (y if norm is None else row_norm(y, norm)).to(dtype)

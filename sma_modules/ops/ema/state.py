@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sma.dropout import dropout as drop
 from sma.state import State
 
 
@@ -40,7 +41,7 @@ def finished(y: Tensor, activation: str, dropout: float, dtype: torch.dtype) -> 
     """Activation and dropout of an output, then its one rounding to ``dtype``."""
     if activation == "silu":
         y = torch.nn.functional.silu(y)
-    return torch.dropout(y, dropout, train=dropout > 0).to(dtype)
+    return drop(y, dropout).to(dtype)
 
 
 def initial_state(batch: int, dim: int, n_state: int, truncation: int | None, *, like: Tensor) -> EMAState:

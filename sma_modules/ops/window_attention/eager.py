@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sma.dropout import dropout
 from sma_modules.ops.window_attention.rule import LAPLACE_DEVIATION, LAPLACE_MEAN, Layout, Rule
 from sma_modules.ops.window_attention.tiling import Tiling, concrete, overlap_add, spans, tile
 
@@ -31,17 +32,42 @@ class _Pick(torch.autograd.Function):
         return place(grads[0], rows, ctx.n_rows), None
 
 
-class _Spans(torch.autograd.Function):
-    """Overlapping spans of a key buffer as a view; the gradient adds up slices instead of single rows."""
+class _Scores(torch.autograd.Function):
+    """``bias + scale * blocks @ keys^T``, ``(n, block, span)``; the keys are overlapping spans of a buffer."""
 
     @staticmethod
-    def forward(ctx: Any, buffer: Tensor, n: int, span: int, stride: int) -> Tensor:
-        ctx.n_rows, ctx.stride = buffer.shape[0], stride
-        return spans(buffer, n, span, stride)
+    def forward(ctx: Any, bias: Tensor, blocks: Tensor, buffer: Tensor, scale: float, span: int, stride: int) -> Tensor:
+        ctx.save_for_backward(blocks, buffer)
+        ctx.sizes, ctx.scale, ctx.own_bias = (span, stride), scale, bias.dim() == 3
+        keys = spans(buffer, blocks.shape[0], span, stride)
+        return torch.baddbmm(bias.expand(blocks.shape[0], -1, -1), blocks, keys.transpose(1, 2), alpha=scale)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return overlap_add(grads[0], ctx.n_rows, ctx.stride), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (blocks, buffer), (span, stride) = ctx.saved_tensors, ctx.sizes
+        grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_bias = grads[0] if ctx.own_bias else grads[0].sum(0)
+        grad = grads[0] * ctx.scale
+        grad_blocks = torch.bmm(grad, spans(buffer, blocks.shape[0], span, stride))
+        return grad_bias, grad_blocks, overlap_add(grad, blocks, buffer.shape[0], stride), None, None, None
+
+
+class _Values(torch.autograd.Function):
+    """``weights @ values``, ``(n, block, h)``; the values are overlapping spans of a buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, buffer: Tensor, stride: int) -> Tensor:
+        ctx.save_for_backward(weights, buffer)
+        ctx.stride = stride
+        return torch.bmm(weights, spans(buffer, weights.shape[0], weights.shape[2], stride))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        weights, buffer = ctx.saved_tensors
+        values = spans(buffer, weights.shape[0], weights.shape[2], ctx.stride)
+        grad_weights = torch.bmm(grads[0], values.transpose(1, 2))
+        return grad_weights, overlap_add(weights, grads[0], buffer.shape[0], ctx.stride), None
 
 
 class _Lookup(torch.autograd.Function):
@@ -138,11 +164,11 @@ def _attend(
     q_rows = tiling.spread(tiling.q_rows, heads, tiling.n_blocks * block)
     k_rows = tiling.spread(tiling.k_rows, heads, tiling.n_blocks * tiling.stride)
     blocks = place(q.reshape(-1, width), q_rows, n * block).view(n, block, width)
-    buffers = (place(x.reshape(-1, x.shape[-1]), k_rows, tiling.key_rows(heads)) for x in (k, v))
-    keys, values = (_Spans.apply(x, n, tiling.span, tiling.stride) for x in buffers)  # type: ignore[no-untyped-call]
-    scores = _scores(blocks, keys, scale, *_biases(tiling, layout, rule, table, q), heads)
-    weights = torch.dropout(_activate(scores, rule), rule.dropout, rule.dropout > 0)
-    out = torch.bmm(weights.to(v.dtype), values)
+    keys, values = (place(x.reshape(-1, x.shape[-1]), k_rows, tiling.key_rows(heads)) for x in (k, v))
+    with torch.autocast(q.device.type, enabled=False):
+        scores = _scores(blocks, keys, scale, *_biases(tiling, layout, rule, table, q), tiling)
+        weights = dropout(_activate(scores, rule), rule.dropout)
+        out: Tensor = _Values.apply(weights.to(v.dtype), values, tiling.stride)  # type: ignore[no-untyped-call]
     return pick(out.view(n * block, -1), q_rows).view(*q.shape[:2], -1)
 
 
@@ -179,17 +205,18 @@ def _activate(scores: Tensor, rule: Rule) -> Tensor:
     return 0.5 * (1 + torch.erf((scores - LAPLACE_MEAN) / (LAPLACE_DEVIATION * math.sqrt(2))))
 
 
-def _scores(blocks: Tensor, keys: Tensor, scale: float, bias: Tensor, mask: Tensor | None, heads: int) -> Tensor:
+def _scores(blocks: Tensor, keys: Tensor, scale: float, bias: Tensor, mask: Tensor | None, tiling: Tiling) -> Tensor:
     """``(heads * n_blocks, block, span)`` in float32 at least.
 
     Args:
+        keys: the buffer of keys.
         bias: ``(block, span)`` or ``(n_blocks, block, span)``, hidden pairs included.
         mask: ``(n_blocks, 1 or block, span)``, added as well, in place.
     """
+    heads = blocks.shape[0] // tiling.n_blocks
     if bias.dim() == 3 and heads > 1:
         bias = bias.repeat(heads, 1, 1)
-    with torch.autocast(blocks.device.type, enabled=False):
-        scores = torch.baddbmm(bias.expand(blocks.shape[0], -1, -1), blocks, keys.transpose(1, 2), alpha=scale)
+    scores: Tensor = _Scores.apply(bias, blocks, keys, scale, tiling.span, tiling.stride)  # type: ignore[no-untyped-call]
     if mask is None:
         return scores
     # In place: adding a constant needs neither operand for its gradient, and scores are the largest tensor here.

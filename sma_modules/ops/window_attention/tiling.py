@@ -67,16 +67,24 @@ def spans(buffer: Tensor, n: int, span: int, stride: int) -> Tensor:
     return buffer.as_strided((n, span, *buffer.shape[1:]), (stride * buffer.stride(0), *buffer.stride()))
 
 
-def overlap_add(grad: Tensor, rows: int, stride: int) -> Tensor:
-    """Transpose of :func:`spans`: sum ``(n, span, f)`` back into a buffer ``(rows, f)``."""
-    n, span, width = grad.shape
-    pieces = -(-span // stride)
+def overlap_add(weights: Tensor, x: Tensor, rows: int, stride: int) -> Tensor:
+    """Transpose of products with :func:`spans`: ``weights^T @ x (n, span, f)``, summed into a buffer ``(rows, f)``.
+
+    Args:
+        weights: ``(n, block, span)``.
+        x: ``(n, block, f)``.
+        rows: of the buffer.
+        stride: rows from one span to the next.
+    """
+    n, width = x.shape[0], x.shape[2]
+    pieces = -(-weights.shape[2] // stride)
     if pieces == 1 and n * stride == rows:
-        return grad.reshape(rows, width)
-    total = grad.new_zeros(max(n + pieces, -(-rows // stride)), stride, width)
+        return torch.bmm(weights.transpose(1, 2), x).view(rows, width)
+    # Piece by piece into the buffer: the spans together would be several times as large.
+    total = x.new_zeros(max(n + pieces, -(-rows // stride)), stride, width)
     for piece in range(pieces):
-        part = grad[:, piece * stride : (piece + 1) * stride]
-        total[piece : piece + n, : part.shape[1]] += part
+        part = weights[:, :, piece * stride : (piece + 1) * stride].transpose(1, 2)
+        total[piece : piece + n, : part.shape[1]].baddbmm_(part, x)
     return total.view(-1, width)[:rows]
 
 
