@@ -177,8 +177,8 @@ def ema_forward(
             x, y, pre, scratch, sums, table, reach, omega, _or(lengths, x), _or(seed, x),
             _or(hidden, x), end,
             batch, length, dim, cut.chunks, _taps(truncation, length), dropout, 1 / (1 - dropout), n_state,
-            LENGTHS=lengths is not None, MANY=many, WINDOW=window, LEAVES=leaves, STREAM=stream, CARRIED=hidden is not None,
-            SILU=silu, DROPOUT=dropout > 0, SAVE=silu and save,
+            LENGTHS=lengths is not None, MANY=many, WINDOW=window, LEAVES=leaves, STREAM=stream,
+            CARRIED=hidden is not None, SILU=silu, DROPOUT=dropout > 0, SAVE=silu and save,
             DIRECTIONS=directions, CHUNK=cut.chunk, N=cut.states, BLOCK=BLOCK, TILE=TILE, STEP=FORWARD_STEP,
             num_warps=1, maxnreg=FORWARD_REGISTERS,
         )  # fmt: skip

@@ -305,8 +305,8 @@ def carry(
 @triton.jit
 def _start(
     sums, table, source, b, j, limit, chunks, dim, columns, inside, direction: tl.constexpr, needed, taps,
-    LEAVES: tl.constexpr, MANY: tl.constexpr, WINDOW: tl.constexpr, REVERSE: tl.constexpr, PAIR: tl.constexpr, DIRECTIONS: tl.constexpr,
-    CHUNK: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    LEAVES: tl.constexpr, MANY: tl.constexpr, WINDOW: tl.constexpr, REVERSE: tl.constexpr, PAIR: tl.constexpr,
+    DIRECTIONS: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """States at the beginning of chunk j, and, for a ``PAIR``, their derivatives by q.
 
