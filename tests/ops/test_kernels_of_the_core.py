@@ -58,15 +58,27 @@ def assert_same(run: Callable[..., Any], inputs: list[Tensor], tolerance: float 
         assert error_of(actual, expected)[0] <= bound
 
 
-def assert_precise(run: Callable[..., Any], inputs: list[Tensor], dtype: torch.dtype) -> None:
-    """At most twice the error of the eager backend in the same precision, the largest and the mean."""
-    exact = results(run, [each.double() for each in inputs], "eager")
-    low = [each.to(dtype) for each in inputs]
-    for mine, base, truth in zip(results(run, low, "triton"), results(run, low, "eager"), exact, strict=True):
+def assert_precise(run: Callable[..., Any], draw: Callable[[int], list[Tensor]], dtype: torch.dtype) -> None:
+    """At most twice the error of the eager backend in the same precision, the largest and the mean.
+
+    Over several draws: a sum alone, such as the gradient of a single weight, may be right by chance.
+    """
+    errors: dict[tuple[int, str], list[Tensor]] = {}
+    largest: dict[int, float] = {}
+    for seed in range(8):
+        inputs = draw(seed)
+        low = [each.to(dtype) for each in inputs]
+        exact = results(run, [each.double() for each in inputs], "eager")
+        for backend in ("triton", "eager"):
+            for i, (value, truth) in enumerate(zip(results(run, low, backend), exact, strict=True)):
+                errors.setdefault((i, backend), []).append((value.double() - truth).abs().flatten())
+                largest[i] = max(largest.get(i, 0.0), float(truth.abs().max()))
+    for i, size in largest.items():
+        mine, base = (torch.cat(errors[i, backend]) for backend in ("triton", "eager"))
         # Half a unit in the last place of the largest value is what rounding the result costs at worst.
-        unit = torch.finfo(dtype).eps * float(truth.abs().max())
-        for ours, theirs in zip(error_of(mine, truth), error_of(base, truth), strict=True):
-            assert ours <= 2 * theirs + 0.5 * unit
+        unit = torch.finfo(dtype).eps * size
+        for measure in (torch.max, torch.mean):
+            assert float(measure(mine)) <= 2 * float(measure(base)) + 0.5 * unit
 
 
 SHAPES = ((3, 50), (1, 1), (2, 129))
@@ -161,7 +173,7 @@ def test_row_norm(d: int) -> None:
 
         assert_same(run, [numbers(3, 7, d) * 3 + 1, *parameters], 1e-4)
         for dtype in (torch.float32, *LOW) if d > 1 else ():  # a single number has no slope but rounding errors
-            assert_precise(run, [numbers(40, 7, d), *parameters], dtype)
+            assert_precise(run, lambda seed: [numbers(40, 7, d, seed=seed), *parameters], dtype)
 
 
 @pytest.mark.parametrize("capacity", [None, 7, 200])
@@ -206,18 +218,18 @@ def test_combine(capacity: int | None, silu: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
 def test_combine_is_precise(dtype: torch.dtype) -> None:
     packed = Packed.from_mask(mask_of(3, 40))
-    inputs = [
-        numbers(packed.index.numel(), 64),
-        numbers(3, 40).sigmoid(),
-        numbers(3, 40, 64),
-        numbers(3, 40, 64, seed=4),
-    ]
+    rows = packed.index.numel()
+
+    def draw(seed: int) -> list[Tensor]:
+        skip, residual = numbers(3, 40, 64, seed=seed), numbers(3, 40, 64, seed=seed + 10)
+        return [numbers(rows, 64, seed=seed), numbers(3, 40, seed=seed).sigmoid(), skip, residual]
+
     norm = RowNorm(False, 1e-5, numbers(1, seed=5), None)
 
     def run(h: Tensor, weight: Tensor, skip: Tensor, residual: Tensor) -> Tensor:
         return combine(h, packed, weight=weight, skip=skip, residual=residual, activation="silu", norm=norm)
 
-    assert_precise(run, inputs, dtype)
+    assert_precise(run, draw, dtype)
 
 
 @pytest.mark.parametrize("drop_sum", [False, True])

@@ -25,7 +25,7 @@ def _kept(seed, place, dropout):
 
 
 @triton.jit
-def _exp(x):
+def exp(x):
     """e^x to one unit in the last place: that of the hardware loses what the product with log2(e) is rounded by."""
     x = tl.minimum(tl.maximum(x, -100.0), 88.0)
     high = x * 1.44269502
@@ -34,8 +34,8 @@ def _exp(x):
 
 
 @triton.jit
-def _silu(x):
-    return tl.div_rn(x, 1.0 + _exp(-x))
+def silu(x):
+    return tl.div_rn(x, 1.0 + exp(-x))
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def forward_kernel(
         tl.store(total + place, s.to(total.dtype.element_ty), mask=inside)
         s = s.to(total.dtype.element_ty).to(tl.float32)  # the backward knows the rounded sum: differentiate just that
     if SILU:
-        s = _silu(s)
+        s = silu(s)
     if NORM:
         s, _ = scale(tl.where(inside, s, 0.0), norm_eps, inside, D, CENTRED)
         s = affine(s, norm_weight, norm_bias, d, D, WEIGHT_STRIDE, HAS_BIAS)
@@ -151,7 +151,7 @@ def backward_kernel(
         if KEEP:
             s = tl.load(total + place, mask=inside, other=0).to(tl.float32)
             if NORM:
-                y = _silu(s) if SILU else s
+                y = silu(s) if SILU else s
                 scaled, rstd = scale(tl.where(inside, y, 0.0), norm_eps, inside, D, CENTRED)
                 if HAS_BIAS:
                     sum_bias += g
@@ -160,7 +160,7 @@ def backward_kernel(
                     g = g * tl.load(norm_weight + d * WEIGHT_STRIDE, mask=d < D, other=0).to(tl.float32)
                 g = unscale(g, scaled, rstd, inside, D, CENTRED)
             if SILU:
-                gate = tl.div_rn(1.0, 1.0 + _exp(-s))
+                gate = tl.div_rn(1.0, 1.0 + exp(-s))
                 g = g * gate * (1.0 + s * (1.0 - gate))
         if STORE_SUM:
             tl.store(grad_residual + place, g.to(grad_residual.dtype.element_ty), mask=inside)
