@@ -298,8 +298,9 @@ def test_nothing_is_written_outside(bias: str, q_cu: list[int]) -> None:
         mock.patch.object(torch.Tensor, "new_empty", lambda like, *size, **more: guard.new_empty(like, *size, **more)),
         mock.patch.object(torch, "empty_like", lambda like: guard.new_empty(like, like.shape)),
     ):
-        y, statistics = launch.forward(*inputs, *arguments)
-        launch.backward(torch.ones_like(y), *inputs, statistics, None, *arguments)
+        y, statistics, attended = launch.forward(*inputs, *arguments, True)
+        attended = attended if attended.numel() else y
+        launch.backward(torch.ones_like(y), *inputs, statistics, attended, *arguments)
     guard.check()
 
 
@@ -309,7 +310,7 @@ def test_rows_behind_the_last_sequence_give_zeros() -> None:
     q, k, v = (tensors[name].float() for name in "qkv")
     more = [torch.cat([x, torch.full_like(x[:9], math.nan)]).requires_grad_() for x in (q, k, v)]
     places = (options["q_cu"], *(None,) * 5)
-    y, _ = launch.forward(*more, None, None, *places, True, 5, 0, "softmax", "none", 0.0)
+    y, _, _ = launch.forward(*more, None, None, *places, True, 5, 0, "softmax", "none", 0.0, False)
     assert torch.equal(y[19:], torch.zeros_like(y[19:]))
     torch.testing.assert_close(y[:19], attend({"q": q, "k": k, "v": v}, options), rtol=0, atol=0)
 
@@ -334,10 +335,11 @@ def test_operators_are_sound() -> None:
     inputs = [tensors[name].float() for name in ("q", "k", "v", "gate", "bias_table")]
     places = [options["q_cu"], None, None, None, None, None]
     arguments = [True, 4, 0, "softmax", "local", 0.0]
-    torch.library.opcheck(launch.forward.operator, (*inputs, *places, *arguments))
-    y, statistics = launch.forward(*inputs, *places, *arguments)
+    torch.library.opcheck(launch.forward.operator, (*inputs, *places, *arguments, True))
+    y, statistics, attended = launch.forward(*inputs, *places, *arguments, True)
+    attended = attended if attended.numel() else y
     torch.library.opcheck(
-        launch.backward.operator, (torch.ones_like(y), *inputs, *places, statistics, None, *arguments)
+        launch.backward.operator, (torch.ones_like(y), *inputs, *places, statistics, attended, *arguments)
     )
 
 
@@ -431,9 +433,9 @@ def compilations(size: tuple[Any, ...], dtype: torch.dtype) -> list[Compilation]
     recorders: dict[str, Any] = {name: Recorder(name, seen) for name in names}
     with mock.patch.multiple(launch.kernels, **recorders), mock.patch.object(launch, "INTERPRETING", new=False):
         options = (rule.causal, rule.window or 0, rule.chunk or 0, rule.activation, rule.bias, rule.dropout)
-        y, statistics = launch.forward(*inputs, *places, *options)
-        launch.backward(y, *inputs, *places, statistics, None, *options)
-        launch._delta(y, y)
+        y, statistics, attended = launch.forward(*inputs, *places, *options, True)
+        launch.backward(y, *inputs, *places, statistics, attended, *options)
+        launch._ungate(y, y, None, True)
     return seen
 
 

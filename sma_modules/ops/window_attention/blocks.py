@@ -43,15 +43,13 @@ def feature_tile(width: int, beside: int, largest: int) -> int:
     return min(reversed(sizes), key=lambda size: -(-width // size) * (size + beside))
 
 
-def forward_blocks(z: int, width: int, itemsize: int, reach: int | None, biased: bool, again: bool) -> Blocks:
-    """For a block of queries. Scores are computed again for every tile of features; biases, and what is read at the
-    end of the second computation (``again``), need many registers.
-    """
+def forward_blocks(z: int, width: int, itemsize: int, reach: int | None, biased: bool) -> Blocks:
+    """For a block of queries. Scores are computed again for every tile of features; biases need many registers."""
     beside = padded(z)
     if itemsize == 4:
         rows, keys, stages = (16, 16, 1) if beside > 128 else (32 if beside > 64 else 64, 32, 2)
         return Blocks(rows, keys, feature_tile(width, beside, 64), 8, stages)
-    features = feature_tile(width, beside, 128 if biased or again else 256)
+    features = feature_tile(width, beside, 128 if biased else 256)
     if beside > 128:
         return Blocks(64, 32, min(features, 128), 8, 2)
     if biased:

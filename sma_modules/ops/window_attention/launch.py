@@ -73,43 +73,11 @@ def _rule(causal: bool, window: int, chunk: int, activation: str, bias: str, dro
     return Rule(causal, window or None, chunk or None, activation, bias, dropout)  # type: ignore[arg-type]
 
 
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor | None,
-    table: Tensor | None,
-    layout: Layout,
-    seed: Tensor | None,
-    rule: Rule,
-    statistics: Tensor,
-    dout: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Forward: the output, and ``statistics`` is filled. With ``dout``: gradients of the gate and of what is gated, and
-    parts ``(tiles, H, Q)`` of the sum over features of gradient times output.
-    """
-    n_queries, heads = q.shape[:2]
-    width = v.shape[2]
-    tile = blocks.forward_blocks(q.shape[2], width, q.element_size(), rule.reach, table is not None, dout is not None)
-    tiles = -(-width // tile.features)
-    out = v.new_empty(n_queries, heads, width)
-    d_attended = None if dout is None else torch.empty_like(out)
-    delta = None if dout is None else q.new_empty(tiles, heads, n_queries, dtype=torch.float32)
-    numbers = _numbers(q, k, table, layout.q_cu, rule)
-    kernels.attend_kernel[n_queries // tile.queries + numbers[2] + 1, heads * tiles](
-        q, k, v, gate, table, layout.q_cu, layout.k_cu, layout.k_start, layout.q_position, layout.k_position, seed,
-        out, statistics, dout, d_attended, delta, *numbers, _scale(q, rule), rule.dropout,
-        **_shared(q, k, v, rule),
-        GR=0 if gate is None else gate.stride(0),
-        GH=0 if gate is None else gate.stride(1),
-        TILES=tiles, AGAIN=dout is not None,
-        BM=tile.queries, BN=tile.keys, BH=tile.features, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    return out, d_attended, delta
-
-
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return v.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(2, q.shape[1], q.shape[0], dtype=torch.float32)
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    gate, save = args[0], args[-1]
+    out = v.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    statistics = q.new_empty(2, q.shape[1], q.shape[0], dtype=torch.float32)
+    return out, statistics, torch.empty_like(out) if save and gate is not None else v.new_empty(0)
 
 
 @kernel("window_attention", fake=_fake_forward)
@@ -131,14 +99,31 @@ def forward(
     activation: str,
     bias: str,
     dropout: float,
-) -> tuple[Tensor, Tensor]:
-    """The output ``(Q, H, h)`` and the statistics of the softmax ``(2, H, Q)``."""
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output ``(Q, H, h)``, the statistics of the softmax ``(2, H, Q)``, and, if a backward pass will need it
+    (``save``) and it is not the output itself, what is gated.
+    """
     q, k, v = _rows(q), _rows(k), _rows(v)
     gate = None if gate is None else _rows(gate)
     rule = _rule(causal, window, chunk, activation, bias, dropout)
-    statistics = q.new_empty(2, q.shape[1], q.shape[0], dtype=torch.float32)
     layout = _layout(q_cu, k_cu, k_start, q_position, k_position)
-    return _attend(q, k, v, gate, table, layout, seed, rule, statistics)[0], statistics
+    n_queries, heads = q.shape[:2]
+    width = v.shape[2]
+    out, statistics, attended = _fake_forward(q, k, v, gate, save)
+    tile = blocks.forward_blocks(q.shape[2], width, q.element_size(), rule.reach, table is not None)
+    tiles = -(-width // tile.features)
+    numbers = _numbers(q, k, table, layout.q_cu, rule)
+    kernels.attend_kernel[n_queries // tile.queries + numbers[2] + 1, heads * tiles](
+        q, k, v, gate, table, layout.q_cu, layout.k_cu, layout.k_start, layout.q_position, layout.k_position, seed,
+        out, statistics, attended if attended.numel() else None, *numbers, _scale(q, rule), rule.dropout,
+        **_shared(q, k, v, rule),
+        GR=0 if gate is None else gate.stride(0),
+        GH=0 if gate is None else gate.stride(1),
+        TILES=tiles,
+        BM=tile.queries, BN=tile.keys, BH=tile.features, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out, statistics, attended
 
 
 def _fake_backward(
@@ -164,7 +149,7 @@ def backward(
     k_position: Tensor | None,
     seed: Tensor | None,
     statistics: Tensor,
-    out: Tensor | None,
+    attended: Tensor | None,
     causal: bool,
     window: int,
     chunk: int,
@@ -172,18 +157,17 @@ def backward(
     bias: str,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, gate and table; empty for what was not given. ``out`` is read without a gate only."""
+    """Gradients of q, k, v, gate and table; empty for what was not given. ``attended`` is the output before the gate;
+    it is not read, and may be None, without a gate and a softmax.
+    """
     q, k, v, dout = _rows(q), _rows(k), _rows(v), dout.contiguous()
     gate = None if gate is None else _rows(gate)
     rule = _rule(causal, window, chunk, activation, bias, dropout)
     layout = _layout(q_cu, k_cu, k_start, q_position, k_position)
-    d_gate = d_attended = delta = None
-    if gate is not None:
-        d_gate, d_attended, delta = _attend(q, k, v, gate, table, layout, seed, rule, statistics, dout)
-    elif activation == "softmax":
-        assert out is not None
-        delta = _delta(dout, out)
-    d_attended = dout if d_attended is None else d_attended
+    d_gate, d_attended, delta = None, dout, None
+    if gate is not None or activation == "softmax":
+        assert attended is not None
+        d_gate, d_attended, delta = _ungate(dout, attended, gate, activation == "softmax")
     # The largest gradient of a score has to be known before they are added up in integers.
     peak = q.new_zeros(1, dtype=torch.int32) if bias == "original" else None
     dk, dv = _d_keys(q, k, v, table, layout, seed, rule, statistics, delta, d_attended, peak)
@@ -191,13 +175,20 @@ def backward(
     return dq, dk, dv, v.new_empty(0) if d_gate is None else d_gate, v.new_empty(0) if d_table is None else d_table
 
 
-def _delta(dout: Tensor, out: Tensor) -> Tensor:
-    n_queries, heads, width = out.shape
-    delta = out.new_empty(1, heads, n_queries, dtype=torch.float32)
+def _ungate(
+    dout: Tensor, attended: Tensor, gate: Tensor | None, softmax: bool
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Gradients of the gate and of what is gated, and for a softmax the sum of gradient times output ``(1, H, Q)``."""
+    n_queries, heads, width = attended.shape
+    delta = attended.new_empty(1, heads, n_queries, dtype=torch.float32) if softmax else None
+    d_gate = None if gate is None else torch.empty_like(attended)
+    d_attended = dout if gate is None else torch.empty_like(attended)
     features = min(blocks.padded(width), 128)
-    grid = (max(-(-n_queries * heads // 32), 1),)
-    kernels.delta_kernel[grid](dout, out, delta, n_queries, HEADS=heads, WIDTH=width, BM=32, BH=features)
-    return delta
+    kernels.ungate_kernel[(max(-(-n_queries * heads // 16), 1),)](
+        dout, attended, None if gate is None else gate.contiguous(), d_gate, None if gate is None else d_attended,
+        delta, n_queries, HEADS=heads, WIDTH=width, BM=16, BH=features,
+    )  # fmt: skip
+    return d_gate, d_attended, delta
 
 
 def _d_keys(
@@ -302,9 +293,9 @@ class _WindowAttention(torch.autograd.Function):
         *options: Any,
     ) -> Tensor:
         inputs = (q, k, v, gate, table, q_cu, k_cu, k_start, q_position, k_position, seed)
-        out, statistics = forward(*inputs, *options)
-        # A gated output is not needed again: what is gated gets computed once more, which is cheaper than keeping it.
-        ctx.save_for_backward(*inputs, statistics, out if gate is None and options[3] == "softmax" else None)
+        out, statistics, attended = forward(*inputs, *options, any(ctx.needs_input_grad))
+        kept = attended if gate is not None else out if options[3] == "softmax" else None
+        ctx.save_for_backward(*inputs, statistics, kept)
         ctx.options = options
         return out  # type: ignore[no-any-return]
 

@@ -198,19 +198,16 @@ def _dot_slopes(slopes, x, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def attend_kernel(
-    q, k, v, gate, table, q_cu, k_cu, k_start, q_position, k_position, seed, out, statistics, dout, d_attended, delta,
+    q, k, v, gate, table, q_cu, k_cu, k_start, q_position, k_position, seed, out, statistics, attended,
     n_queries, n_keys, batch, window, chunk, entries, scale, dropout,
     QR: tl.constexpr, QH: tl.constexpr, KR: tl.constexpr, KH: tl.constexpr, VR: tl.constexpr, VH: tl.constexpr,
     GR: tl.constexpr, GH: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, Z: tl.constexpr, ZP: tl.constexpr,
     WIDTH: tl.constexpr, TILES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     ACTIVATION: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, COUNTED: tl.constexpr,
-    PRECISION: tl.constexpr, AGAIN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """A block of queries and a tile of the value features.
-
-    Forward: the output, gated if there is a gate, and the ``statistics (2, H, Q)`` of the softmax. AGAIN, the start of
-    the backward pass of a gated call: from the gradient of the output the one of the gate, the one of what was gated,
-    and the tile's part of the sum over features of gradient times output.
+    """A block of queries and a tile of the value features: the output, gated if there is a gate, and the
+    ``statistics (2, H, Q)`` of the softmax. ``attended``, if given, receives what is gated.
     """
     program = tl.program_id(0)
     if CAUSAL:  # the longest first
@@ -247,9 +244,6 @@ def attend_kernel(
 
     largest = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
-    known, share = total, total
-    if AGAIN and ACTIVATION == SOFTMAX:
-        known, share = _statistics(statistics, rows, own, head, n_queries, HEADS)
     sums = tl.zeros((BM, BH), tl.float32)
     for n0 in range(block_low, block_high + 1, BN):
         j = n0 + tl.arange(0, BN)
@@ -262,7 +256,7 @@ def attend_kernel(
             t_j = _since(k_position, k_first + j, seen, reference)
         index = _entry(distance, n0 - i0, t_i[:, None], t_j[None, :], entries, window, BIAS)
         scores = _scores(products, factor, index, visible, table, n0 <= block_high, BIAS, ACTIVATION)
-        if ACTIVATION == SOFTMAX and not AGAIN:
+        if ACTIVATION == SOFTMAX:
             scores = tl.where(visible, scores, float("-inf"))
             higher = tl.maximum(largest, tl.max(scores, 1))
             shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -272,14 +266,14 @@ def attend_kernel(
             sums *= rescale[:, None]
             largest = higher
         else:
-            weights = _weights(scores, visible, known[:, None], share[:, None], ACTIVATION)
+            weights = _weights(scores, visible, 0.0, 0.0, ACTIVATION)
         if DROPOUT:
             kept = _kept(seed_value, rows[:, None], head, j[None, :], dropout)
             weights = tl.where(kept, weights, 0.0)
         values = _tile(v, k_first + j, seen, VR, tile * BH, WIDTH, BH)
         sums = _dot_add(weights.to(values.dtype), values, sums, PRECISION)
 
-    if ACTIVATION == SOFTMAX and not AGAIN:
+    if ACTIVATION == SOFTMAX:
         share = tl.where(total == 0.0, 0.0, 1.0 / total)
         sums = sums * share[:, None]
         if tile == 0:
@@ -288,33 +282,34 @@ def attend_kernel(
             tl.store(at + n_queries.to(tl.int64) * HEADS, share, mask=own)
     if DROPOUT:
         sums = sums / (1.0 - dropout)
-    out += head * WIDTH
+    if attended is not None:
+        _put(attended + head * WIDTH, sums, rows, own, HEADS * WIDTH, tile * BH, WIDTH, BH)
     if gate is not None:
-        gates = _tile(gate + head * GH, rows, own, GR, tile * BH, WIDTH, BH).to(tl.float32)
-        if AGAIN:
-            grads = _tile(dout + head * WIDTH, rows, own, HEADS * WIDTH, tile * BH, WIDTH, BH).to(tl.float32)
-            inner = grads * gates
-            _put(d_attended + head * WIDTH, inner, rows, own, HEADS * WIDTH, tile * BH, WIDTH, BH)
-            at = (tile * HEADS + head).to(tl.int64) * n_queries + rows
-            tl.store(delta + at, tl.sum(inner * sums, 1), mask=own)
-            sums = sums * grads
-        else:
-            sums = sums * gates
-    _put(out, sums, rows, own, HEADS * WIDTH, tile * BH, WIDTH, BH)
+        sums = sums * _tile(gate + head * GH, rows, own, GR, tile * BH, WIDTH, BH).to(tl.float32)
+    _put(out + head * WIDTH, sums, rows, own, HEADS * WIDTH, tile * BH, WIDTH, BH)
 
 
 @triton.jit(do_not_specialize=["n_queries"])
-def delta_kernel(
-    dout, out, delta, n_queries, HEADS: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr
-):
-    """The sum over features of gradient times output, of every query and head; for calls without a gate."""
+def ungate_kernel(
+    dout, attended, gate, d_gate, d_attended, delta, n_queries,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """Of every query and head, the gradients of the gate and of what is gated; and, if ``delta (H, Q)`` is given, the
+    sum over features of gradient times output.
+    """
     at = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     own = at < n_queries.to(tl.int64) * HEADS
     total = tl.zeros((BM,), tl.float32)
     for first in range(0, WIDTH, BH):
         grads = _tile(dout, at, own, WIDTH, first, WIDTH, BH).to(tl.float32)
-        total += tl.sum(grads * _tile(out, at, own, WIDTH, first, WIDTH, BH).to(tl.float32), 1)
-    tl.store(delta + (at % HEADS) * n_queries + at // HEADS, total, mask=own)
+        values = _tile(attended, at, own, WIDTH, first, WIDTH, BH).to(tl.float32)
+        if gate is not None:
+            _put(d_gate, grads * values, at, own, WIDTH, first, WIDTH, BH)
+            grads = grads * _tile(gate, at, own, WIDTH, first, WIDTH, BH).to(tl.float32)
+            _put(d_attended, grads, at, own, WIDTH, first, WIDTH, BH)
+        total += tl.sum(grads * values, 1)
+    if delta is not None:
+        tl.store(delta + (at % HEADS) * n_queries + at // HEADS, total, mask=own)
 
 
 @triton.jit
