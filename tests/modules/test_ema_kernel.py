@@ -362,10 +362,10 @@ def compilation(kernel: str, bidirectional: bool, leaves: bool) -> Compilation:
     if kernel == "forward":
         flags |= dict.fromkeys(("STREAM", "CARRIED"), False) | dict.fromkeys(("SILU", "SAVE", "DROPOUT"), True)
         flags |= {"STEP": tuned.FORWARD_STEP}
-        options["maxnreg"] = tuned.LEAVING_REGISTERS[0] if leaves else tuned.FORWARD_REGISTERS
+        options["maxnreg"] = tuned.LARGE_FORWARD_REGISTERS if leaves else tuned.FORWARD_REGISTERS
     if kernel == "backward":
         flags |= {"STEP": tuned.BACKWARD_STEP}
-        options["maxnreg"] = tuned.LEAVING_REGISTERS[1] if leaves else tuned.BACKWARD_REGISTERS
+        options["maxnreg"] = tuned.LARGE_BACKWARD_REGISTERS if leaves else tuned.BACKWARD_REGISTERS
     return Compilation("sma_modules.ops.ema.triton_kernel", kernel, signature, sizes | flags, options)
 
 

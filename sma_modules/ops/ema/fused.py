@@ -27,11 +27,12 @@ CHUNK = 128
 """Tokens of a chunk where nothing speaks for another size: short enough for what a bidirectional program keeps of it
 to stay in the cache, long enough for the states between chunks (N / CHUNK numbers per input) to cost little."""
 MINIMUM_CHUNK = 32
-FORWARD_REGISTERS = 128
+FORWARD_REGISTERS = 96
 BACKWARD_REGISTERS = 168
 """Of a thread, as few as its states fit in: of 128 a scheduler has enough for 4 warps, of 168 for 3 and of 96 for 5."""
-LEAVING_REGISTERS = (168, 255)
-"""The same, forward and backward, where something leaves the window: two or three more numbers for every state."""
+LARGE_FORWARD_REGISTERS = 168
+LARGE_BACKWARD_REGISTERS = 255
+"""The same where something leaves the window or a stream's state is kept: one or two more numbers for every state."""
 WARPS_PER_PROCESSOR = 12
 """Chunks are cut short where there would be fewer than these, of 32 channels each, for a multiprocessor."""
 SCHEDULERS, REGISTER_FILE = 4, 16384
@@ -185,7 +186,7 @@ def ema_forward(
             LENGTHS=lengths is not None, MANY=many, WINDOW=window, LEAVES=leaves, STREAM=stream,
             CARRIED=hidden is not None, SILU=silu, DROPOUT=dropout > 0, SAVE=silu and save,
             DIRECTIONS=directions, DIM=dim, CHUNK=cut.chunk, N=cut.states, BLOCK=BLOCK, TILE=TILE, STEP=FORWARD_STEP,
-            num_warps=1, maxnreg=LEAVING_REGISTERS[0] if leaves else FORWARD_REGISTERS,
+            num_warps=1, maxnreg=LARGE_FORWARD_REGISTERS if leaves or stream else FORWARD_REGISTERS,
         )  # fmt: skip
     return outputs
 
@@ -256,7 +257,7 @@ def ema_backward(
             batch, length, cut.chunks, _taps(truncation, length),
             LENGTHS=lengths is not None, MANY=many, WINDOW=window, LEAVES=leaves,
             DIRECTIONS=directions, DIM=dim, CHUNK=cut.chunk, N=cut.states, BLOCK=BLOCK, TILE=TILE, STEP=BACKWARD_STEP,
-            num_warps=1, maxnreg=LEAVING_REGISTERS[1] if leaves else BACKWARD_REGISTERS,
+            num_warps=1, maxnreg=LARGE_BACKWARD_REGISTERS if leaves else BACKWARD_REGISTERS,
         )  # fmt: skip
     triton_kernel.finish[(directions * n_state + 1, cut.blocks)](
         partial, delta, alpha, beta, gamma, *gradients[1:], cut.programs, dim, n_state, n_state**-0.5,

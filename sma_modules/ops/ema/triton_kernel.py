@@ -445,7 +445,7 @@ def _forward_sweep(
         else:
             at = scratch + (first - begin) * BLOCK
             for i in tl.static_range(STEP):
-                tl.store(at + i * BLOCK, _in_order(outs, i, REVERSE, STEP), mask=inside)
+                tl.store(at + i * BLOCK, _in_order(outs, i, REVERSE, STEP))
         xs = next_xs
         if LEAVES:
             olds = next_olds
@@ -574,7 +574,7 @@ def _backward_sweep(
                 value = value + omega * gs[i]
                 tl.store(dx + first * DIM + place * DIM, value, mask=inside & (t < length))
             else:
-                tl.store(scratch + (first - begin) * BLOCK + place * BLOCK, value, mask=inside)
+                tl.store(scratch + (first - begin) * BLOCK + place * BLOCK, value)
         xs = next_xs
         gs = next_gs
         if LEAVES:
