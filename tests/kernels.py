@@ -24,7 +24,8 @@ class Compilation:
         signature: type of every argument that is no constant: ``*bf16``, ``*fp32``, ``*i64``, ``i32``, ``fp32``, ...
         constants: values of the ``tl.constexpr`` arguments.
         options: ``num_warps``, ``num_stages``.
-        divisible: integer arguments that are multiples of 16, which a launch finds out by itself; pointers always are.
+        divisible: integer arguments that are multiples of 16, which a launch finds out by itself; pointers always are,
+            but for those of which the kernel says that it is not to be made use of.
         capability: of the GPU.
     """
 
@@ -76,10 +77,11 @@ def _compile(each: Compilation) -> Resources:
     function = getattr(importlib.import_module(each.module), each.kernel)
     function = getattr(function, "fn", function) if not hasattr(function, "arg_names") else function
     signature = {name: "constexpr" if name in each.constants else each.signature[name] for name in function.arg_names}
+    ignored = getattr(function, "do_not_specialize_on_alignment", None) or ()
     aligned = [
         place
         for place, name in enumerate(function.arg_names)
-        if signature[name].startswith("*") or name in each.divisible
+        if name in each.divisible or (signature[name].startswith("*") and name not in ignored)
     ]
     attributes = {(place,): [["tt.divisibility", 16]] for place in aligned}
     built = triton.compile(

@@ -338,25 +338,34 @@ def test_bad_options(change: dict[str, Any], message: str) -> None:
         ema(torch.randn(1, 4, 2, device=DEVICE), *weights, bidirectional=False, **change)
 
 
-def compilation(kernel: str, bidirectional: bool, window: bool) -> Compilation:
-    """At the real size of 16 states, in bfloat16."""
-    tensors = {"x": "bf16", "y": "bf16", "pre": "bf16", "dx": "bf16", "reach": "i32", "lengths": "i64", "seed": "i64"}
-    names = ("scratch", "sums", "table", "omega", "hidden", "hidden_end", "grad", "partial", "inputs")
-    tensors |= dict.fromkeys(names, "fp32") | {"source": "fp32" if kernel == "backward" else "bf16"}
+def compilation(kernel: str, bidirectional: bool, leaves: bool) -> Compilation:
+    """At the real size of 16 states and 128 channels, in bfloat16, with the registers that a launch gives."""
+    tuned = fused()
+    tensors = {"x": "bf16", "y": "bf16", "pre": "bf16", "dx": "bf16", "dy": "bf16", "source": "bf16"}
+    tensors |= {"reach": "i32", "lengths": "i64", "seed": "i64"}
+    names = ("scratch", "sums", "table", "omega", "hidden", "hidden_end", "grad", "partial", "out")
+    tensors |= dict.fromkeys(names, "fp32")
     numbers = dict.fromkeys(("batch", "length", "dim", "chunks", "taps", "n_state"), "i32")
     signature = {name: f"*{kind}" for name, kind in tensors.items()} | numbers | {"dropout": "fp32", "scale": "fp32"}
-    sizes = {"DIRECTIONS": 2 if bidirectional else 1, "CHUNK": 128, "N": 16, "BLOCK": 32, "TILE": 16}
-    flags: dict[str, Any] = {"LENGTHS": True}
-    if kernel == "chunk_sums":
-        flags |= {"SUMS": True, "GRADIENT": window, "SILU": window, "DROPOUT": False, "STEP": fused().FORWARD_STEP}
-    else:
-        flags |= {"MANY": True, "WINDOW": window, "LEAVES": window}
-    if kernel == "forward":
-        flags |= dict.fromkeys(("STREAM", "CARRIED", "DROPOUT"), False) | {"SILU": True, "SAVE": True}
-        flags |= {"STEP": fused().FORWARD_STEP}
-    if kernel == "backward":
-        flags |= {"STEP": fused().BACKWARD_STEP}
+    if kernel == "through_activation":
+        flags: dict[str, Any] = {"SILU": True, "DROPOUT": True, "PLACES": tuned.PLACES}
+        divisible = ["length", "dim"]
+        return Compilation("sma_modules.ops.ema.triton_kernel", kernel, signature, flags, {"num_warps": 4}, divisible)
+    sizes = {"DIRECTIONS": 2 if bidirectional else 1, "DIM": 128, "CHUNK": 128, "N": 16, "BLOCK": 32, "TILE": 16}
+    flags = {"LENGTHS": True}
     options = {"num_warps": 1}
+    if kernel == "chunk_sums":
+        flags |= {"GRADIENT": leaves, "STEP": tuned.SUM_STEP}
+        signature["source"] = "*fp32" if leaves else "*bf16"
+    else:
+        flags |= {"MANY": True, "WINDOW": leaves or bidirectional, "LEAVES": leaves}
+    if kernel == "forward":
+        flags |= dict.fromkeys(("STREAM", "CARRIED"), False) | dict.fromkeys(("SILU", "SAVE", "DROPOUT"), True)
+        flags |= {"STEP": tuned.FORWARD_STEP}
+        options["maxnreg"] = tuned.LARGE_FORWARD_REGISTERS if leaves else tuned.FORWARD_REGISTERS
+    if kernel == "backward":
+        flags |= {"STEP": tuned.BACKWARD_STEP}
+        options["maxnreg"] = tuned.LARGE_BACKWARD_REGISTERS if leaves else tuned.BACKWARD_REGISTERS
     return Compilation("sma_modules.ops.ema.triton_kernel", kernel, signature, sizes | flags, options)
 
 
@@ -367,12 +376,13 @@ def fused() -> Any:
 
 
 def test_compiles_for_a_gpu() -> None:
-    """Without shared memory: no thread needs another's numbers."""
-    asked = [
-        compilation("chunk_sums", True, False),
-        compilation("chunk_sums", True, True),
-        compilation("forward", True, True),
-        compilation("forward", False, False),
-        compilation("backward", True, True),
+    """Every state in a register, and without shared memory: no thread needs another's numbers."""
+    scans = [
+        (kernel, both, leaves)
+        for kernel in ("forward", "backward")
+        for both, leaves in ((True, True), (True, False), (False, False))
     ]
-    assert [each.shared for each in compile_all(asked)] == [0] * len(asked)
+    asked = [compilation(*each) for each in [("chunk_sums", True, False), ("chunk_sums", True, True), *scans]]
+    found = compile_all([*asked, compilation("through_activation", False, False)])
+    assert [each.spilled for each in found] == [0] * len(found)
+    assert [each.shared for each in found[:-1]] == [0] * len(asked)

@@ -16,21 +16,27 @@ BLOCK = 32
 """Channels of a program, one per thread."""
 TILE = 16
 """Tokens of a tile; chunks are made of whole tiles."""
-SUM_STEP = 16
-FORWARD_STEP = 8
-BACKWARD_STEP = 8
-"""Tokens whose loads are on their way together, in multiples of 4; they take registers."""
+SUM_STEP = 8
+FORWARD_STEP = 4
+BACKWARD_STEP = 4
+"""Tokens whose loads are on their way together, in multiples of 4; they take registers, twice, as the next are loaded
+before these are used."""
+PLACES = 512
+"""Channels of four tokens each for a program of what comes before the activation."""
 CHUNK = 128
 """Tokens of a chunk where nothing speaks for another size: short enough for what a bidirectional program keeps of it
 to stay in the cache, long enough for the states between chunks (N / CHUNK numbers per input) to cost little."""
 MINIMUM_CHUNK = 32
-FORWARD_REGISTERS = 168
+FORWARD_REGISTERS = 96
 BACKWARD_REGISTERS = 168
-"""Of a thread: with 168 a multiprocessor works on 12 warps in turns, 3 per scheduler. The compiler would take 255."""
+"""Of a thread, as few as its states fit in: of 128 a scheduler has enough for 4 warps, of 168 for 3 and of 96 for 5."""
+LARGE_FORWARD_REGISTERS = 168
+LARGE_BACKWARD_REGISTERS = 255
+"""The same where something leaves the window or a stream's state is kept: one or two more numbers for every state."""
 WARPS_PER_PROCESSOR = 12
 """Chunks are cut short where there would be fewer than these, of 32 channels each, for a multiprocessor."""
-REGISTER_FILE = 65536
-"""Registers of a multiprocessor: as many programs (of one warp) are started as they are enough for."""
+SCHEDULERS, REGISTER_FILE = 4, 16384
+"""Of a multiprocessor, and registers of one: as many programs (of one warp) are started as those are enough for."""
 PROCESSORS = 132
 """Of the device, where it does not say."""
 
@@ -85,9 +91,9 @@ def _plan(
         sizes = range(max(chunk * 3 // 4 // TILE, 1) * TILE, chunk * 3 // 2 + 1, TILE)
         chunk = min(sizes, key=lambda size: (-truncation % size, abs(size - chunk)))
     chunks = -(-length // chunk)
-    most = max(min(batch * chunks, REGISTER_FILE // (32 * registers) * processors // blocks), 1)
-    rounds = -(-batch * chunks // most)
-    return Plan(chunk, chunks, blocks, -(-batch * chunks // rounds), 1 << (n_state - 1).bit_length())
+    warps = REGISTER_FILE // (32 * registers) * SCHEDULERS * processors
+    programs = max(min(batch * chunks, warps // blocks), 1)
+    return Plan(chunk, chunks, blocks, programs, 1 << (n_state - 1).bit_length())
 
 
 def _forward_fake(
@@ -111,7 +117,7 @@ def _forward_fake(
     states = 1 << (n_state - 1).bit_length()
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     pre = torch.empty_like(y) if silu and save else x.new_empty(0)
-    table = x.new_empty(8, directions, states, x.shape[2], dtype=torch.float32)
+    table = x.new_empty(8, directions, -(-x.shape[2] // BLOCK), states, BLOCK, dtype=torch.float32)
     reach = x.new_empty(directions, x.shape[2], dtype=torch.int32)
     end = x.new_empty((x.shape[0], x.shape[2], n_state) if stream else 0, dtype=torch.float32)
     return y, pre, table, reach, end
@@ -167,20 +173,20 @@ def ema_forward(
     _prepare(table, reach, (delta, alpha, beta, gamma), cut, truncation, stream)
     sums = x
     if many:
-        sums = x.new_empty(batch, cut.chunks, directions, 1, cut.states, dim, dtype=torch.float32)
-        _sums(x, x, x, sums, table, reach, lengths, None, cut, False, False, 0.0)
+        sums = _new_sums(x, cut, directions, 1)
+        _sums(x, sums, table, reach, lengths, cut, gradient=False)
         if not window:
-            _carry(sums, table, hidden, cut, n_state, stream)
+            _carry(sums, table, hidden, dim, n_state, stream)
     scratch = _scratch(x, cut, directions)
     for leaves in _launches(window):
         triton_kernel.forward[cut.grid](
             x, y, pre, scratch, sums, table, reach, omega, _or(lengths, x), _or(seed, x),
             _or(hidden, x), end,
-            batch, length, dim, cut.chunks, _taps(truncation, length), dropout, 1 / (1 - dropout), n_state,
+            batch, length, cut.chunks, _taps(truncation, length), dropout, 1 / (1 - dropout), n_state,
             LENGTHS=lengths is not None, MANY=many, WINDOW=window, LEAVES=leaves, STREAM=stream,
             CARRIED=hidden is not None, SILU=silu, DROPOUT=dropout > 0, SAVE=silu and save,
-            DIRECTIONS=directions, CHUNK=cut.chunk, N=cut.states, BLOCK=BLOCK, TILE=TILE, STEP=FORWARD_STEP,
-            num_warps=1, maxnreg=FORWARD_REGISTERS,
+            DIRECTIONS=directions, DIM=dim, CHUNK=cut.chunk, N=cut.states, BLOCK=BLOCK, TILE=TILE, STEP=FORWARD_STEP,
+            num_warps=1, maxnreg=LARGE_FORWARD_REGISTERS if leaves or stream else FORWARD_REGISTERS,
         )  # fmt: skip
     return outputs
 
@@ -236,23 +242,22 @@ def ema_backward(
     many, silu = cut.chunks > 1, pre.numel() > 0
     inner = dy
     if silu or dropout > 0:
-        inner = torch.empty_like(x, dtype=torch.float32)
+        inner = _through_activation(dy, pre, seed, silu, dropout)
     sums = x
     if many:
-        sums = x.new_empty(batch, cut.chunks, directions, 2, cut.states, dim, dtype=torch.float32)
-    if many or inner is not dy:
-        _sums(dy, pre, inner, sums, table, reach, None, seed, cut, True, silu, dropout)
+        sums = _new_sums(x, cut, directions, 2)
+        _sums(inner, sums, table, reach, None, cut, gradient=True)
     if many and not window:
-        _carry(sums, table, None, cut, n_state, stream=False, gradient=True)
-    partial = x.new_empty(cut.programs, directions * 2 * cut.states + 1, dim, dtype=torch.float32)
+        _carry(sums, table, None, dim, n_state, stream=False, gradient=True)
+    partial = x.new_empty(cut.programs, cut.blocks, directions * 2 * cut.states + 1, BLOCK, dtype=torch.float32)
     scratch = _scratch(x, cut, directions)
     for leaves in _launches(window):
         triton_kernel.backward[cut.grid](
             x, inner, gradients[0], scratch, sums, table, reach, omega, _or(lengths, x), partial,
-            batch, length, dim, cut.chunks, _taps(truncation, length),
+            batch, length, cut.chunks, _taps(truncation, length),
             LENGTHS=lengths is not None, MANY=many, WINDOW=window, LEAVES=leaves,
-            DIRECTIONS=directions, CHUNK=cut.chunk, N=cut.states, BLOCK=BLOCK, TILE=TILE, STEP=BACKWARD_STEP,
-            num_warps=1, maxnreg=BACKWARD_REGISTERS,
+            DIRECTIONS=directions, DIM=dim, CHUNK=cut.chunk, N=cut.states, BLOCK=BLOCK, TILE=TILE, STEP=BACKWARD_STEP,
+            num_warps=1, maxnreg=LARGE_BACKWARD_REGISTERS if leaves else BACKWARD_REGISTERS,
         )  # fmt: skip
     triton_kernel.finish[(directions * n_state + 1, cut.blocks)](
         partial, delta, alpha, beta, gamma, *gradients[1:], cut.programs, dim, n_state, n_state**-0.5,
@@ -288,47 +293,57 @@ def _scratch(x: Tensor, cut: Plan, directions: int) -> Tensor:
 def _prepare(
     table: Tensor, reach: Tensor, parameters: tuple[Tensor, ...], cut: Plan, truncation: int | None, stream: bool
 ) -> None:
-    _, directions, states, dim = table.shape
-    n_state = parameters[0].shape[1]
-    triton_kernel.prepare[(directions, cut.blocks)](
+    n_state, dim = parameters[0].shape[1], reach.shape[1]
+    triton_kernel.prepare[(table.shape[1], cut.blocks)](
         *parameters, table, reach, dim, n_state, n_state**-0.5, cut.chunk, truncation or 1,
-        STREAM=stream, N=states, BLOCK=BLOCK, TILE=TILE, num_warps=4,
+        STREAM=stream, N=cut.states, BLOCK=BLOCK, TILE=TILE, num_warps=4,
+    )  # fmt: skip
+
+
+def _new_sums(x: Tensor, cut: Plan, directions: int, pair: int) -> Tensor:
+    return x.new_empty(
+        x.shape[0], cut.chunks, directions, pair, cut.blocks, cut.states, BLOCK, dtype=torch.float32
     )  # fmt: skip
 
 
 def _sums(
     source: Tensor,
-    pre: Tensor,
-    inputs: Tensor,
     sums: Tensor,
     table: Tensor,
     reach: Tensor,
     lengths: Tensor | None,
-    seed: Tensor | None,
     cut: Plan,
     gradient: bool,
-    silu: bool,
-    dropout: float,
 ) -> None:
     batch, length, dim = source.shape
     triton_kernel.chunk_sums[(batch * cut.chunks, cut.blocks)](
-        source, pre, _or(lengths, source), _or(seed, source), table, reach, inputs, sums,
-        length, dim, cut.chunks, dropout, 1 / (1 - dropout),
-        LENGTHS=lengths is not None, SUMS=cut.chunks > 1, GRADIENT=gradient, SILU=silu, DROPOUT=dropout > 0,
-        DIRECTIONS=table.shape[1], CHUNK=cut.chunk, N=cut.states, BLOCK=BLOCK, TILE=TILE, STEP=SUM_STEP,
-        num_warps=1,
+        source, _or(lengths, source), table, reach, sums, length, cut.chunks,
+        LENGTHS=lengths is not None, GRADIENT=gradient, DIRECTIONS=table.shape[1], DIM=dim, CHUNK=cut.chunk,
+        N=cut.states, BLOCK=BLOCK, TILE=TILE, STEP=SUM_STEP, num_warps=1,
     )  # fmt: skip
 
 
+def _through_activation(dy: Tensor, pre: Tensor, seed: Tensor | None, silu: bool, dropout: float) -> Tensor:
+    """The gradient before dropout and activation, in float32."""
+    batch, length, dim = dy.shape
+    inner = torch.empty_like(dy, dtype=torch.float32)
+    programs = batch * -(-(-(-length // 4) * dim) // PLACES)
+    triton_kernel.through_activation[(programs,)](
+        dy, pre, inner, _or(seed, dy), length, dim, dropout, 1 / (1 - dropout),
+        SILU=silu, DROPOUT=dropout > 0, PLACES=PLACES, num_warps=4,
+    )  # fmt: skip
+    return inner
+
+
 def _carry(
-    sums: Tensor, table: Tensor, hidden: Tensor | None, cut: Plan, n_state: int, stream: bool, gradient: bool = False
+    sums: Tensor, table: Tensor, hidden: Tensor | None, dim: int, n_state: int, stream: bool, gradient: bool = False
 ) -> None:
-    batch, chunks, directions, _, states, dim = sums.shape
+    batch, chunks, directions, _, blocks, states, _ = sums.shape
     width = 64
-    triton_kernel.carry[(batch * directions, -(-states * dim // width))](
-        sums, table, _or(hidden, sums), dim, chunks, n_state,
-        STREAM=stream, CARRIED=hidden is not None, GRADIENT=gradient, DIRECTIONS=directions, N=states, BLOCK=width,
-        AHEAD=8, num_warps=2,
+    triton_kernel.carry[(batch * directions, -(-states * blocks * BLOCK // width))](
+        sums, table, _or(hidden, sums), dim, blocks, chunks, n_state,
+        STREAM=stream, CARRIED=hidden is not None, GRADIENT=gradient, DIRECTIONS=directions, N=states, BLOCK=BLOCK,
+        WIDTH=width, AHEAD=8, num_warps=2,
     )  # fmt: skip
 
 

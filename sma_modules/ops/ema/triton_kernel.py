@@ -2,9 +2,12 @@
 
 A program owns ``BLOCK`` channels, one per thread, and all N states of each: its tensors ``(N, BLOCK)`` lie in the
 registers of single threads, and the sum over the states needs no other thread. It walks over chunks of tokens, the
-same channels in many sequences and places, tile after tile of ``TILE`` tokens, of which ``STEP`` are loaded at once.
+same channels in many sequences and places, ``STEP`` tokens at a time, while the next ``STEP`` are on their way.
 
-``table (8, directions, N, D)`` holds the coefficients in the order of the names below, N padded to a power of two.
+What is kept for states lies as ``(..., blocks, N, BLOCK)``, blocks = ceil(D / BLOCK), N padded to a power of two: the
+places of a thread's states are then at distances known when it is compiled, and one address is enough for all of them.
+So are those of neighbouring tokens, as the width ``DIM`` is a constant too. Places of channels that there are not
+hold zeros. ``table (8, directions, blocks, N, BLOCK)`` holds the coefficients in the order of the names below.
 """
 
 from __future__ import annotations
@@ -71,35 +74,40 @@ def prepare(
     weight = tl.load(gamma + at, mask=real, other=0.0).to(tl.float32).to(tl.float64) * read_scale
     if not STREAM:
         weight = weight * drive
-    out = table + direction * N * dim + states[:, None] * dim + columns[None, :]
-    size = tl.num_programs(0) * N * dim
-    inside = (states < N)[:, None] & (columns < dim)[None, :]
-    tl.store(out + Q * size, tl.where(real, rounded, 0.0), mask=inside)
-    tl.store(out + CORRECTION * size, tl.where(real, correction, 0.0).to(tl.float32), mask=inside)
-    tl.store(out + WEIGHT * size, tl.where(real, weight, 0.0).to(tl.float32), mask=inside)
-    tl.store(out + CHUNK_LOSS * size, tl.where(real, 1.0 - tl.exp(log_q * chunk), 1.0).to(tl.float32), mask=inside)
+    slot = direction * tl.num_programs(1) + tl.program_id(1)
+    out = table + slot * (N * BLOCK) + states[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    size = tl.num_programs(0) * tl.num_programs(1) * (N * BLOCK)
+    tl.store(out + Q * size, tl.where(real, rounded, 0.0))
+    tl.store(out + CORRECTION * size, tl.where(real, correction, 0.0).to(tl.float32))
+    tl.store(out + WEIGHT * size, tl.where(real, weight, 0.0).to(tl.float32))
+    tl.store(out + CHUNK_LOSS * size, tl.where(real, 1.0 - tl.exp(log_q * chunk), 1.0).to(tl.float32))
     tl.store(
         out + CHUNK_SLOPE * size,
         tl.where(real, chunk * tl.exp(log_q * (chunk - 1)), 0.0).to(tl.float32),
-        mask=inside,
     )
-    tl.store(out + LEAVING * size, tl.where(real, tl.exp(log_q * taps), 0.0).to(tl.float32), mask=inside)
+    tl.store(out + LEAVING * size, tl.where(real, tl.exp(log_q * taps), 0.0).to(tl.float32))
     tl.store(
         out + LEAVING_SLOPE * size,
         tl.where(real, taps * tl.exp(log_q * (taps - 1)), 0.0).to(tl.float32),
-        mask=inside,
     )
-    tl.store(out + DRIVE * size, tl.where(real, drive, 0.0).to(tl.float32), mask=inside)
+    tl.store(out + DRIVE * size, tl.where(real, drive, 0.0).to(tl.float32))
     steps = tl.minimum(27.725887222397812 / tl.maximum(-log_q, 1e-8) + 1.0, 1073741824.0)
     steps = tl.max(tl.where(real, steps.to(tl.float32), 0.0), axis=0)
     tl.store(reach + direction * dim + columns, steps.to(tl.int32), mask=columns < dim)
 
 
 @triton.jit
-def _coefficient(table, field, direction, dim, columns, inside, DIRECTIONS: tl.constexpr, N: tl.constexpr):
-    """``(N, BLOCK)`` of the table."""
-    start = table + (field * DIRECTIONS + direction) * N * dim
-    return tl.load(start + (tl.arange(0, N)[:, None] * dim + columns[None, :]), mask=inside[None, :], other=0.0)
+def _states(N: tl.constexpr, BLOCK: tl.constexpr):
+    """Places ``(N, BLOCK)`` of a block's states."""
+    return tl.arange(0, N)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+
+
+@triton.jit
+def _coefficient(
+    table, field, direction, BLOCKS: tl.constexpr, DIRECTIONS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr
+):
+    """``(N, BLOCK)`` of the table, which begins with this program's block."""
+    return tl.load(table + (field * DIRECTIONS + direction) * (BLOCKS * N * BLOCK) + _states(N, BLOCK))
 
 
 @triton.jit
@@ -117,18 +125,21 @@ def _leaves(reach, taps, dim, columns, inside, DIRECTIONS: tl.constexpr):
 
 
 @triton.jit
-def _token(row, t, limit, dim, columns, inside):
-    """``(BLOCK,)`` float32: token t, zero outside 0..limit - 1."""
-    return tl.load(row + t * dim + columns, mask=inside & (t >= 0) & (t < limit), other=0.0).to(tl.float32)
+def _token(row, t, limit, inside, DIM: tl.constexpr):
+    """``(BLOCK,)`` float32: token t, zero outside 0..limit - 1. ``row (BLOCK,)`` points to token 0."""
+    return tl.load(row + t * DIM, mask=inside & (t >= 0) & (t < limit), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _tokens(row, first, limit, dim, columns, inside, REVERSE: tl.constexpr, STEP: tl.constexpr):
+def _tokens(row, first, limit, inside, DIM: tl.constexpr, REVERSE: tl.constexpr, STEP: tl.constexpr):
     """The ``STEP`` tokens from ``first`` on, in the order of the scan: all loads on their way before any is used."""
     tokens = ()
+    at = row + first * DIM
     for i in tl.static_range(STEP):
-        t = first + (STEP - 1 - i if REVERSE else i)
-        tokens = tokens + (_token(row, t, limit, dim, columns, inside),)
+        place = STEP - 1 - i if REVERSE else i
+        t = first + place
+        value = tl.load(at + place * DIM, mask=inside & (t >= 0) & (t < limit), other=0.0)
+        tokens = tokens + (value.to(tl.float32),)
     return tokens
 
 
@@ -139,123 +150,129 @@ def _in_order(tokens, i: tl.constexpr, REVERSE: tl.constexpr, STEP: tl.constexpr
 
 
 @triton.jit
-def _keep(seed, b, t, columns, dim, dropout):
-    """For tokens t .. t + 3 of sequence b, ``(BLOCK,)`` each: whether dropout keeps it. t is a multiple of 4."""
-    place = (t // 4) * dim + columns
+def _keep(seed, b, place, dropout):
+    """Whether dropout keeps the four tokens 4 g .. 4 g + 3 of sequence b, at ``place = g D + channel``."""
     zero = place * 0
     r0, r1, r2, r3 = tl.philox(seed, place, zero + b, zero, zero)
-    k0 = tl.uint_to_uniform_float(r0) >= dropout
-    k1 = tl.uint_to_uniform_float(r1) >= dropout
-    k2 = tl.uint_to_uniform_float(r2) >= dropout
-    k3 = tl.uint_to_uniform_float(r3) >= dropout
-    return k0, k1, k2, k3
+    least = ((zero.to(tl.float32) + dropout) * 4294967296.0).to(tl.uint32)
+    return (
+        r0.to(tl.uint32, bitcast=True) >= least,
+        r1.to(tl.uint32, bitcast=True) >= least,
+        r2.to(tl.uint32, bitcast=True) >= least,
+        r3.to(tl.uint32, bitcast=True) >= least,
+    )
 
 
 @triton.jit
-def _sum_at(sums, b, j, chunks, direction, dim, columns, DIRECTIONS: tl.constexpr, PAIR: tl.constexpr, N: tl.constexpr):
-    """Pointers ``(N, BLOCK)`` into ``sums (B, chunks, directions, PAIR, N, D)``."""
-    place = ((b.to(tl.int64) * chunks + j) * DIRECTIONS + direction) * (PAIR * N)
-    return sums + place * dim + (tl.arange(0, N)[:, None] * dim + columns[None, :])
+def _sum_at(
+    sums, b, j, chunks, direction,
+    BLOCKS: tl.constexpr, DIRECTIONS: tl.constexpr, PAIR: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Pointers ``(N, BLOCK)`` into ``sums (B, chunks, directions, PAIR, blocks, N, BLOCK)``, from its block on."""
+    place = ((b.to(tl.int64) * chunks + j) * DIRECTIONS + direction) * PAIR
+    return sums + place * (BLOCKS * N * BLOCK) + _states(N, BLOCK)
+
+
+@triton.jit
+def through_activation(
+    dy, pre, out, seed, length, dim, dropout, scale, SILU: tl.constexpr, DROPOUT: tl.constexpr, PLACES: tl.constexpr,
+):  # fmt: skip
+    """The gradient before dropout and activation. A program takes ``PLACES`` channels of four tokens each."""
+    total = tl.cdiv(length, 4) * dim
+    programs = tl.cdiv(total, PLACES)
+    b = tl.program_id(0) // programs
+    place = (tl.program_id(0) - b * programs) * PLACES + tl.arange(0, PLACES)
+    t = place // dim * 4
+    at = b.to(tl.int64) * length * dim + t * dim + place % dim
+    if DROPOUT:
+        keeps = _keep(tl.load(seed), b, place, dropout)
+    for i in tl.static_range(4):
+        mask = (place < total) & (t + i < length)
+        g = tl.load(dy + at + i * dim, mask=mask, other=0.0).to(tl.float32)
+        # No gradient stays none, also where padding holds nan.
+        if SILU:
+            before = tl.load(pre + at + i * dim, mask=mask, other=0.0).to(tl.float32)
+            g = tl.where(g == 0.0, 0.0, g * _silu_slope(before))
+        if DROPOUT:
+            g = tl.where(keeps[i], g * scale, 0.0)
+        tl.store(out + at + i * dim, g, mask=mask)
 
 
 @triton.jit(do_not_specialize_on_alignment=ONE_CHANNEL_EACH)
 def chunk_sums(
-    source, pre, lengths, seed, table, reach, inputs, sums,
-    length, dim, chunks, dropout, scale,
-    LENGTHS: tl.constexpr, SUMS: tl.constexpr, GRADIENT: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
-    DIRECTIONS: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-    STEP: tl.constexpr,
+    source, lengths, table, reach, sums, length, chunks,
+    LENGTHS: tl.constexpr, GRADIENT: tl.constexpr, DIRECTIONS: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """What every chunk leaves behind: ``sum_j q^j u_j``, j tokens before its end (in the order of the scan).
 
     ``GRADIENT``: of the gradient in place of the input, in the opposite order, with the derivative by q beside it.
-    With ``SILU`` or ``DROPOUT`` what comes in is the gradient of their result, and the one before them is left in
-    ``inputs (B, L, D)``.
     """
+    BLOCKS: tl.constexpr = (DIM + BLOCK - 1) // BLOCK
     item = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < dim
-    noise = tl.load(seed) if DROPOUT else 0
+    inside = columns < DIM
     b = item // chunks
     j = item - b * chunks
     begin = j * CHUNK
     tiles = (tl.minimum(length - begin, CHUNK) + TILE - 1) // TILE
-    row = b.to(tl.int64) * length * dim
+    row = source + b.to(tl.int64) * length * DIM + columns
     limit = length
     if LENGTHS:
         limit = tl.minimum(tl.load(lengths + b).to(tl.int32), length)
-    if SILU or DROPOUT:
-        for k in range(tiles * (TILE // 4)):
-            _through_activation(
-                source + row, pre + row, inputs + row, noise, b, begin + k * 4, length, dim, columns, inside,
-                dropout, scale, SILU, DROPOUT,
-            )  # fmt: skip
-    if SUMS:
-        for direction in tl.static_range(DIRECTIONS):
-            if SILU or DROPOUT:
-                _chunk_sum(
-                    inputs + row, sums, b, j, chunks, table, reach, begin, tiles, limit, dim, columns, inside,
-                    direction, (direction == 1) != GRADIENT, GRADIENT, DIRECTIONS, N, BLOCK, TILE, STEP,
-                )  # fmt: skip
-            else:
-                _chunk_sum(
-                    source + row, sums, b, j, chunks, table, reach, begin, tiles, limit, dim, columns, inside,
-                    direction, (direction == 1) != GRADIENT, GRADIENT, DIRECTIONS, N, BLOCK, TILE, STEP,
-                )  # fmt: skip
+    mine = tl.program_id(1) * (N * BLOCK)
+    for direction in tl.static_range(DIRECTIONS):
+        _chunk_sum(
+            row, sums + mine, b, j, chunks, table + mine, reach, begin, tiles, limit, columns, inside, direction,
+            (direction == 1) != GRADIENT, GRADIENT, DIRECTIONS, DIM, BLOCKS, N, BLOCK, TILE, STEP,
+        )  # fmt: skip
 
 
 @triton.jit
 def _chunk_sum(
-    entering, sums, b, j, chunks, table, reach, begin, tiles, limit, dim, columns, inside, direction: tl.constexpr,
-    REVERSE: tl.constexpr, GRADIENT: tl.constexpr, DIRECTIONS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
-    TILE: tl.constexpr, STEP: tl.constexpr,
+    row, sums, b, j, chunks, table, reach, begin, tiles, limit, columns, inside, direction: tl.constexpr,
+    REVERSE: tl.constexpr, GRADIENT: tl.constexpr, DIRECTIONS: tl.constexpr, DIM: tl.constexpr, BLOCKS: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One direction of one chunk. Tokens from which nothing is left at its end are passed over."""
-    q = _coefficient(table, Q, direction, dim, columns, inside, DIRECTIONS, N)
-    correction = _coefficient(table, CORRECTION, direction, dim, columns, inside, DIRECTIONS, N)
-    needed = (_reach(reach, direction, dim, columns, inside) + TILE - 1) // TILE
+    q = _coefficient(table, Q, direction, BLOCKS, DIRECTIONS, N, BLOCK)
+    correction = _coefficient(table, CORRECTION, direction, BLOCKS, DIRECTIONS, N, BLOCK)
+    PARTS: tl.constexpr = TILE // STEP
+    needed = (_reach(reach, direction, DIM, columns, inside) + TILE - 1) // TILE
     s = tl.zeros((N, BLOCK), tl.float32)
     h = tl.zeros((N, BLOCK), tl.float32)
-    for k in range(tl.maximum(tiles - needed, 0), tiles):
-        tile = begin + (tiles - 1 - k if REVERSE else k) * TILE
-        s = s + s * correction
-        if GRADIENT:
-            h = h + h * correction
-        for part in tl.static_range(TILE // STEP):
-            first = tile + (TILE // STEP - 1 - part if REVERSE else part) * STEP
-            xs = _tokens(entering, first, limit, dim, columns, inside, REVERSE, STEP)
-            for i in tl.static_range(STEP):
-                if GRADIENT:
-                    h = h * q + s
-                s = s * q + xs[i][None, :]
-    out = _sum_at(sums, b, j, chunks, direction, dim, columns, DIRECTIONS, 2 if GRADIENT else 1, N)
-    tl.store(out, s, mask=inside[None, :])
+    steps = tiles * PARTS
+    start = tl.maximum(tiles - needed, 0) * PARTS
+    coming = _tokens(row, begin + _place(start, steps, REVERSE, STEP), limit, inside, DIM, REVERSE, STEP)
+    for k in range(start, steps):
+        xs = coming
+        coming = _tokens(row, begin + _place(k + 1, steps, REVERSE, STEP), limit, inside, DIM, REVERSE, STEP)
+        if k % PARTS == 0:
+            s = s + s * correction
+            if GRADIENT:
+                h = h + h * correction
+        for i in tl.static_range(STEP):
+            if GRADIENT:
+                h = h * q + s
+            s = s * q + xs[i][None, :]
+    PAIR: tl.constexpr = 2 if GRADIENT else 1
+    out = _sum_at(sums, b, j, chunks, direction, BLOCKS, DIRECTIONS, PAIR, N, BLOCK)
+    tl.store(out, s)
     if GRADIENT:
-        tl.store(out + N * dim, h, mask=inside[None, :])
+        tl.store(out + BLOCKS * N * BLOCK, h)
 
 
 @triton.jit
-def _through_activation(
-    dy, pre, out, seed, b, t, length, dim, columns, inside, dropout, scale, SILU: tl.constexpr, DROPOUT: tl.constexpr
-):
-    """The gradient before dropout and activation of tokens t .. t + 3."""
-    if DROPOUT:
-        keeps = _keep(seed, b, t, columns, dim, dropout)
-    for i in tl.static_range(4):
-        g = _token(dy, t + i, length, dim, columns, inside)
-        # No gradient stays none, also where padding holds nan.
-        if SILU:
-            g = tl.where(g == 0.0, 0.0, g * _silu_slope(_token(pre, t + i, length, dim, columns, inside)))
-        if DROPOUT:
-            g = tl.where(keeps[i], g * scale, 0.0)
-        tl.store(out + (t + i) * dim + columns, g, mask=inside & (t + i < length))
+def _place(k, steps, REVERSE: tl.constexpr, STEP: tl.constexpr):
+    """First token, in the chunk, of the k-th of its steps in the order of the scan; outside behind the last."""
+    return (steps - 1 - k if REVERSE else k) * STEP
 
 
 @triton.jit
 def carry(
-    sums, table, hidden, dim, chunks, n_state,
+    sums, table, hidden, dim, blocks, chunks, n_state,
     STREAM: tl.constexpr, CARRIED: tl.constexpr, GRADIENT: tl.constexpr, DIRECTIONS: tl.constexpr, N: tl.constexpr,
-    BLOCK: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Turns the sums of the chunks into the states at their beginnings, in place. Without truncation only.
 
@@ -263,23 +280,25 @@ def carry(
     """
     b = tl.program_id(0) // DIRECTIONS
     direction = tl.program_id(0) % DIRECTIONS
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < N * dim
-    field = DIRECTIONS * N * dim
-    at = table + direction * N * dim + place
+    size = blocks * (N * BLOCK)
+    place = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = place < size
+    field = DIRECTIONS * size
+    at = table + direction * size + place
     loss = tl.load(at + CHUNK_LOSS * field, mask=inside, other=0.0)
     slope = tl.load(at + CHUNK_SLOPE * field, mask=inside, other=0.0)
     drive = tl.load(at + DRIVE * field, mask=inside, other=0.0)
     PAIR: tl.constexpr = 2 if GRADIENT else 1
-    stride = DIRECTIONS * PAIR * N * dim
-    start = sums + (b.to(tl.int64) * chunks * DIRECTIONS + direction) * (PAIR * N * dim) + place
+    stride = DIRECTIONS * PAIR * size
+    start = sums + (b.to(tl.int64) * chunks * DIRECTIONS + direction) * (PAIR * size) + place
     reverse = direction == (0 if GRADIENT else 1)
-    s = tl.zeros((BLOCK,), tl.float32)
-    h = tl.zeros((BLOCK,), tl.float32)
+    s = tl.zeros((WIDTH,), tl.float32)
+    h = tl.zeros((WIDTH,), tl.float32)
     if CARRIED:
-        n = place // dim
-        at = hidden + (b.to(tl.int64) * dim + place - n * dim) * n_state + n
-        s = tl.load(at, mask=inside & (n < n_state), other=0.0)
+        n = place // BLOCK % N
+        column = place // (N * BLOCK) * BLOCK + place % BLOCK
+        at = hidden + (b.to(tl.int64) * dim + column) * n_state + n
+        s = tl.load(at, mask=inside & (n < n_state) & (column < dim), other=0.0)
     for base in range(0, chunks, AHEAD):
         added = ()
         slopes = ()
@@ -288,13 +307,13 @@ def carry(
             mask = inside & (base + i < chunks)
             added = added + (tl.load(start + j * stride, mask=mask, other=0.0),)
             if GRADIENT:
-                slopes = slopes + (tl.load(start + j * stride + N * dim, mask=mask, other=0.0),)
+                slopes = slopes + (tl.load(start + j * stride + size, mask=mask, other=0.0),)
         for i in tl.static_range(AHEAD):
             j = tl.where(reverse, chunks - 1 - base - i, base + i).to(tl.int64)
             mask = inside & (base + i < chunks)
             tl.store(start + j * stride, s, mask=mask)
             if GRADIENT:
-                tl.store(start + j * stride + N * dim, h, mask=mask)
+                tl.store(start + j * stride + size, h, mask=mask)
                 h = h - loss * h + slope * s + slopes[i]
             if STREAM:
                 s = s - loss * s + drive * added[i]
@@ -304,9 +323,10 @@ def carry(
 
 @triton.jit
 def _start(
-    sums, table, source, b, j, limit, chunks, dim, columns, inside, direction: tl.constexpr, needed, taps,
+    sums, table, row, b, j, limit, chunks, inside, direction: tl.constexpr, needed, taps,
     LEAVES: tl.constexpr, MANY: tl.constexpr, WINDOW: tl.constexpr, REVERSE: tl.constexpr, PAIR: tl.constexpr,
-    DIRECTIONS: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    DIRECTIONS: tl.constexpr, DIM: tl.constexpr, BLOCKS: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """States at the beginning of chunk j, and, for a ``PAIR``, their derivatives by q.
 
@@ -315,35 +335,36 @@ def _start(
     """
     s = tl.zeros((N, BLOCK), tl.float32)
     h = tl.zeros((N, BLOCK), tl.float32)
+    SECOND: tl.constexpr = BLOCKS * N * BLOCK
     if MANY and not WINDOW:
-        at = _sum_at(sums, b, j, chunks, direction, dim, columns, DIRECTIONS, PAIR, N)
-        s = tl.load(at, mask=inside[None, :], other=0.0)
+        at = _sum_at(sums, b, j, chunks, direction, BLOCKS, DIRECTIONS, PAIR, N, BLOCK)
+        s = tl.load(at)
         if PAIR == 2:
-            h = tl.load(at + N * dim, mask=inside[None, :], other=0.0)
+            h = tl.load(at + SECOND)
     if MANY and WINDOW:
-        loss = _coefficient(table, CHUNK_LOSS, direction, dim, columns, inside, DIRECTIONS, N)
+        loss = _coefficient(table, CHUNK_LOSS, direction, BLOCKS, DIRECTIONS, N, BLOCK)
         whole = (taps + CHUNK - 1) // CHUNK
         back = tl.minimum(whole, (needed + CHUNK - 1) // CHUNK)
         back = tl.minimum(back, chunks - 1 - j if REVERSE else j)
         for i in range(back):
             other = j + back - i if REVERSE else j - back + i
-            at = _sum_at(sums, b, other, chunks, direction, dim, columns, DIRECTIONS, PAIR, N)
+            at = _sum_at(sums, b, other, chunks, direction, BLOCKS, DIRECTIONS, PAIR, N, BLOCK)
             if PAIR == 2:
-                slope = _coefficient(table, CHUNK_SLOPE, direction, dim, columns, inside, DIRECTIONS, N)
-                h = h - loss * h + slope * s + tl.load(at + N * dim, mask=inside[None, :], other=0.0)
-            s = s - loss * s + tl.load(at, mask=inside[None, :], other=0.0)
+                slope = _coefficient(table, CHUNK_SLOPE, direction, BLOCKS, DIRECTIONS, N, BLOCK)
+                h = h - loss * h + slope * s + tl.load(at + SECOND)
+            s = s - loss * s + tl.load(at)
         if LEAVES:
-            q = _coefficient(table, Q, direction, dim, columns, inside, DIRECTIONS, N)
+            q = _coefficient(table, Q, direction, BLOCKS, DIRECTIONS, N, BLOCK)
             old = tl.zeros((N, BLOCK), tl.float32)
             older = tl.zeros((N, BLOCK), tl.float32)
             for i in range(whole * CHUNK - taps):
                 t = (j + 1 + whole) * CHUNK - 1 - i if REVERSE else (j - whole) * CHUNK + i
                 if PAIR == 2:
                     older = older * q + old
-                old = old * q + _token(source, t, limit, dim, columns, inside)[None, :]
-            gone = _coefficient(table, LEAVING, direction, dim, columns, inside, DIRECTIONS, N)
+                old = old * q + _token(row, t, limit, inside, DIM)[None, :]
+            gone = _coefficient(table, LEAVING, direction, BLOCKS, DIRECTIONS, N, BLOCK)
             if PAIR == 2:
-                slope = _coefficient(table, LEAVING_SLOPE, direction, dim, columns, inside, DIRECTIONS, N)
+                slope = _coefficient(table, LEAVING_SLOPE, direction, BLOCKS, DIRECTIONS, N, BLOCK)
                 h = h - gone * older - slope * old
             s = s - gone * old
     return s, h
@@ -351,241 +372,272 @@ def _start(
 
 @triton.jit
 def _forward_sweep(
-    s, q, weight, x, y, pre, scratch, hidden_end, table, omega, seed,
-    b, begin, tiles, limit, length, dim, columns, inside, lanes, direction: tl.constexpr, taps, dropout, scale, n_state,
+    s, x, y, pre, scratch, hidden_end, table, omega, seed,
+    b, begin, tiles, limit, length, columns, inside, direction: tl.constexpr, taps, dropout, scale, n_state,
     LEAVES: tl.constexpr, LAST: tl.constexpr, LENGTHS: tl.constexpr, STREAM: tl.constexpr, SILU: tl.constexpr,
-    DROPOUT: tl.constexpr, SAVE: tl.constexpr, DIRECTIONS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
-    TILE: tl.constexpr, STEP: tl.constexpr,
+    DROPOUT: tl.constexpr, SAVE: tl.constexpr, DIRECTIONS: tl.constexpr, DIM: tl.constexpr, BLOCKS: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One direction of one chunk. The last one adds what the first left in ``scratch`` and finishes the output."""
     REVERSE: tl.constexpr = direction == 1
-    correction = _coefficient(table, CORRECTION, direction, dim, columns, inside, DIRECTIONS, N)
+    PARTS: tl.constexpr = TILE // STEP
+    q = _coefficient(table, Q, direction, BLOCKS, DIRECTIONS, N, BLOCK)
+    weight = _coefficient(table, WEIGHT, direction, BLOCKS, DIRECTIONS, N, BLOCK)
     if LEAVES:
-        gone = _coefficient(table, LEAVING, direction, dim, columns, inside, DIRECTIONS, N)
+        gone = _coefficient(table, LEAVING, direction, BLOCKS, DIRECTIONS, N, BLOCK)
     if STREAM:
-        drive = _coefficient(table, DRIVE, direction, dim, columns, inside, DIRECTIONS, N)
+        drive = _coefficient(table, DRIVE, direction, BLOCKS, DIRECTIONS, N, BLOCK)
         end = s
-    for k in range(tiles):
-        s = s + s * correction
-        for part in tl.static_range(TILE // STEP):
-            local = (tiles - 1 - k if REVERSE else k) * TILE + (TILE // STEP - 1 - part if REVERSE else part) * STEP
-            first = begin + local
-            # Only the direct path looks at padding.
-            xs = _tokens(x, first, length if LAST else limit, dim, columns, inside, REVERSE, STEP)
-            if LEAVES:
-                olds = _tokens(x, first + (taps if REVERSE else -taps), limit, dim, columns, inside, REVERSE, STEP)
-            if direction == 1:
-                before = _tokens(scratch, local, tiles * TILE, BLOCK, lanes, inside, REVERSE, STEP)
-            outs = ()
-            for i in tl.static_range(STEP):
-                t = first + (STEP - 1 - i if REVERSE else i)
-                u = xs[i]
-                if LENGTHS and LAST:
-                    u = tl.where(t < limit, u, 0.0)
-                if STREAM:
-                    s = s * q + u[None, :] * drive
-                else:
-                    s = s * q + u[None, :]
-                if LEAVES:
-                    s = s - gone * olds[i][None, :]
-                outs = outs + (tl.sum(s * weight, axis=0),)
-                if STREAM:
-                    end = tl.where(t == limit - 1, s, end)
-            if LAST:
-                for group in tl.static_range(STEP // 4):
-                    if DROPOUT:
-                        keeps = _keep(seed, b, first + group * 4, columns, dim, dropout)
-                    for i in tl.static_range(4):
-                        t = first + group * 4 + i
-                        value = _in_order(outs, group * 4 + i, REVERSE, STEP)
-                        value = value + omega * _in_order(xs, group * 4 + i, REVERSE, STEP)
-                        if direction == 1:
-                            value = value + _in_order(before, group * 4 + i, REVERSE, STEP)
-                        at = t * dim + columns
-                        mask = inside & (t < length)
-                        if SAVE:
-                            tl.store(pre + at, value, mask=mask)
-                        if SILU:
-                            value = _silu(value)
-                        if DROPOUT:
-                            value = tl.where(keeps[i], value * scale, 0.0)
-                        tl.store(y + at, value, mask=mask)
+    steps = tiles * PARTS
+    # Only the direct path looks at padding.
+    seen = length if LAST else limit
+    back = taps if REVERSE else -taps
+    local = _place(0, steps, REVERSE, STEP)
+    xs = _tokens(x, begin + local, seen, inside, DIM, REVERSE, STEP)
+    if LEAVES:
+        olds = _tokens(x, begin + local + back, limit, inside, DIM, REVERSE, STEP)
+    if direction == 1:
+        before = _tokens(scratch, local, steps * STEP, inside, BLOCK, REVERSE, STEP)
+    for k in tl.range(0, steps, disable_licm=True):
+        first = begin + local
+        local = _place(k + 1, steps, REVERSE, STEP)
+        next_xs = _tokens(x, begin + local, seen, inside, DIM, REVERSE, STEP)
+        if LEAVES:
+            next_olds = _tokens(x, begin + local + back, limit, inside, DIM, REVERSE, STEP)
+        if direction == 1:
+            next_before = _tokens(scratch, local, steps * STEP, inside, BLOCK, REVERSE, STEP)
+        if k % PARTS == 0:
+            s = s + s * _coefficient(table, CORRECTION, direction, BLOCKS, DIRECTIONS, N, BLOCK)
+        outs = ()
+        for i in tl.static_range(STEP):
+            t = first + (STEP - 1 - i if REVERSE else i)
+            u = xs[i]
+            if LENGTHS and LAST:
+                u = tl.where(t < limit, u, 0.0)
+            if STREAM:
+                s = s * q + u[None, :] * drive
             else:
-                for i in tl.static_range(STEP):
-                    tl.store(scratch + (local + i) * BLOCK + lanes, _in_order(outs, i, REVERSE, STEP), mask=inside)
+                s = s * q + u[None, :]
+            if LEAVES:
+                s = s - gone * olds[i][None, :]
+            outs = outs + (tl.sum(s * weight, axis=0),)
+            if STREAM:
+                end = tl.where(t == limit - 1, s, end)
+        if LAST:
+            for group in tl.static_range(STEP // 4):
+                if DROPOUT:
+                    keeps = _keep(seed, b, (first // 4 + group) * DIM + columns, dropout)
+                for i in tl.static_range(4):
+                    place = group * 4 + i
+                    value = _in_order(outs, group * 4 + i, REVERSE, STEP) + omega * _in_order(
+                        xs, group * 4 + i, REVERSE, STEP
+                    )
+                    if direction == 1:
+                        value = value + _in_order(before, group * 4 + i, REVERSE, STEP)
+                    mask = inside & (first + place < length)
+                    if SAVE:
+                        tl.store(pre + first * DIM + place * DIM, value, mask=mask)
+                    if SILU:
+                        value = _silu(value)
+                    if DROPOUT:
+                        value = tl.where(keeps[i], value * scale, 0.0)
+                    tl.store(y + first * DIM + place * DIM, value, mask=mask)
+        else:
+            at = scratch + (first - begin) * BLOCK
+            for i in tl.static_range(STEP):
+                tl.store(at + i * BLOCK, _in_order(outs, i, REVERSE, STEP))
+        xs = next_xs
+        if LEAVES:
+            olds = next_olds
+        if direction == 1:
+            before = next_before
     if STREAM:
         # Rows with nothing new keep what they had.
         if (tl.maximum(limit - 1, 0) >= begin) & (tl.maximum(limit - 1, 0) < begin + tiles * TILE):
             states = tl.arange(0, N)
-            at = hidden_end + (b.to(tl.int64) * dim + columns)[None, :] * n_state + states[:, None]
+            at = hidden_end + (b.to(tl.int64) * DIM + columns)[None, :] * n_state + states[:, None]
             tl.store(at, end, mask=inside[None, :] & (states < n_state)[:, None])
 
 
 @triton.jit(do_not_specialize_on_alignment=ONE_CHANNEL_EACH)
 def forward(
     x, y, pre, scratch, sums, table, reach, omega, lengths, seed, hidden, hidden_end,
-    batch, length, dim, chunks, taps, dropout, scale, n_state,
+    batch, length, chunks, taps, dropout, scale, n_state,
     LENGTHS: tl.constexpr, MANY: tl.constexpr, WINDOW: tl.constexpr, LEAVES: tl.constexpr, STREAM: tl.constexpr,
     CARRIED: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr, SAVE: tl.constexpr,
-    DIRECTIONS: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-    STEP: tl.constexpr,
+    DIRECTIONS: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """The average, ``omega x``, activation and dropout of all chunks that fall to this program."""
+    BLOCKS: tl.constexpr = (DIM + BLOCK - 1) // BLOCK
     lanes = tl.arange(0, BLOCK)
-    place = tl.program_id(0) * BLOCK + lanes
-    inside = place < dim
-    direct = tl.load(omega + place, mask=inside, other=0.0).to(tl.float32)
+    columns = tl.program_id(0) * BLOCK + lanes
+    inside = columns < DIM
+    direct = tl.load(omega + columns, mask=inside, other=0.0).to(tl.float32)
     noise = tl.load(seed) if DROPOUT else 0
     slot = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    mine = scratch + slot.to(tl.int64) * (CHUNK * BLOCK)
+    mine = scratch + slot.to(tl.int64) * (CHUNK * BLOCK) + lanes
+    first = tl.program_id(0) * (N * BLOCK)
     items = batch * chunks
     if WINDOW:  # channels of which something leaves the window, and the others, are two launches
-        items = tl.where(_leaves(reach, taps, dim, place, inside, DIRECTIONS) == LEAVES, items, 0)
+        items = tl.where(_leaves(reach, taps, DIM, columns, inside, DIRECTIONS) == LEAVES, items, 0)
     for item in tl.range(tl.program_id(1), items, tl.num_programs(1), disable_licm=True):
         b = item // chunks
         j = item - b * chunks
         begin = j * CHUNK
         tiles = (tl.minimum(length - begin, CHUNK) + TILE - 1) // TILE
-        row = b.to(tl.int64) * length * dim
+        row = b.to(tl.int64) * length * DIM + columns
         limit = length
         if LENGTHS:
             limit = tl.minimum(tl.load(lengths + b).to(tl.int32), length)
         for direction in tl.static_range(DIRECTIONS):
-            # Adds 0, which the compiler does not know: it would compute the addresses of all coefficients ahead of the
-            # loop, and keep them in registers.
-            columns = place + item // (batch * chunks + direction)
-            q = _coefficient(table, Q, direction, dim, columns, inside, DIRECTIONS, N)
-            weight = _coefficient(table, WEIGHT, direction, dim, columns, inside, DIRECTIONS, N)
-            needed = _reach(reach, direction, dim, columns, inside)
+            needed = _reach(reach, direction, DIM, columns, inside)
             s, _ = _start(
-                sums, table, x + row, b, j, limit, chunks, dim, columns, inside, direction, needed, taps,
-                LEAVES, MANY, WINDOW, direction == 1, 1, DIRECTIONS, CHUNK, N, BLOCK,
+                sums + first, table + first, x + row, b, j, limit, chunks, inside, direction, needed, taps,
+                LEAVES, MANY, WINDOW, direction == 1, 1, DIRECTIONS, DIM, BLOCKS, CHUNK, N, BLOCK,
             )  # fmt: skip
             if CARRIED and not MANY:
                 states = tl.arange(0, N)
-                at = hidden + (b.to(tl.int64) * dim + columns)[None, :] * n_state + states[:, None]
+                at = hidden + (b.to(tl.int64) * DIM + columns)[None, :] * n_state + states[:, None]
                 s = tl.load(at, mask=inside[None, :] & (states < n_state)[:, None], other=0.0)
             _forward_sweep(
-                s, q, weight, x + row, y + row, pre + row, mine, hidden_end, table, direct, noise,
-                b, begin, tiles, limit, length, dim, columns, inside, lanes, direction, taps, dropout, scale,
-                n_state, LEAVES, direction == DIRECTIONS - 1, LENGTHS, STREAM, SILU, DROPOUT, SAVE, DIRECTIONS, N,
+                s, x + row, y + row, pre + row, mine, hidden_end, table + first, direct, noise,
+                b, begin, tiles, limit, length, columns, inside, direction, taps, dropout, scale, n_state,
+                LEAVES, direction == DIRECTIONS - 1, LENGTHS, STREAM, SILU, DROPOUT, SAVE, DIRECTIONS, DIM, BLOCKS, N,
                 BLOCK, TILE, STEP,
             )  # fmt: skip
 
 
 @triton.jit
 def _backward_sweep(
-    s, h, q, x, grad, dx, scratch, table, omega, by_omega,
-    begin, tiles, limit, length, dim, columns, inside, lanes, direction: tl.constexpr, taps,
-    LEAVES: tl.constexpr, LENGTHS: tl.constexpr, DIRECTIONS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
-    TILE: tl.constexpr, STEP: tl.constexpr,
+    s, h, x, grad, dx, scratch, table, omega, by_omega,
+    begin, tiles, limit, length, inside, direction: tl.constexpr, taps,
+    LEAVES: tl.constexpr, LENGTHS: tl.constexpr, DIRECTIONS: tl.constexpr, DIM: tl.constexpr, BLOCKS: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One direction of one chunk; returns the gradients by weight, by q (without weight) and by omega."""
     REVERSE: tl.constexpr = direction == 0
-    weight = _coefficient(table, WEIGHT, direction, dim, columns, inside, DIRECTIONS, N)
+    PARTS: tl.constexpr = TILE // STEP
+    q = _coefficient(table, Q, direction, BLOCKS, DIRECTIONS, N, BLOCK)
+    weight = _coefficient(table, WEIGHT, direction, BLOCKS, DIRECTIONS, N, BLOCK)
     by_weight = tl.zeros((N, BLOCK), tl.float32)
     by_q = tl.zeros((N, BLOCK), tl.float32)
     if LEAVES:
-        gone = _coefficient(table, LEAVING, direction, dim, columns, inside, DIRECTIONS, N)
-        slope = _coefficient(table, LEAVING_SLOPE, direction, dim, columns, inside, DIRECTIONS, N)
-    correction = _coefficient(table, CORRECTION, direction, dim, columns, inside, DIRECTIONS, N)
-    for k in range(tiles):
-        s = s + s * correction
-        h = h + h * correction
-        for part in tl.static_range(TILE // STEP):
-            local = (tiles - 1 - k if REVERSE else k) * TILE + (TILE // STEP - 1 - part if REVERSE else part) * STEP
-            first = begin + local
-            # Only the direct path looks at padding.
-            xs = _tokens(x, first, length if direction == 0 else limit, dim, columns, inside, REVERSE, STEP)
-            gs = _tokens(grad, first, length, dim, columns, inside, REVERSE, STEP)
+        gone = _coefficient(table, LEAVING, direction, BLOCKS, DIRECTIONS, N, BLOCK)
+        slope = _coefficient(table, LEAVING_SLOPE, direction, BLOCKS, DIRECTIONS, N, BLOCK)
+    steps = tiles * PARTS
+    # Only the direct path looks at padding.
+    seen = length if direction == 0 else limit
+    back = taps if REVERSE else -taps
+    local = _place(0, steps, REVERSE, STEP)
+    xs = _tokens(x, begin + local, seen, inside, DIM, REVERSE, STEP)
+    gs = _tokens(grad, begin + local, length, inside, DIM, REVERSE, STEP)
+    if LEAVES:
+        olds = _tokens(grad, begin + local + back, length, inside, DIM, REVERSE, STEP)
+    if direction == 1:
+        before = _tokens(scratch, local, steps * STEP, inside, BLOCK, REVERSE, STEP)
+    for k in tl.range(0, steps, disable_licm=True):
+        first = begin + local
+        local = _place(k + 1, steps, REVERSE, STEP)
+        next_xs = _tokens(x, begin + local, seen, inside, DIM, REVERSE, STEP)
+        next_gs = _tokens(grad, begin + local, length, inside, DIM, REVERSE, STEP)
+        if LEAVES:
+            next_olds = _tokens(grad, begin + local + back, length, inside, DIM, REVERSE, STEP)
+        if direction == 1:
+            next_before = _tokens(scratch, local, steps * STEP, inside, BLOCK, REVERSE, STEP)
+        if k % PARTS == 0:
+            correction = _coefficient(table, CORRECTION, direction, BLOCKS, DIRECTIONS, N, BLOCK)
+            s = s + s * correction
+            h = h + h * correction
+        for i in tl.static_range(STEP):
+            place = STEP - 1 - i if REVERSE else i
+            t = first + place
+            h = h * q + s
+            s = s * q + gs[i][None, :]
             if LEAVES:
-                olds = _tokens(grad, first + (taps if REVERSE else -taps), length, dim, columns, inside, REVERSE, STEP)
+                h = h - slope * olds[i][None, :]
+                s = s - gone * olds[i][None, :]
+            u = xs[i]
+            if LENGTHS and direction == 0:
+                u = tl.where(t < limit, u, 0.0)
+            by_weight = by_weight + u[None, :] * s
+            by_q = by_q + u[None, :] * h
+            value = tl.sum(s * weight, axis=0)
+            if direction == 0:
+                # No gradient stays none, also where padding holds nan.
+                by_omega = by_omega + tl.where(gs[i] == 0.0, 0.0, gs[i] * xs[i])
             if direction == 1:
-                before = _tokens(scratch, local, tiles * TILE, BLOCK, lanes, inside, REVERSE, STEP)
-            for i in tl.static_range(STEP):
-                t = first + (STEP - 1 - i if REVERSE else i)
-                h = h * q + s
-                s = s * q + gs[i][None, :]
-                if LEAVES:
-                    h = h - slope * olds[i][None, :]
-                    s = s - gone * olds[i][None, :]
-                u = xs[i]
-                if LENGTHS and direction == 0:
-                    u = tl.where(t < limit, u, 0.0)
-                by_weight = by_weight + u[None, :] * s
-                by_q = by_q + u[None, :] * h
-                value = tl.sum(s * weight, axis=0)
-                if direction == 0:
-                    # No gradient stays none, also where padding holds nan.
-                    by_omega = by_omega + tl.where(gs[i] == 0.0, 0.0, gs[i] * xs[i])
-                if direction == 1:
-                    value = value + before[i]
-                if direction == DIRECTIONS - 1:
-                    if LENGTHS:
-                        value = tl.where(t < limit, value, 0.0)
-                    value = value + omega * gs[i]
-                    tl.store(dx + t * dim + columns, value, mask=inside & (t < length))
-                else:
-                    tl.store(scratch + (t - begin) * BLOCK + lanes, value, mask=inside)
+                value = value + before[i]
+            if direction == DIRECTIONS - 1:
+                if LENGTHS:
+                    value = tl.where(t < limit, value, 0.0)
+                value = value + omega * gs[i]
+                tl.store(dx + first * DIM + place * DIM, value, mask=inside & (t < length))
+            else:
+                tl.store(scratch + (first - begin) * BLOCK + place * BLOCK, value)
+        xs = next_xs
+        gs = next_gs
+        if LEAVES:
+            olds = next_olds
+        if direction == 1:
+            before = next_before
     return by_weight, by_q, by_omega
 
 
 @triton.jit(do_not_specialize_on_alignment=ONE_CHANNEL_EACH)
 def backward(
     x, grad, dx, scratch, sums, table, reach, omega, lengths, partial,
-    batch, length, dim, chunks, taps,
+    batch, length, chunks, taps,
     LENGTHS: tl.constexpr, MANY: tl.constexpr, WINDOW: tl.constexpr, LEAVES: tl.constexpr,
-    DIRECTIONS: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-    STEP: tl.constexpr,
+    DIRECTIONS: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Gradients of all chunks that fall to this program, from ``grad``, that by the output before activation.
 
-    ``partial (programs, directions * 2 * N + 1, D)`` receives its share of the gradients by weight, q and omega.
+    ``partial (programs, blocks, directions * 2 * N + 1, BLOCK)`` receives its share of the gradients by weight, q and
+    omega.
     """
+    BLOCKS: tl.constexpr = (DIM + BLOCK - 1) // BLOCK
     lanes = tl.arange(0, BLOCK)
-    place = tl.program_id(0) * BLOCK + lanes
-    inside = place < dim
-    direct = tl.load(omega + place, mask=inside, other=0.0).to(tl.float32)
+    columns = tl.program_id(0) * BLOCK + lanes
+    inside = columns < DIM
+    direct = tl.load(omega + columns, mask=inside, other=0.0).to(tl.float32)
     slot = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    mine = scratch + slot.to(tl.int64) * (CHUNK * BLOCK)
-    share = partial + tl.program_id(1).to(tl.int64) * (DIRECTIONS * 2 * N + 1) * dim
+    mine = scratch + slot.to(tl.int64) * (CHUNK * BLOCK) + lanes
+    first = tl.program_id(0) * (N * BLOCK)
+    share = partial + slot.to(tl.int64) * ((DIRECTIONS * 2 * N + 1) * BLOCK)
     by_omega = tl.zeros((BLOCK,), tl.float32)
     items = batch * chunks
     if WINDOW:  # channels of which something leaves the window, and the others, are two launches
-        items = tl.where(_leaves(reach, taps, dim, place, inside, DIRECTIONS) == LEAVES, items, 0)
+        items = tl.where(_leaves(reach, taps, DIM, columns, inside, DIRECTIONS) == LEAVES, items, 0)
     for item in tl.range(tl.program_id(1), items, tl.num_programs(1), disable_licm=True):
         b = item // chunks
         j = item - b * chunks
         begin = j * CHUNK
         tiles = (tl.minimum(length - begin, CHUNK) + TILE - 1) // TILE
-        row = b.to(tl.int64) * length * dim
+        row = b.to(tl.int64) * length * DIM + columns
         limit = length
         if LENGTHS:
             limit = tl.minimum(tl.load(lengths + b).to(tl.int32), length)
         for direction in tl.static_range(DIRECTIONS):
-            # Adds 0, which the compiler does not know: it would compute the addresses of all coefficients ahead of the
-            # loop, and keep them in registers.
-            columns = place + item // (batch * chunks + direction)
-            q = _coefficient(table, Q, direction, dim, columns, inside, DIRECTIONS, N)
-            needed = _reach(reach, direction, dim, columns, inside)
+            needed = _reach(reach, direction, DIM, columns, inside)
             s, h = _start(
-                sums, table, grad + row, b, j, length, chunks, dim, columns, inside, direction, needed, taps,
-                LEAVES, MANY, WINDOW, direction == 0, 2, DIRECTIONS, CHUNK, N, BLOCK,
+                sums + first, table + first, grad + row, b, j, length, chunks, inside, direction, needed, taps,
+                LEAVES, MANY, WINDOW, direction == 0, 2, DIRECTIONS, DIM, BLOCKS, CHUNK, N, BLOCK,
             )  # fmt: skip
             by_weight, by_q, by_omega = _backward_sweep(
-                s, h, q, x + row, grad + row, dx + row, mine, table, direct, by_omega,
-                begin, tiles, limit, length, dim, columns, inside, lanes, direction, taps,
-                LEAVES, LENGTHS, DIRECTIONS, N, BLOCK, TILE, STEP,
+                s, h, x + row, grad + row, dx + row, mine, table + first, direct, by_omega,
+                begin, tiles, limit, length, inside, direction, taps,
+                LEAVES, LENGTHS, DIRECTIONS, DIM, BLOCKS, N, BLOCK, TILE, STEP,
             )  # fmt: skip
             # Kept in memory from chunk to chunk: registers are short. The first chunk finds nothing there yet.
             later = item >= tl.num_programs(1)
-            at = share + (direction * 2 * N + tl.arange(0, N))[:, None] * dim + columns[None, :]
-            mask = inside[None, :]
-            tl.store(at, by_weight + tl.load(at, mask=mask & later, other=0.0), mask=mask)
-            at = at + N * dim
-            tl.store(at, by_q + tl.load(at, mask=mask & later, other=0.0), mask=mask)
+            at = share + direction * (2 * N * BLOCK) + _states(N, BLOCK)
+            tl.store(at, by_weight + tl.load(at, mask=inside[None, :] & later, other=0.0))
+            at = at + N * BLOCK
+            tl.store(at, by_q + tl.load(at, mask=inside[None, :] & later, other=0.0))
             tl.debug_barrier()
-    tl.store(share + DIRECTIONS * 2 * N * dim + place, by_omega, mask=inside & (items > 0))
+    tl.store(share + DIRECTIONS * 2 * N * BLOCK + lanes, by_omega, mask=items > 0)
 
 
 @triton.jit
@@ -598,6 +650,7 @@ def finish(
     which = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < dim
+    blocks = tl.num_programs(1)
     slots = DIRECTIONS * 2 * N + 1
     direction = which // n_state
     n = which - direction * n_state
@@ -607,10 +660,11 @@ def finish(
     decay = tl.zeros((ROWS, BLOCK), tl.float64)
     for first in range(0, programs, ROWS):
         rows = first + tl.arange(0, ROWS)
-        at = partial + (rows.to(tl.int64) * slots + slot)[:, None] * dim + columns[None, :]
-        mask = (rows < programs)[:, None] & inside[None, :]
+        at = (rows.to(tl.int64) * blocks + tl.program_id(1)) * slots + slot
+        at = partial + at[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        mask = (rows < programs)[:, None]
         weight += tl.load(at, mask=mask, other=0.0).to(tl.float64)
-        decay += tl.load(at + N * dim, mask=mask & (not is_omega), other=0.0).to(tl.float64)
+        decay += tl.load(at + N * BLOCK, mask=mask & (not is_omega), other=0.0).to(tl.float64)
     by_weight = tl.sum(weight, axis=0)
     if is_omega:
         tl.store(by_omega + columns, by_weight.to(tl.float32).to(by_omega.dtype.element_ty), mask=inside)
