@@ -8,8 +8,9 @@ module counts as it runs, such as the running averages of a batch norm, is count
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -60,15 +61,29 @@ def _copies_of_buffers(modules: list[nn.Module]) -> Iterator[None]:
             part._buffers.update(buffers)
 
 
+_depth = threading.local()
+
+
+def inside_checkpoint() -> bool:
+    """True inside a function that :func:`checkpoint` runs, for the first or the second time."""
+    return getattr(_depth, "value", 0) > 0
+
+
+@contextmanager
+def _inside(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
+    _depth.value = getattr(_depth, "value", 0) + 1
+    try:
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context)
+            yield
+    finally:
+        _depth.value -= 1
+
+
 def _contexts(modules: list[nn.Module]) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     now, again = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
-
-    @contextmanager
-    def recompute() -> Iterator[None]:
-        with _copies_of_buffers(modules), again:
-            yield
-
-    return now, recompute()
+    return _inside(now), _inside(_copies_of_buffers(modules), again)
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

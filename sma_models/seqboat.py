@@ -84,7 +84,7 @@ class SeqBoat(Block):
             x = self.norm(x, lengths=lengths)
         dropout = self.dropout.p if self.training else 0.0
         m, mixer_state = self.mixer.activated(x, state.mixer if state else None, lengths=lengths, dropout=dropout)
-        router, skip_proj = self._projections()
+        router, (skip_weight, skip_bias) = self._projections()
         valid = None if lengths is None else valid_of(lengths, m)
         logits, m = narrow_linear(m, *router, valid) if self.n_logits else (None, m)
         parts = self.activate.parts(
@@ -100,7 +100,9 @@ class SeqBoat(Block):
             member.output,
             member.packed,
             weight=member.weight,
-            skip=F.linear(parts.x, *skip_proj),
+            skip=F.linear(parts.x, skip_weight, None if m.is_cuda else skip_bias),
+            # A kernel sums its gradient on the way; elsewhere the product adds it for nothing.
+            skip_bias=skip_bias if m.is_cuda else None,
             residual=residual,
             activation="silu",
             norm=norm,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from sma.dropout import Dropout
 from sma.interfaces import ModuleOutput
 from sma.memory import WorkingMemory
+from sma.recomputation import recomputed
 from sma.routing import Packed
 from sma.state import State
 from sma_modules.local_attention import LocalAttention, initialise
@@ -162,7 +164,12 @@ class GAU(SingleHead):
             StreamingError: a state is given to a unit that does not stream, or does not fit.
         """
         self.check(x, packed, state)
-        theta = self.config.rotary_theta
-        q, k, v, r = gau_inputs(self.mx_proj(x), self.gamma, self.beta, position=self.rotated_by(packed), theta=theta)
-        out, memory = self.attend_single(q, k, v, packed, state, gate=r)
+        mx, theta, position = self.mx_proj(x), self.config.rotary_theta, self.rotated_by(packed)
+        run = partial(gau_inputs, gamma=self.gamma, beta=self.beta, position=position, theta=theta)
+        inputs = run(mx)
+        again = partial(run, mx.detach())
+        with recomputed(again, inputs):  # they are larger than mx, which is kept anyway, and cost one pass over it
+            q, k, v, r = inputs
+            out, memory = self.attend_single(q, k, v, packed, state, gate=r)
+        del inputs, q, k, v, r
         return ModuleOutput(self.dropout(self.h_proj(out)), memory)

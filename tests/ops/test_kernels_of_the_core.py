@@ -58,15 +58,27 @@ def assert_same(run: Callable[..., Any], inputs: list[Tensor], tolerance: float 
         assert error_of(actual, expected)[0] <= bound
 
 
-def assert_precise(run: Callable[..., Any], inputs: list[Tensor], dtype: torch.dtype) -> None:
-    """At most twice the error of the eager backend in the same precision, the largest and the mean."""
-    exact = results(run, [each.double() for each in inputs], "eager")
-    low = [each.to(dtype) for each in inputs]
-    for mine, base, truth in zip(results(run, low, "triton"), results(run, low, "eager"), exact, strict=True):
+def assert_precise(run: Callable[..., Any], draw: Callable[[int], list[Tensor]], dtype: torch.dtype) -> None:
+    """At most twice the error of the eager backend in the same precision, the largest and the mean.
+
+    Over several draws: a sum alone, such as the gradient of a single weight, may be right by chance.
+    """
+    errors: dict[tuple[int, str], list[Tensor]] = {}
+    largest: dict[int, float] = {}
+    for seed in range(8):
+        inputs = draw(seed)
+        low = [each.to(dtype) for each in inputs]
+        exact = results(run, [each.double() for each in inputs], "eager")
+        for backend in ("triton", "eager"):
+            for i, (value, truth) in enumerate(zip(results(run, low, backend), exact, strict=True)):
+                errors.setdefault((i, backend), []).append((value.double() - truth).abs().flatten())
+                largest[i] = max(largest.get(i, 0.0), float(truth.abs().max()))
+    for i, size in largest.items():
+        mine, base = (torch.cat(errors[i, backend]) for backend in ("triton", "eager"))
         # Half a unit in the last place of the largest value is what rounding the result costs at worst.
-        unit = torch.finfo(dtype).eps * float(truth.abs().max())
-        for ours, theirs in zip(error_of(mine, truth), error_of(base, truth), strict=True):
-            assert ours <= 2 * theirs + 0.5 * unit
+        unit = torch.finfo(dtype).eps * size
+        for measure in (torch.max, torch.mean):
+            assert float(measure(mine)) <= 2 * float(measure(base)) + 0.5 * unit
 
 
 SHAPES = ((3, 50), (1, 1), (2, 129))
@@ -161,7 +173,7 @@ def test_row_norm(d: int) -> None:
 
         assert_same(run, [numbers(3, 7, d) * 3 + 1, *parameters], 1e-4)
         for dtype in (torch.float32, *LOW) if d > 1 else ():  # a single number has no slope but rounding errors
-            assert_precise(run, [numbers(40, 7, d), *parameters], dtype)
+            assert_precise(run, lambda seed: [numbers(40, 7, d, seed=seed), *parameters], dtype)
 
 
 @pytest.mark.parametrize("capacity", [None, 7, 200])
@@ -169,8 +181,10 @@ def test_row_norm(d: int) -> None:
 def test_combine(capacity: int | None, silu: bool) -> None:
     packed, d = Packed.from_mask(mask_of(3, 12), capacity=capacity), 20
     h, weight, skip, residual = numbers(packed.index.numel(), d), numbers(3, 12), numbers(3, 12, d), numbers(3, 12, d)
+    skip_bias = numbers(d, seed=7)
     for weighed, skips, resides, norm in itertools.product((False, True), (False, True), (False, True), norms(d)):
-        parts = [part for part, there in ((weight, weighed), (skip, skips), (residual, resides)) if there]
+        asked = ((weight, weighed), (skip, skips), (skip_bias, skips), (residual, resides))
+        parts = [part for part, there in asked if there]
         parameters = [each for each in ((norm.weight, norm.bias) if norm else ()) if each is not None]
         # Without anything added most tokens are 0, where a norm has a slope of eps^-0.5.
         tolerance = 2e-5 if skips or resides or norm is None else 2e-2
@@ -178,11 +192,11 @@ def test_combine(capacity: int | None, silu: bool) -> None:
         def run(
             h: Tensor,
             *rest: Tensor,
-            there: tuple[bool, ...] = (weighed, skips, resides),
+            there: tuple[bool, ...] = (weighed, skips, skips, resides),
             norm: RowNorm | None = norm,
         ) -> Tensor:
             values = iter(rest)
-            weight, skip, residual = (next(values) if each else None for each in there)
+            weight, skip, skip_bias, residual = (next(values) if each else None for each in there)
             if norm is not None:
                 norm = norm._replace(
                     **{key: next(values) for key in ("weight", "bias") if getattr(norm, key) is not None}
@@ -192,6 +206,7 @@ def test_combine(capacity: int | None, silu: bool) -> None:
                 packed,
                 weight=weight,
                 skip=skip,
+                skip_bias=skip_bias,
                 residual=residual,
                 activation="silu" if silu else "none",
                 norm=norm,
@@ -203,18 +218,18 @@ def test_combine(capacity: int | None, silu: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
 def test_combine_is_precise(dtype: torch.dtype) -> None:
     packed = Packed.from_mask(mask_of(3, 40))
-    inputs = [
-        numbers(packed.index.numel(), 64),
-        numbers(3, 40).sigmoid(),
-        numbers(3, 40, 64),
-        numbers(3, 40, 64, seed=4),
-    ]
+    rows = packed.index.numel()
+
+    def draw(seed: int) -> list[Tensor]:
+        skip, residual = numbers(3, 40, 64, seed=seed), numbers(3, 40, 64, seed=seed + 10)
+        return [numbers(rows, 64, seed=seed), numbers(3, 40, seed=seed).sigmoid(), skip, residual]
+
     norm = RowNorm(False, 1e-5, numbers(1, seed=5), None)
 
     def run(h: Tensor, weight: Tensor, skip: Tensor, residual: Tensor) -> Tensor:
         return combine(h, packed, weight=weight, skip=skip, residual=residual, activation="silu", norm=norm)
 
-    assert_precise(run, inputs, dtype)
+    assert_precise(run, draw, dtype)
 
 
 @pytest.mark.parametrize("drop_sum", [False, True])
@@ -276,7 +291,7 @@ def test_operators_are_sound() -> None:
 
     packed = Packed.from_mask(mask_of(2, 9))
     x, h, mask = numbers(18, 4), numbers(packed.index.numel(), 4), mask_of(2, 9)
-    none = (None,) * 6
+    none = (None,) * 7
     options = (True, False, False, 1.0, 0.0, False)
     calls: list[tuple[Any, tuple[Any, ...]]] = [
         (rows.take, (x, packed.index)),
@@ -286,7 +301,7 @@ def test_operators_are_sound() -> None:
         (packing.count, (mask,)),
         (packing.place, (mask, packing.count(mask).cumsum(0, dtype=torch.int32), None, 18, True)),
         (merge.forward, (h, packed.row, *none, *options)),
-        (merge.backward, (x, x, h, packed.row, None, None, None, None, *options, False, True, True)),
+        (merge.backward, (x, x, h, packed.row, *none[:5], *options, False, True, True)),
         (norm_kernel.forward, (x, None, None, True, 1e-5)),
         (norm_kernel.backward, (x, x, None, None, True, 1e-5)),
     ]
@@ -319,7 +334,15 @@ def test_kernels_fit_the_hardware() -> None:
     from sma.ops.row_norm import triton_kernel as norm_kernel
 
     asked: list[Compilation] = []
-    pointers = {"h": "*bf16", "row": "*i32", "weight": "*fp32", "skip": "*bf16", "residual": "*bf16", "seed": "*i64"}
+    pointers = {
+        "h": "*bf16",
+        "row": "*i32",
+        "weight": "*fp32",
+        "skip": "*bf16",
+        "skip_bias": "*fp32",
+        "residual": "*bf16",
+        "seed": "*i64",
+    }
     norm = {
         "norm_weight": "*fp32",
         "norm_bias": "*fp32",
@@ -333,7 +356,15 @@ def test_kernels_fit_the_hardware() -> None:
         block_t, block_d, warps = norm_kernel.sizes(d)
         sizes = {"BLOCK_T": block_t, "BLOCK_D": block_d}
         even = ["D"] if d % 16 == 0 else []
-        flags = {"HAS_WEIGHT": True, "SILU": True, "NORM": True, "CENTRED": True, "WEIGHT_STRIDE": 1, "HAS_BIAS": True}
+        flags = {
+            "HAS_WEIGHT": True,
+            "HAS_SKIP_BIAS": True,
+            "SILU": True,
+            "NORM": True,
+            "CENTRED": True,
+            "WEIGHT_STRIDE": 1,
+            "HAS_BIAS": True,
+        }
         flags |= {"DROP": True, "DROP_SUM": True, "KEEP": True, **sizes}
         module, options = "sma.ops.combine.triton_kernel", {"num_warps": warps}
         forward = {**pointers, **norm, "total": "*bf16", "out": "*bf16"}
@@ -343,7 +374,7 @@ def test_kernels_fit_the_hardware() -> None:
             )
         )
         grads = dict.fromkeys(("grad", "total", "grad_residual", "grad_skip", "grad_h"), "*bf16")
-        grads |= dict.fromkeys(("grad_weight", "grad_norm_weight", "grad_norm_bias"), "*fp32")
+        grads |= dict.fromkeys(("grad_weight", "grad_skip_bias", "grad_norm_weight", "grad_norm_bias"), "*fp32")
         backward = {**flags, "STORE_SUM": True, "STORE_SKIP": True}
         asked.append(Compilation(module, "backward_kernel", {**pointers, **norm, **grads}, backward, options, even))
     asked.append(

@@ -37,6 +37,7 @@ def combine(
     *,
     weight: Float[Tensor, "batch length"] | None = None,
     skip: Float[Tensor, "batch length dim"] | None = None,
+    skip_bias: Float[Tensor, " dim"] | None = None,
     residual: Float[Tensor, "batch length dim"] | None = None,
     activation: Activation = "none",
     norm: RowNorm | None = None,
@@ -50,6 +51,8 @@ def combine(
         packed: where the rows came from.
         weight: ``(B, L)`` confidence, read at active tokens; None means 1.
         skip: ``(B, L, D)`` or None.
+        skip_bias: ``(D,)``, added to the skip of every token; None means 0. A linear layer in front can leave its own
+            bias to this: the gradient is summed on the way.
         residual: ``(B, L, D)`` or None.
         activation: "none" or "silu".
         norm: normalisation over the features, or None.
@@ -82,11 +85,12 @@ def combine(
     for name, value, shape in (
         ("weight", weight, packed.shape),
         ("skip", skip, expected),
+        ("skip_bias", skip_bias, expected[2:]),
         ("residual", residual, expected),
     ):
         if value is not None and tuple(value.shape) != shape:
             raise ShapeError(f"combine: {name} must be {shape}, got {tuple(value.shape)}")
-    out: Tensor = OP(h, packed, weight, skip, residual, norm, Plan(activation, dropout, drop_sum))
+    out: Tensor = OP(h, packed, weight, skip, skip_bias, residual, norm, Plan(activation, dropout, drop_sum))
     return out
 
 
@@ -100,6 +104,7 @@ def _why_not(
     packed: Packed,
     weight: Tensor | None,
     skip: Tensor | None,
+    skip_bias: Tensor | None,
     residual: Tensor | None,
     norm: RowNorm | None,
     plan: Plan,
@@ -121,13 +126,14 @@ def _triton(
     packed: Packed,
     weight: Tensor | None,
     skip: Tensor | None,
+    skip_bias: Tensor | None,
     residual: Tensor | None,
     norm: RowNorm | None,
     plan: Plan,
 ) -> Tensor:
     from sma.ops.combine.triton_kernel import combine as run
 
-    return run(h, packed, weight, skip, residual, norm, plan)
+    return run(h, packed, weight, skip, skip_bias, residual, norm, plan)
 
 
 from sma.ops.combine import eager, reference  # noqa: E402,F401  (registers the backends)

@@ -17,6 +17,7 @@ def combine(
     packed: Packed,
     weight: Tensor | None,
     skip: Tensor | None,
+    skip_bias: Tensor | None,
     residual: Tensor | None,
     norm: RowNorm | None,
     plan: Plan,
@@ -30,6 +31,7 @@ def combine(
         h = dropout(h, plan.dropout)
     y = extract(h, packed)
     y = y if skip is None else skip + y
+    y = y if skip_bias is None else y + skip_bias.to(y.dtype)
     if plan.drop_sum:
         y = dropout(y, plan.dropout)
     y = y if residual is None else y + residual

@@ -16,6 +16,7 @@ def combine(
     packed: Packed,
     weight: Tensor | None,
     skip: Tensor | None,
+    skip_bias: Tensor | None,
     residual: Tensor | None,
     norm: RowNorm | None,
     plan: Plan,
@@ -35,6 +36,7 @@ def combine(
             if not plan.drop_sum:
                 value = torch.dropout(value, plan.dropout, plan.dropout > 0)
             value = value if skip is None else value + skip[b, t].to(wide)
+            value = value if skip_bias is None else value + skip_bias.to(wide)
             if plan.drop_sum:
                 value = torch.dropout(value, plan.dropout, plan.dropout > 0)
             value = value if residual is None else value + residual[b, t].to(wide)

@@ -25,8 +25,17 @@ def _kept(seed, place, dropout):
 
 
 @triton.jit
-def _silu(x):
-    return tl.div_rn(x, 1.0 + tl.exp(-x))
+def exp(x):
+    """e^x to one unit in the last place: that of the hardware loses what the product with log2(e) is rounded by."""
+    x = tl.minimum(tl.maximum(x, -100.0), 88.0)
+    high = x * 1.44269502
+    low = tl.fma(x, 1.44269502, -high) + x * 1.92596303e-8
+    return tl.exp2(high) * (1.0 + low * 0.693147182)
+
+
+@triton.jit
+def silu(x):
+    return tl.div_rn(x, 1.0 + exp(-x))
 
 
 @triton.jit
@@ -35,6 +44,7 @@ def forward_kernel(
     row,
     weight,
     skip,
+    skip_bias,
     residual,
     norm_weight,
     norm_bias,
@@ -47,6 +57,7 @@ def forward_kernel(
     norm_eps,
     HAS_WEIGHT: tl.constexpr,
     HAS_SKIP: tl.constexpr,
+    HAS_SKIP_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     SILU: tl.constexpr,
     NORM: tl.constexpr,
@@ -73,6 +84,8 @@ def forward_kernel(
         s = s * _kept(seed, place, dropout)
     if HAS_SKIP:
         s += tl.load(skip + place, mask=inside, other=0).to(tl.float32)
+    if HAS_SKIP_BIAS:
+        s += tl.load(skip_bias + d, mask=d < D, other=0).to(tl.float32)
     if DROP and DROP_SUM:
         s = s * _kept(seed, place, dropout)
     if HAS_RESIDUAL:
@@ -81,7 +94,7 @@ def forward_kernel(
         tl.store(total + place, s.to(total.dtype.element_ty), mask=inside)
         s = s.to(total.dtype.element_ty).to(tl.float32)  # the backward knows the rounded sum: differentiate just that
     if SILU:
-        s = _silu(s)
+        s = silu(s)
     if NORM:
         s, _ = scale(tl.where(inside, s, 0.0), norm_eps, inside, D, CENTRED)
         s = affine(s, norm_weight, norm_bias, d, D, WEIGHT_STRIDE, HAS_BIAS)
@@ -101,6 +114,7 @@ def backward_kernel(
     grad_skip,
     grad_h,
     grad_weight,
+    grad_skip_bias,
     grad_norm_weight,
     grad_norm_bias,
     tokens,
@@ -109,6 +123,7 @@ def backward_kernel(
     dropout,
     norm_eps,
     HAS_WEIGHT: tl.constexpr,
+    HAS_SKIP_BIAS: tl.constexpr,
     SILU: tl.constexpr,
     NORM: tl.constexpr,
     CENTRED: tl.constexpr,
@@ -127,6 +142,7 @@ def backward_kernel(
     d = tl.arange(0, BLOCK_D)[None, :]
     sum_weight = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)  # over the blocks; over their tokens at the end
     sum_bias = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    sum_skip = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for block in range(blocks):
         t = (program.to(tl.int64) * blocks + block) * BLOCK_T + tl.arange(0, BLOCK_T)
         inside = (t < tokens)[:, None] & (d < D)
@@ -135,7 +151,7 @@ def backward_kernel(
         if KEEP:
             s = tl.load(total + place, mask=inside, other=0).to(tl.float32)
             if NORM:
-                y = _silu(s) if SILU else s
+                y = silu(s) if SILU else s
                 scaled, rstd = scale(tl.where(inside, y, 0.0), norm_eps, inside, D, CENTRED)
                 if HAS_BIAS:
                     sum_bias += g
@@ -144,13 +160,15 @@ def backward_kernel(
                     g = g * tl.load(norm_weight + d * WEIGHT_STRIDE, mask=d < D, other=0).to(tl.float32)
                 g = unscale(g, scaled, rstd, inside, D, CENTRED)
             if SILU:
-                gate = tl.div_rn(1.0, 1.0 + tl.exp(-s))
+                gate = tl.div_rn(1.0, 1.0 + exp(-s))
                 g = g * gate * (1.0 + s * (1.0 - gate))
         if STORE_SUM:
             tl.store(grad_residual + place, g.to(grad_residual.dtype.element_ty), mask=inside)
         kept = _kept(seed, place, dropout) if DROP else 1.0
         if DROP and DROP_SUM:
             g = g * kept
+        if HAS_SKIP_BIAS:
+            sum_skip += g
         if STORE_SKIP:
             tl.store(grad_skip + place, g.to(grad_skip.dtype.element_ty), mask=inside)
         if DROP and not DROP_SUM:
@@ -163,6 +181,8 @@ def backward_kernel(
             tl.store(grad_weight + t, tl.sum(tl.where(cells, g * value, 0.0), 1), mask=t < tokens)
             g = g * w[:, None]
         tl.store(grad_h + r[:, None] * D + d, g.to(grad_h.dtype.element_ty), mask=cells)
+    if HAS_SKIP_BIAS:
+        tl.store(grad_skip_bias + program * D + d, tl.sum(sum_skip, 0)[None, :], mask=d < D)
     if NORM and WEIGHT_STRIDE >= 0:
         tl.store(grad_norm_weight + program * D + d, tl.sum(sum_weight, 0)[None, :], mask=d < D)
     if NORM and HAS_BIAS:
@@ -190,6 +210,7 @@ def _forward_fake(
     row: Tensor,
     weight: Tensor | None,
     skip: Tensor | None,
+    skip_bias: Tensor | None,
     residual: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -211,6 +232,7 @@ def forward(
     row: Tensor,
     weight: Tensor | None,
     skip: Tensor | None,
+    skip_bias: Tensor | None,
     residual: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -224,8 +246,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """``(B L, D)`` and the sum in front of activation and norm (empty when there is neither); contiguous inputs."""
     out, total = _forward_fake(
-        h, row, weight, skip, residual, norm_weight, norm_bias, seed, silu, norm, centred, eps, dropout, drop_sum
-    )
+        h, row, weight, skip, skip_bias, residual, norm_weight, norm_bias, seed, silu, norm, centred, eps, dropout,
+        drop_sum,
+    )  # fmt: skip
     tokens, d = out.shape
     block_t, block_d, warps = sizes(d)
     forward_kernel[(triton.cdiv(tokens, block_t),)](
@@ -233,6 +256,7 @@ def forward(
         row,
         h if weight is None else weight,
         h if skip is None else skip,
+        h if skip_bias is None else skip_bias,
         h if residual is None else residual,
         h if norm_weight is None else norm_weight,
         h if norm_bias is None else norm_bias,
@@ -245,6 +269,7 @@ def forward(
         eps,
         HAS_WEIGHT=weight is not None,
         HAS_SKIP=skip is not None,
+        HAS_SKIP_BIAS=skip_bias is not None,
         HAS_RESIDUAL=residual is not None,
         SILU=silu,
         NORM=norm,
@@ -267,6 +292,7 @@ def _backward_fake(
     h: Tensor,
     row: Tensor,
     weight: Tensor | None,
+    skip_bias: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     seed: Tensor | None,
@@ -279,7 +305,7 @@ def _backward_fake(
     fixed: bool,
     need_residual: bool,
     need_skip: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     apart = need_skip and seed is not None and drop_sum
     programs = shares(grad.shape[0], h.shape[1])[1]
 
@@ -291,6 +317,7 @@ def _backward_fake(
         part(apart, *grad.shape, dtype=grad.dtype),
         torch.zeros_like(h) if fixed else torch.empty_like(h),
         part(weight is not None, row.numel()),
+        part(skip_bias is not None, programs, h.shape[1]),
         part(norm and norm_weight is not None, programs, h.shape[1]),
         part(norm and norm_bias is not None, programs, h.shape[1]),
     )
@@ -303,6 +330,7 @@ def backward(
     h: Tensor,
     row: Tensor,
     weight: Tensor | None,
+    skip_bias: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     seed: Tensor | None,
@@ -315,15 +343,15 @@ def backward(
     fixed: bool,
     need_residual: bool,
     need_skip: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the sum, of the skip (empty where it is that of the sum), of ``h``, of the weight, and each
-    program's share of the gradients of the norm's weight and bias; empty where not asked for.
+    program's share of the gradients of the skip's bias and the norm's weight and bias; empty where not asked for.
     """
     outs = _backward_fake(
-        grad, total, h, row, weight, norm_weight, norm_bias, seed, silu, norm, centred, eps, dropout, drop_sum, fixed,
-        need_residual, need_skip,
+        grad, total, h, row, weight, skip_bias, norm_weight, norm_bias, seed, silu, norm, centred, eps, dropout,
+        drop_sum, fixed, need_residual, need_skip,
     )  # fmt: skip
-    grad_sum, grad_skip, grad_h, grad_weight, share_weight, share_bias = outs
+    grad_sum, grad_skip, grad_h, grad_weight, share_skip, share_weight, share_bias = outs
     tokens, d = grad.shape
     block_t, block_d, warps = sizes(d)
     each, programs = shares(tokens, d)
@@ -339,6 +367,7 @@ def backward(
         grad_skip,
         grad_h,
         grad_weight,
+        share_skip,
         share_weight,
         share_bias,
         tokens,
@@ -347,6 +376,7 @@ def backward(
         dropout,
         eps,
         HAS_WEIGHT=weight is not None,
+        HAS_SKIP_BIAS=skip_bias is not None,
         SILU=silu,
         NORM=norm,
         CENTRED=centred,
@@ -372,6 +402,7 @@ class _Combine(torch.autograd.Function):
         row: Tensor,
         weight: Tensor | None,
         skip: Tensor | None,
+        skip_bias: Tensor | None,
         residual: Tensor | None,
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
@@ -379,8 +410,8 @@ class _Combine(torch.autograd.Function):
         fixed: bool,
     ) -> Tensor:
         seed = draw_seed(h.device) if options.dropout > 0 else None
-        out, total = forward(h, row, weight, skip, residual, norm_weight, norm_bias, seed, *options)
-        ctx.save_for_backward(total, h, row, weight, norm_weight, norm_bias, seed)
+        out, total = forward(h, row, weight, skip, skip_bias, residual, norm_weight, norm_bias, seed, *options)
+        ctx.save_for_backward(total, h, row, weight, skip_bias, norm_weight, norm_bias, seed)
         ctx.options, ctx.fixed = options, fixed
         ctx.dtypes = [None if each is None else each.dtype for each in (skip, residual)]
         result: Tensor = out
@@ -389,13 +420,18 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        total, h, row, weight, norm_weight, norm_bias, seed = ctx.saved_tensors
-        _, _, _, need_skip, need_residual, *_ = ctx.needs_input_grad
+        total, h, row, weight, skip_bias, norm_weight, norm_bias, seed = ctx.saved_tensors
+        _, _, _, need_skip, _, need_residual, *_ = ctx.needs_input_grad
         grads = backward(
-            grad.contiguous(), total, h, row, weight, norm_weight, norm_bias, seed, *ctx.options, ctx.fixed,
+            grad.contiguous(), total, h, row, weight, skip_bias, norm_weight, norm_bias, seed, *ctx.options, ctx.fixed,
             need_residual, need_skip,
         )  # fmt: skip
-        grad_sum, grad_skip, grad_h, grad_weight, share_weight, share_bias = grads
+        grad_sum, grad_skip, grad_h, grad_weight, *shared = grads
+        by_parameter = (
+            None if parameter is None else sum_of(share, parameter)
+            for share, parameter in zip(shared, (skip_bias, norm_weight, norm_bias), strict=True)
+        )
+        by_skip_bias, by_norm_weight, by_norm_bias = by_parameter
         skip_dtype, residual_dtype = ctx.dtypes
         for_skip = grad_skip if grad_skip.numel() else grad_sum
         return (
@@ -403,12 +439,17 @@ class _Combine(torch.autograd.Function):
             None,
             None if weight is None else grad_weight.to(weight.dtype),
             for_skip.to(skip_dtype) if need_skip else None,
+            by_skip_bias,
             grad_sum.to(residual_dtype) if need_residual else None,
-            sum_of(share_weight, norm_weight),
-            sum_of(share_bias, norm_bias),
+            by_norm_weight,
+            by_norm_bias,
             None,
             None,
         )
+
+
+def _rows(x: Tensor | None, d: int) -> Tensor | None:
+    return None if x is None else x.contiguous().view(-1, d)
 
 
 def combine(
@@ -416,16 +457,13 @@ def combine(
     packed: Packed,
     weight: Tensor | None,
     skip: Tensor | None,
+    skip_bias: Tensor | None,
     residual: Tensor | None,
     norm: RowNorm | None,
     plan: Plan,
 ) -> Tensor:
     """See :func:`sma.ops.combine.combine`."""
     d = h.shape[1]
-
-    def rows(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.contiguous().view(-1, d)
-
     options = Options(
         plan.activation == "silu",
         norm is not None,
@@ -438,8 +476,9 @@ def combine(
         h.contiguous(),
         packed.row,
         None if weight is None else weight.contiguous().view(-1),
-        rows(skip),
-        rows(residual),
+        _rows(skip, d),
+        skip_bias,
+        _rows(residual, d),
         None if norm is None else norm.weight,
         None if norm is None else norm.bias,
         options,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sma.ops.kernel import kernel
+from sma.ops.row_norm.triton_kernel import total as sum_of
 
 BLOCK_D = 128
 BLOCK_T = 8
@@ -159,7 +160,7 @@ def _backward(x: Tensor, weight: Tensor, grad_out: Tensor, through: Tensor | Non
         BLOCK_D=BLOCK_D,
         num_warps=WARPS,
     )
-    return grad_x, grad_weight.sum(0).to(weight.dtype), grad_bias.sum(0).to(weight.dtype)
+    return grad_x, sum_of(grad_weight, weight), sum_of(grad_bias, weight[:, 0])
 
 
 class _NarrowLinear(torch.autograd.Function):

@@ -134,11 +134,11 @@ def stride(weight: Tensor | None) -> int:
     return -1 if weight is None else int(weight.numel() > 1)
 
 
-def total(share: Tensor, parameter: Tensor | None) -> Tensor | None:
-    """The gradient of a parameter from the programs' shares ``(programs, D)``."""
-    if parameter is None:
-        return None
-    summed = share.sum(0) if parameter.numel() == share.shape[1] else share.sum()
+def total(share: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient of a parameter from the programs' shares ``(programs, ...)``, added up in float64."""
+    summed = (
+        share.sum(0, dtype=torch.float64) if parameter.numel() > 1 or share[0].numel() == 1 else share.double().sum()
+    )
     return summed.reshape(parameter.shape).to(parameter.dtype)
 
 
@@ -222,7 +222,11 @@ class _RowNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         grad_x, share_weight, share_bias = backward(grad.contiguous(), x, weight, bias, ctx.centred, ctx.eps)
-        return grad_x, total(share_weight, weight), total(share_bias, bias), None, None
+        by_weight, by_bias = (
+            None if parameter is None else total(share, parameter)
+            for share, parameter in ((share_weight, weight), (share_bias, bias))
+        )
+        return grad_x, by_weight, by_bias, None, None
 
 
 def row_norm(x: Tensor, norm: RowNorm) -> Tensor:

@@ -4,17 +4,14 @@
 import triton
 import triton.language as tl
 
+from sma.ops.combine.triton_kernel import exp, silu
+
 TWO_PI = tl.constexpr(6.283185307179586)
 
 
 @triton.jit
-def _silu(x):
-    return x * tl.sigmoid(x)
-
-
-@triton.jit
 def _silu_slope(x):
-    s = tl.sigmoid(x)
+    s = tl.div_rn(1.0, 1.0 + exp(-x))
     return s * (1.0 + x * (1.0 - s))
 
 
@@ -53,7 +50,7 @@ def forward_kernel(
     real = column < Z
     keep = own[:, None] & real[None, :]
     at = rows[:, None] * Z + column[None, :]
-    shared = _silu(tl.load(mx + rows[:, None] * ROW + column[None, :], mask=keep, other=0.0).to(tl.float32))
+    shared = silu(tl.load(mx + rows[:, None] * ROW + column[None, :], mask=keep, other=0.0).to(tl.float32))
     if position is not None:
         cos, sin = _turn(rows, position, own, LOG2_THETA, Z, ZP)
     for n in tl.static_range(2):
@@ -70,8 +67,8 @@ def forward_kernel(
         target = rows[:, None] * H + feature[None, :]
         gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(source + H, mask=inside, other=0.0).to(tl.float32)
-        tl.store(r + target, _silu(gate).to(r.dtype.element_ty), mask=inside)
-        tl.store(v + target, _silu(value).to(v.dtype.element_ty), mask=inside)
+        tl.store(r + target, silu(gate).to(r.dtype.element_ty), mask=inside)
+        tl.store(v + target, silu(value).to(v.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -89,7 +86,7 @@ def backward_kernel(
     at = rows[:, None] * Z + column[None, :]
     width: tl.constexpr = Z + 2 * H
     raw = tl.load(mx + rows[:, None] * ROW + column[None, :], mask=keep, other=0.0).to(tl.float32)
-    shared = _silu(raw)
+    shared = silu(raw)
     if position is not None:
         cos, sin = _turn(rows, position, own, LOG2_THETA, Z, ZP)
     d_shared = tl.zeros((BM, ZP), tl.float32)

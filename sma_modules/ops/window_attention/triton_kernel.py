@@ -396,9 +396,10 @@ def d_keys_kernel(
             if BIAS == ORIGINAL:
                 t_i = _since(q_position, q_rows, sees, reference)
             index = _entry(distance, n0 - i0, t_i[:, None], t_j[None, :], entries, window, BIAS)
+            multiplier = factor
             if COUNTED:
-                factor = (1.0 / tl.maximum(high - low + 1, 1).to(tl.float32))[:, None]
-            scores = _scores(products, factor, index, visible, table, m0 < q_len, BIAS, ACTIVATION)
+                multiplier = (1.0 / tl.maximum(high - low + 1, 1).to(tl.float32))[:, None]
+            scores = _scores(products, multiplier, index, visible, table, m0 < q_len, BIAS, ACTIVATION)
             largest = tl.zeros((BM,), tl.float32)
             share = largest
             if ACTIVATION == SOFTMAX:
@@ -431,7 +432,7 @@ def d_keys_kernel(
                 if BIAS == ORIGINAL:
                     highest = tl.maximum(highest, tl.max(tl.max(tl.abs(slopes).to(tl.int32, bitcast=True), 1), 0))
                 if COUNTED:
-                    slopes *= factor
+                    slopes *= multiplier
                 d_keys += _dot_slopes(tl.trans(slopes), queries, PRECISION)
     if DK:
         if not COUNTED:
