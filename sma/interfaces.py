@@ -127,6 +127,8 @@ class Module(Part):
     layout: ClassVar[Layout] = "tokens"
     streams: bool = True
     """False when the module cannot run chunk by chunk, for instance because it looks ahead."""
+    counts_rows: ClassVar[bool] = False
+    """True when a loss or a statistic is taken over all rows, so that rows without a token would count."""
 
     @dataclass(kw_only=True, frozen=True)
     class Config(BaseConfig):

@@ -189,7 +189,7 @@ class SparseMixture(nn.Module):
             share: of the tokens of a batch, padding included, in (0, 1]; None for as many as are active.
 
         Raises:
-            ConfigError: the share is out of range, or a module needs rows of the longest sequence.
+            ConfigError: the share is out of range, or a module would notice rows without a token.
 
         Example:
             >>> layer = SparselyActivated(nn.Linear(8, 8)).with_capacity(0.5)
@@ -198,11 +198,23 @@ class SparseMixture(nn.Module):
         """
         if share is not None and not 0 < share <= 1:
             raise ConfigError(f"{type(self).__name__}: capacity must lie in (0, 1] or be None, got {share}")
-        if share is not None and "padded" in self.layouts:
-            name = type(self._members[self.layouts.index("padded")]).__name__
-            raise ConfigError(f"{type(self).__name__}: capacity must be None for {name}, whose layout is padded")
+        reason = None if share is None else self._why_no_capacity()
+        if reason is not None:
+            raise ConfigError(f"{type(self).__name__}: capacity must be None, got {share}: {reason}")
         self.capacity = share
         return self
+
+    def _why_no_capacity(self) -> str | None:
+        """Why rows without a token would change the results, or None."""
+        for module, layout in zip(self._members, self.layouts, strict=True):
+            name = type(module).__name__
+            if layout == "padded":
+                return f"{name} takes rows as long as the longest sequence"
+            if getattr(module, "counts_rows", False):
+                return f"{name} takes losses over all rows"
+            if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
+                return f"{name} normalises over all rows"
+        return None
 
     def _own(self, modules: Sequence[nn.Module]) -> None:
         self.members = nn.ModuleList(modules)
@@ -346,7 +358,7 @@ class SparseMixture(nn.Module):
     def _check_weights(self, x: Tensor) -> None:
         """The router stands for all weights; modules may mix dtypes, and may run in several."""
         name, weight = type(self).__name__, self.router.weight if self.router is not None else None
-        if weight is None or is_lazy(weight):
+        if weight is None or isinstance(self.router, _LazyRouter):
             return
         if x.device != weight.device:
             raise ShapeError(f"{name}: x must be on the device of the layer, {weight.device}, got {x.device}")
@@ -361,7 +373,7 @@ class SparseMixture(nn.Module):
         if logits is None and configurator.logits_per_module:
             if self.router is None:
                 raise ShapeError(f"{type(self).__name__}: has no router of its own, logits must be given")
-            if is_lazy(self.router.weight):
+            if isinstance(self.router, _LazyRouter):
                 self.router(x[:0])
             logits, x = narrow_linear(x, self.router.weight, self.router.bias, valid)
         elif logits is None:

@@ -81,14 +81,14 @@ class Packed:
 
         batch, length = mask.shape
         rows = pack(mask, position, capacity=capacity)
-        cu_seqlens, count = rows.cu_seqlens, rows.index.numel()
+        cu_seqlens, count = rows.cu_seqlens, rows.tokens.numel()
         if capacity is not None:
             cu_seqlens = torch.cat([cu_seqlens, cu_seqlens.new_full((1,), capacity)])
         elif mask.device.type == "cpu" and not torch.compiler.is_compiling():
             count = int(cu_seqlens.diff().max()) if batch else 0
         # Elsewhere the longest sequence would have to be waited for, and a bound is enough.
         max_length = count if capacity is not None else min(count, length)
-        return Packed(rows.index, cu_seqlens, rows.position, max_length, (batch, length), rows.row, rows.overflow)
+        return Packed(rows.tokens, cu_seqlens, rows.position, max_length, (batch, length), rows.row, rows.overflow)
 
 
 @dataclass(frozen=True)

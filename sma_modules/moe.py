@@ -35,6 +35,7 @@ class MoE(Module):
     """
 
     layout = "tokens"
+    counts_rows = True
 
     @dataclass(kw_only=True, frozen=True)
     class Config(Module.Config):

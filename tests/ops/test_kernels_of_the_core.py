@@ -96,7 +96,7 @@ def test_pack(shape: tuple[int, int], capacity: int | None, positions: str | Non
     for backend in ("eager", "triton"):
         with using(backend):
             actual = pack(mask, position, capacity=capacity)
-        for name in ("index", "cu_seqlens", "row", "position", "overflow"):
+        for name in expected._fields:
             have, want = getattr(actual, name), getattr(expected, name)
             assert (have is None) == (want is None), name
             assert have is None or (torch.equal(have, want) and have.dtype == want.dtype), name
@@ -173,7 +173,7 @@ def test_row_norm(d: int) -> None:
 
         assert_same(run, [numbers(3, 7, d) * 3 + 1, *parameters], 1e-4)
         for dtype in (torch.float32, *LOW) if d > 1 else ():  # a single number has no slope but rounding errors
-            assert_precise(run, lambda seed: [numbers(40, 7, d, seed=seed), *parameters], dtype)
+            assert_precise(run, lambda seed, more=parameters: [numbers(40, 7, d, seed=seed), *more], dtype)
 
 
 @pytest.mark.parametrize("capacity", [None, 7, 200])

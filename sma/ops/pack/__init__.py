@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -15,20 +15,19 @@ from sma.ops.kernel import why_not_triton
 OP = Op("pack")
 
 
-@dataclass(frozen=True)
-class PackedRows:
+class PackedRows(NamedTuple):
     """Where the True entries of a mask ``(B, L)`` are.
 
     Attributes:
-        index: ``(K,)`` int64, ascending: flat positions ``b * L + t``. With a capacity K is that, and rows without a
+        tokens: ``(K,)`` int64, ascending: flat positions ``b * L + t``. With a capacity K is that, and rows without a
             token hold ``B * L``.
         cu_seqlens: ``(B + 1,)`` int64: sequence b owns rows ``cu_seqlens[b]:cu_seqlens[b + 1]``.
         row: ``(B * L,)`` int32: the row of each token, -1 where it has none.
-        position: ``(K,)`` int64: ``position[index]``, 0 in rows without a token.
+        position: ``(K,)`` int64: ``position[tokens]``, 0 in rows without a token.
         overflow: ``()`` int64: tokens that found no room; None without a capacity.
     """
 
-    index: Tensor
+    tokens: Tensor
     cu_seqlens: Tensor
     row: Tensor
     position: Tensor
@@ -56,7 +55,7 @@ def pack(
 
     Example:
         >>> rows = pack(torch.tensor([[False, True], [True, True]]))
-        >>> rows.index.tolist(), rows.cu_seqlens.tolist(), rows.row.tolist()
+        >>> rows.tokens.tolist(), rows.cu_seqlens.tolist(), rows.row.tolist()
         ([1, 2, 3], [0, 1, 3], [-1, 0, 1, 2])
     """
     if mask.dim() != 2 or mask.dtype != torch.bool:

@@ -85,7 +85,7 @@ def _place_fake(
 def place(
     mask: Tensor, ends: Tensor, position: Tensor | None, rows: int, spare: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``index``, ``cu_seqlens``, ``row`` and ``position`` of :class:`PackedRows`; ``ends`` is the running count."""
+    """``tokens``, ``cu_seqlens``, ``row`` and ``position`` of :class:`PackedRows`; ``ends`` is the running count."""
     index, cu_seqlens, row, where = _place_fake(mask, ends, position, rows, spare)
     if spare:
         index.fill_(mask.numel())
