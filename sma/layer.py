@@ -311,7 +311,7 @@ class SparseMixture(nn.Module):
         logits: Tensor | None = None,
         replay: Routing | None = None,
     ) -> Parts:
-        """The same up to the outputs of the modules, for a block that does the rest by :func:`sma.ops.combine`."""
+        """The same up to the modules' outputs, for a block that does the rest by :func:`~sma.ops.combine.combine`."""
         self._check(x, valid, state)
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
         if valid is None:

@@ -49,7 +49,7 @@ class Op:
     def backend(
         self, name: str, *, priority: int = 50, applies: Callable[..., str | None] = _always
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Register an implementation. By convention triton is 10, torch_scatter 20, eager 50 and reference 90."""
+        """Register an implementation. By convention triton is 10, eager 50, torch_scatter 60, reference 90."""
 
         def register(run: Callable[..., Any]) -> Callable[..., Any]:
             self.backends[name] = Backend(name, run, applies)

@@ -23,7 +23,7 @@ MINIMUM_CAPABILITY = (8, 0)
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-"""True where kernels run in Triton's interpreter, on a CPU: for tests, far too slow for anything else."""
+"""True where kernels run in Triton's interpreter, on a CPU. That is for tests, far too slow for anything else."""
 _capabilities: dict[int, tuple[int, int]] = {}
 
 

@@ -14,7 +14,7 @@ from sma.ops.kernel import why_not_triton
 
 OP = Op("row_norm")
 WIDEST = 8192
-"""A token is held by one program of the kernels: more features do not fit its registers."""
+"""A token is held by one program of the kernels, and more features do not fit its registers."""
 
 
 class RowNorm(NamedTuple):
