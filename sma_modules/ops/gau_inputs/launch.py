@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sma.ops.kernel import kernel
 from sma_modules.ops.gau_inputs import triton_kernel as kernels
@@ -98,6 +99,7 @@ class _GauInputs(torch.autograd.Function):
         return forward(mx, gamma, beta, position, theta)  # type: ignore[no-any-return]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         mx, gamma, beta, position = ctx.saved_tensors
         d_mx, affine = backward(*grads, mx, gamma, beta, position, ctx.theta)

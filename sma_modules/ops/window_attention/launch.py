@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sma.ops.kernel import INTERPRETING, draw_seed, kernel
 from sma_modules.ops.window_attention import blocks
@@ -300,6 +301,7 @@ class _WindowAttention(torch.autograd.Function):
         return out  # type: ignore[no-any-return]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         dq, dk, dv, d_gate, d_table = backward(grads[0], *saved, *ctx.options)
