@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 from sma.ops.kernel import kernel
 from sma.ops.row_norm import RowNorm
 
-ELEMENTS = 1024
+ELEMENTS = 2048
 """Numbers of a block of tokens, with WARPS warps."""
-WARPS = 4
+WARPS = 8
 PROGRAMS = 2048
 """About how many programs share the gradients of the weights."""
 
@@ -135,10 +135,8 @@ def stride(weight: Tensor | None) -> int:
 
 
 def total(share: Tensor, parameter: Tensor) -> Tensor:
-    """The gradient of a parameter from the programs' shares ``(programs, ...)``, added up in float64."""
-    summed = (
-        share.sum(0, dtype=torch.float64) if parameter.numel() > 1 or share[0].numel() == 1 else share.double().sum()
-    )
+    """The gradient of a parameter from the programs' shares ``(programs, ...)``."""
+    summed = share.sum(0) if parameter.numel() > 1 or share[0].numel() == 1 else share.sum()
     return summed.reshape(parameter.shape).to(parameter.dtype)
 
 

@@ -84,7 +84,7 @@ def backward(
             mx, gamma, beta, position, dq.contiguous(), dk.contiguous(), dv.contiguous(), dr.contiguous(), d_mx,
             partial, mx.shape[0], **_sizes(mx, gamma, theta), BM=BACKWARD_ROWS,
         )  # fmt: skip
-    return d_mx, partial.sum(0, dtype=torch.float64).float()
+    return d_mx, partial.sum(0)
 
 
 class _GauInputs(torch.autograd.Function):
