@@ -183,7 +183,8 @@ class SparseMixture(nn.Module):
         """Fix how many tokens each module has room for: shapes are static then, and nothing is read back.
 
         The results are the same as long as the room suffices. If it does not, the first active tokens of the batch
-        get it, the others are not active, and :attr:`Routing.overflow` counts them. Chunks of a stream ignore it.
+        get it, the others are not active, and :attr:`Routing.overflow` counts them. Chunks of a stream ignore it, and
+        so does a replayed decision.
 
         Args:
             share: of the tokens of a batch, padding included, in (0, 1]; None for as many as are active.
@@ -321,7 +322,8 @@ class SparseMixture(nn.Module):
         if state is not None:
             position = position + state.seen[:, None]
         logits, x = self._logits(x, logits, valid)
-        routing, losses = self._route(logits, real, position, replay, None if state is not None else self.capacity)
+        capacity = self.capacity if state is None and replay is None else None
+        routing, losses = self._route(logits, real, position, replay, capacity)
         members: list[Part] = []
         states: list[State | None] = []
         for m, (module, layout) in enumerate(zip(self._members, self.layouts, strict=True)):

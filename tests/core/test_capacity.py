@@ -137,3 +137,15 @@ def test_a_layer_of_fixed_shape_compiles_in_one_graph() -> None:
     torch._dynamo.reset()
     out = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(out.output, expected.output)
+
+
+def test_a_replayed_decision_is_not_cut() -> None:
+    layer = SparselyActivated(nn.Linear(4, 4), d_model=4)
+    x = torch.randn(2, 10, 4)
+    everything = layer(x).routing
+    everything = sma.Routing(
+        torch.ones_like(everything.active), everything.confidence, everything.valid, everything.position
+    )
+    replayed = layer.with_capacity(0.1)(x, replay=everything)
+    assert replayed.routing.active.all()
+    assert replayed.routing.overflow is None
