@@ -17,6 +17,14 @@ MAXIMUM_QK = 256
 """Widest queries and keys: a tile of them is held whole."""
 
 
+WARPS = 8 * 132
+"""How many run at once on an H100: the registers of a multiprocessor hold 8 warps of kernels that take nearly all there
+are, 255 a thread."""
+
+MOST_SPLITS = 8
+"""More would spend on adding up what they gain."""
+
+
 class Blocks(NamedTuple):
     """Queries and keys of a tile, value features at a time, warps, and stages of the pipeline of loads."""
 
@@ -78,4 +86,13 @@ def d_queries_blocks(z: int, width: int, itemsize: int, biased: bool) -> Blocks:
         return Blocks(rows, keys, min(features, 32), 8, stages)
     if features <= 256 and beside <= 128:
         return Blocks(64, 32 if biased else 64, features, 8, 2)
+    if not biased and beside <= 128:  # few warps: two programs fit a multiprocessor
+        return Blocks(64, 64, 64, 4, 4)
     return Blocks(64, 32 if biased or beside > 128 else 64, 64, 8, 1 if biased and beside > 128 else 2)
+
+
+def splits(programs: int, warps: int, tiles: int) -> int:
+    """Among how many programs each one of ``programs``, which are too few to keep a GPU busy, shares out its loop over
+    ``tiles`` tiles: as many as run at once, with two tiles each at least.
+    """
+    return max(min(WARPS // (max(programs, 1) * warps), MOST_SPLITS, tiles // 2), 1)
