@@ -200,7 +200,10 @@ def _dot_add(a, b, total, PRECISION: tl.constexpr):
 def _dot_slopes(slopes, x, PRECISION: tl.constexpr):
     """Product with gradients of scores, which may lie below what float16 can hold."""
     if x.dtype == tl.float16:
-        return tl.dot(slopes, x.to(tl.float32), input_precision="tf32")
+        # To the nearest TF32: left to themselves tensor cores cut off. What is not finite stays as it is.
+        nearest = ((slopes.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        nearest = tl.where(tl.abs(slopes) < float("inf"), nearest, slopes)
+        return tl.dot(nearest, x.to(tl.float32), input_precision="tf32")
     return _dot(slopes.to(x.dtype), x, PRECISION)
 
 
