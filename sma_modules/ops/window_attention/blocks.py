@@ -88,7 +88,9 @@ def d_queries_blocks(z: int, width: int, itemsize: int, biased: bool) -> Blocks:
         return Blocks(64, 32 if biased else 64, features, 8, 2)
     if not biased and beside <= 128:  # few warps: two programs fit a multiprocessor
         return Blocks(64, 64, 64, 4, 4)
-    return Blocks(64, 32 if biased or beside > 128 else 64, 64, 8, 1 if biased and beside > 128 else 2)
+    if biased and beside > 128:
+        return Blocks(32, 32, 64, 8, 2)
+    return Blocks(64, 32, 64, 8, 2)
 
 
 def splits(programs: int, warps: int, tiles: int) -> int:
