@@ -46,6 +46,13 @@ def _small_blocks(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def _splits(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Loops are shared out among so many programs, whatever the sizes."""
+    with mock.patch.object(blocks, "splits", return_value=request.param):
+        yield
+
+
 def case(
     lengths: list[int],
     rule: tuple[Any, ...],
@@ -124,6 +131,44 @@ def test_equals_the_definition_in_every_combination(
     activation, bias, causal, window, chunk = rule
     rule = (activation, bias, causal, window and 40, chunk and 50)
     assert_equal(*case([63, 0, 100, 1, 129], rule, front=front, heads=heads, widths=(30, 120), gate=gate, entries=99))
+
+
+@pytest.mark.parametrize("_splits", [3], indirect=True)
+@pytest.mark.parametrize(
+    ("rule", "widths"),
+    [
+        (("softmax", "none", True, 30, None), (5, 20)),
+        (("softmax", "none", False, None, None), (5, 8)),
+        (("softmax", "original", True, 20, 25), (5, 20)),
+        (("relu2", "none", False, 20, None), (5, 8)),
+        (("relu2", "original", False, None, 30), (5, 20)),
+        (("laplace", "local", True, 30, None), (5, 20)),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("_splits")
+def test_a_loop_that_several_programs_share_equals_the_definition(
+    rule: tuple[Any, ...], widths: tuple[int, int]
+) -> None:
+    """Some of the shares are empty; one tile of features and several; queries, keys and the table."""
+    front = [3, 0, 2, 0] if rule[2] else None
+    assert_equal(*case([5, 0, 50, 70], rule, front=front, heads=(2, 1), widths=widths, gate=rule[2]))
+
+
+def test_loops_are_shared_out_where_programs_are_few() -> None:
+    assert [blocks.splits(programs, 4, 17) for programs in (0, 20, 40, 130, 133, 535)] == [8, 8, 6, 2, 1, 1]
+    assert [blocks.splits(programs, 8, 17) for programs in (20, 40, 66, 67)] == [6, 3, 2, 1]
+    assert [blocks.splits(40, 4, tiles) for tiles in (0, 1, 3, 4, 17, 1000)] == [1, 1, 1, 2, 6, 6]
+
+
+@pytest.mark.parametrize("_small_blocks", [None], indirect=True)
+@pytest.mark.parametrize(("name", "shared_out"), [("text", False), ("heads", False), ("lm, few", True)])
+def test_who_shares_a_loop_writes_summands(name: str, shared_out: bool) -> None:
+    seen = compilations(SIZES[name], torch.bfloat16)
+    kernels = {each.kernel: each for each in seen}
+    assert kernels["d_queries_kernel"].constants["SPLIT"] is shared_out
+    assert kernels["d_queries_kernel"].signature["dq"] == ("*fp32" if shared_out else "*bf16")
+    assert ("add_kernel" in kernels) is shared_out
 
 
 @pytest.mark.parametrize("rule", RULES[3::11], ids=str)
@@ -222,7 +267,9 @@ def test_the_table_hides_nothing(bias: str, bad: float) -> None:
     assert results(tensors, options, "triton", torch.float32, torch.float32)["bias_table"].isnan().any()
 
 
+@pytest.mark.parametrize("_splits", [1, 3], indirect=True)
 @pytest.mark.parametrize("bias", ["original", "local"])
+@pytest.mark.usefixtures("_splits")
 def test_same_bits_twice(bias: str) -> None:
     tensors, options = case([40, 25], ("softmax", bias, False, 6, None), heads=(2, 1))
     one, two = (results(tensors, options, "triton", torch.float32, torch.float32) for _ in range(2))
@@ -230,6 +277,8 @@ def test_same_bits_twice(bias: str) -> None:
         assert torch.equal(x, two[name]), name
 
 
+@pytest.mark.parametrize("_splits", [1, 3], indirect=True)
+@pytest.mark.usefixtures("_splits")
 def test_dropout_is_the_same_mask_in_both_directions() -> None:
     """With the identity for values the output shows the weights, dropped ones too; autograd does the rest."""
     tensors, options = case([24], ("softmax", "none", True, 40, None), widths=(16, 24), gate=False)
@@ -281,8 +330,10 @@ class Guarded:
             assert bool((buffer[-1024:] == 77).all())
 
 
+@pytest.mark.parametrize("_splits", [1, 3], indirect=True)
 @pytest.mark.parametrize("bias", ["none", "original", "local"])
 @pytest.mark.parametrize("q_cu", [[0, 7, 26], [0, 99, 26], [5, -3, 2**40], [20, 10, 3]])
+@pytest.mark.usefixtures("_splits")
 def test_nothing_is_written_outside(bias: str, q_cu: list[int]) -> None:
     """Not even with bounds and positions that are garbage, which only a GPU lets through."""
     tensors, options = case([7, 19], ("softmax", bias, False, 5, None), front=[2, 0])
@@ -379,14 +430,15 @@ SIZES: dict[str, tuple[Any, ...]] = {
     "image": (25600, 50, 96, 320, 1, 1, Rule(False, 128, None, "relu2", "original", 0.0)),
     "speech": (32000, 20, 30, 120, 1, 1, Rule(False, 128, None, "relu2", "local", 0.0)),
     "lm": (8192, 1, 128, 1232, 1, 1, Rule(True, 1024, None, "softmax", "none", 0.0)),
+    "lm, few": (2458, 1, 128, 1232, 1, 1, Rule(True, 1024, None, "softmax", "none", 0.0)),
     "heads": (8192, 1, 64, 64, 8, 2, Rule(True, None, None, "softmax", "none", 0.0)),
     "wide heads": (8192, 1, 128, 128, 8, 8, Rule(False, None, 1024, "softmax", "none", 0.0)),
     "wide, all options": (8192, 1, 256, 2048, 1, 1, Rule(True, 256, 128, "laplace", "local", 0.1)),
 }
 EVERY_SIZE = [(name, dtype) for name in SIZES for dtype in (torch.bfloat16, torch.float16)]
 EVERY_SIZE.remove(("wide, all options", torch.float16))  # whose gradients of scores are multiplied in TF32
-# Beyond 64 features of queries float32 spills some bytes: it is multiplied in three parts.
-EVERY_SIZE += [(name, torch.float32) for name in ("text", "listops", "speech", "heads")]
+# In float32 biases of more than 64 features of queries spill some bytes.
+EVERY_SIZE += [(name, torch.float32) for name in ("text", "listops", "speech", "heads", "lm", "lm, few", "wide")]
 # What the assembler needs for them takes minutes: in the usual run two stand for all.
 COMPILED = EVERY_SIZE if os.environ.get("SMA_HYPOTHESIS_PROFILE") == "thorough" else EVERY_SIZE[:3:2]
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}

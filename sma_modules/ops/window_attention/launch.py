@@ -62,6 +62,24 @@ def _scale(q: Tensor, rule: Rule) -> float:
     return 1.0 if rule.divisor is None else 1.0 / rule.divisor
 
 
+def _loop(own: int, other: int, length: int, rule: Rule) -> int:
+    """Tiles of ``other`` rows that a block of ``own`` rows meets in a sequence of ``length``."""
+    if rule.reach is not None:
+        length = min(length, own + rule.reach * (1 if rule.causal else 2))
+    return -(-length // other)
+
+
+def _parts(whole: Tensor, splits: int) -> Tensor:
+    """What the splits write to: the gradient itself, or a float32 summand of it each."""
+    return whole if splits == 1 else whole.new_empty(splits, *whole.shape, dtype=torch.float32)
+
+
+def _add(parts: Tensor, whole: Tensor) -> None:
+    if parts is not whole and whole.numel():
+        size = whole.numel()
+        kernels.add_kernel[(-(-size // 512),)](parts, whole, size, parts.shape[0], BLOCK=512)
+
+
 def _layout(
     q_cu: Tensor, k_cu: Tensor | None, k_start: Tensor | None, q_position: Tensor | None, k_position: Tensor | None
 ) -> Layout:
@@ -211,14 +229,20 @@ def _d_keys(
     tiles = -(-width // tile.features)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     numbers = _numbers(q, k, table, layout.q_cu, rule)
+    loop = _loop(tile.keys, tile.queries, q.shape[0] // max(numbers[2], 1), rule)  # of the mean length: none is known
     for part in [(True, True)] if together else [(False, True), (True, False)]:
-        kernels.d_keys_kernel[k.shape[0] // tile.keys + numbers[2] + 1, heads * (tiles if part[1] else 1)](
+        grid = k.shape[0] // tile.keys + numbers[2] + 1, heads * (tiles if part[1] else 1)
+        splits = blocks.splits(grid[0] * grid[1], tile.warps, loop)
+        dk_parts, dv_parts = _parts(dk, splits if part[0] else 1), _parts(dv, splits if part[1] else 1)
+        kernels.d_keys_kernel[(*grid, splits)](
             q, k, v, table, layout.q_cu, layout.k_cu, layout.k_start, layout.q_position, layout.k_position, seed,
-            statistics, delta, d_attended, dk, dv, peak, *numbers, _scale(q, rule), rule.dropout,
+            statistics, delta, d_attended, dk_parts, dv_parts, peak, *numbers, _scale(q, rule), rule.dropout,
             **_shared(q, k, v, rule), TILES=tiles, DELTAS=1 if delta is None else delta.shape[0],
-            DK=part[0], DV=part[1],
+            DK=part[0], DV=part[1], SPLIT=splits > 1,
             BM=tile.queries, BN=tile.keys, BH=tile.features, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
+        _add(dk_parts, dk)
+        _add(dv_parts, dv)
     return dk, dv
 
 
@@ -250,15 +274,19 @@ def _d_queries(
         pairs = max(n_queries * heads, 1) * max(min(k.shape[0], span + 1), 1)
         room = 61 - pairs.bit_length()
         partial = q.new_zeros(blocks.TABLE_COPIES, numbers[5], dtype=torch.int64)
+    loop = _loop(tile.queries, tile.keys, k.shape[0] // max(numbers[2], 1), rule)
+    splits = blocks.splits(programs * heads, tile.warps, loop)
     dq = q.new_empty(q.shape)
-    kernels.d_queries_kernel[programs, heads](
+    dq_parts = _parts(dq, splits)
+    kernels.d_queries_kernel[programs, heads, splits](
         q, k, v, table, layout.q_cu, layout.k_cu, layout.k_start, layout.q_position, layout.k_position, seed,
-        statistics, delta, d_attended, dq, peak, partial, *numbers, room, _scale(q, rule), rule.dropout,
+        statistics, delta, d_attended, dq_parts, peak, partial, *numbers, room, _scale(q, rule), rule.dropout,
         **_shared(q, k, v, rule),
         TILES=-(-v.shape[2] // tile.features), DELTAS=1 if delta is None else delta.shape[0],
-        OFFSETS=offsets, COPIES=blocks.TABLE_COPIES, SPAN=tile.diagonals,
+        OFFSETS=offsets, COPIES=blocks.TABLE_COPIES, SPAN=tile.diagonals, SPLIT=splits > 1,
         BM=tile.queries, BN=tile.keys, BH=tile.features, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    _add(dq_parts, dq)
     if table is None or partial is None:
         return dq, None
     d_table = torch.empty_like(table)

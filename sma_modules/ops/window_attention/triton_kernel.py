@@ -83,6 +83,14 @@ def _interval(i, own, k_len, start, window, chunk, CAUSAL: tl.constexpr, WINDOW:
 
 
 @triton.jit
+def _share(first, end, BLOCK: tl.constexpr):
+    """What of a loop falls to this one of the programs along the third axis of the grid, who share it out evenly."""
+    blocks = (tl.maximum(end - first, 0) + BLOCK - 1) // BLOCK
+    split, splits = tl.program_id(2), tl.num_programs(2)
+    return first + split * blocks // splits * BLOCK, tl.minimum(end, first + (split + 1) * blocks // splits * BLOCK)
+
+
+@triton.jit
 def _tile(x, rows, keep, row_stride, first, width: tl.constexpr, BLOCK: tl.constexpr):
     """Features ``first ..`` of some rows ``(n, BLOCK)``, zero where there are none."""
     columns = first + tl.arange(0, BLOCK)
@@ -192,7 +200,10 @@ def _dot_add(a, b, total, PRECISION: tl.constexpr):
 def _dot_slopes(slopes, x, PRECISION: tl.constexpr):
     """Product with gradients of scores, which may lie below what float16 can hold."""
     if x.dtype == tl.float16:
-        return tl.dot(slopes, x.to(tl.float32), input_precision="tf32")
+        # To the nearest TF32: left to themselves tensor cores cut off. What is not finite stays as it is.
+        nearest = ((slopes.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        nearest = tl.where(tl.abs(slopes) < float("inf"), nearest, slopes)
+        return tl.dot(nearest, x.to(tl.float32), input_precision="tf32")
     return _dot(slopes.to(x.dtype), x, PRECISION)
 
 
@@ -328,12 +339,13 @@ def d_keys_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, Z: tl.constexpr, ZP: tl.constexpr, WIDTH: tl.constexpr,
     TILES: tl.constexpr, DELTAS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     ACTIVATION: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, COUNTED: tl.constexpr,
-    PRECISION: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
+    PRECISION: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """A block of keys: the gradient of the keys (DK), of a tile of the value features (DV), or both if one tile is all.
 
-    ``peak`` gets the bits of the largest absolute gradient
-    of any score if biases go by original position.
+    SPLIT: of its share of the queries, and ``dk`` and ``dv`` have a first dimension for the shares. ``peak`` gets the
+    bits of the largest absolute gradient of any score if biases go by original position.
     """
     LOOPED: tl.constexpr = TILES > 1 and DK
     kv_head = tl.program_id(1) if LOOPED else tl.program_id(1) // TILES
@@ -359,6 +371,8 @@ def d_keys_kernel(
     if CHUNK:
         first_query = tl.maximum(first_query, _chunk_of(n0, start, chunk))
         end_query = tl.minimum(end_query, _chunk_of(last, start, chunk) + chunk)
+    if SPLIT:
+        first_query, end_query = _share(first_query, end_query, BM)
 
     keys = _tile(k + kv_head * KH, rows, own, KR, 0, Z, ZP)
     v += kv_head * VH
@@ -384,6 +398,12 @@ def d_keys_kernel(
             i = m + shift
             low, high = _interval(i, m < q_len, k_len, start, window, chunk, CAUSAL, WINDOW, CHUNK)
             sees = (low <= high) & (high >= n0) & (low <= last)
+            if LOOPED:  # before there are scores, which would have to be kept in registers meanwhile
+                d_weights = tl.zeros((BM, BN), tl.float32)
+                for h0 in range(0, WIDTH, BH):
+                    grads = _tile(d_attended + head * WIDTH, q_rows, sees, HEADS * WIDTH, h0, WIDTH, BH)
+                    values = _tile(v, rows, own, VR, h0, WIDTH, BH)
+                    d_weights = _dot_add(grads, tl.trans(values), d_weights, PRECISION)
             queries = _tile(q + head * QH, q_rows, sees, QR, 0, Z, ZP)
             products = _dot(queries, tl.trans(keys), PRECISION)
             visible = (j[None, :] >= low[:, None]) & (j[None, :] <= high[:, None])
@@ -410,13 +430,7 @@ def d_keys_kernel(
                     dropped = tl.where(kept, weights / (1.0 - dropout), 0.0)
                 d_values = _dot_add(tl.trans(dropped.to(grads.dtype)), grads, d_values, PRECISION)
             if DK:
-                if LOOPED:
-                    d_weights = tl.zeros((BM, BN), tl.float32)
-                    for h0 in range(0, WIDTH, BH):
-                        grads = _tile(d_attended + head * WIDTH, q_rows, sees, HEADS * WIDTH, h0, WIDTH, BH)
-                        values = _tile(v, rows, own, VR, h0, WIDTH, BH)
-                        d_weights = _dot_add(grads, tl.trans(values), d_weights, PRECISION)
-                else:
+                if not LOOPED:
                     d_weights = _dot(grads, tl.trans(values), PRECISION)
                 if DROPOUT:
                     d_weights = tl.where(kept, d_weights / (1.0 - dropout), 0.0)
@@ -429,6 +443,8 @@ def d_keys_kernel(
                 if COUNTED:
                     slopes *= multiplier
                 d_keys += _dot_slopes(tl.trans(slopes), queries, PRECISION)
+    if SPLIT:
+        rows = rows.to(tl.int64) + tl.program_id(2).to(tl.int64) * n_keys
     if DK:
         if not COUNTED:
             d_keys *= scale
@@ -463,13 +479,14 @@ def d_queries_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, Z: tl.constexpr, ZP: tl.constexpr, WIDTH: tl.constexpr,
     TILES: tl.constexpr, DELTAS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     ACTIVATION: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, COUNTED: tl.constexpr,
-    PRECISION: tl.constexpr, OFFSETS: tl.constexpr, COPIES: tl.constexpr, SPAN: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BH: tl.constexpr,
+    PRECISION: tl.constexpr, OFFSETS: tl.constexpr, COPIES: tl.constexpr, SPAN: tl.constexpr, SPLIT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """A block of queries: their gradient, and what they add to the gradient of the table.
 
-    For local biases ``partial (programs, heads, OFFSETS, SPAN)`` gets the sums along the diagonals of each tile; key
-    blocks then start at ``m0 - window``. For original ones ``partial (COPIES, entries)`` is added to in integers.
+    SPLIT: of its share of the keys, and ``dq`` has a first dimension for the shares. For local biases ``partial
+    (programs, heads, OFFSETS, SPAN)`` gets the sums along the diagonals of each tile; key blocks then start at ``m0 -
+    window``. For original ones ``partial (COPIES, entries)`` is added to in integers.
     """
     program = tl.program_id(0)
     if CAUSAL:
@@ -522,9 +539,18 @@ def d_queries_kernel(
     if DROPOUT:
         seed_value = tl.load(seed)
     d_queries = tl.zeros((BM, ZP), tl.float32)
-    for n0 in range(base + first_block * BN, block_high + 1, BN):
+    first_key, end_key = base + first_block * BN, block_high + 1
+    if SPLIT:
+        first_key, end_key = _share(first_key, end_key, BN)
+    for n0 in range(first_key, end_key, BN):
         j = n0 + tl.arange(0, BN)
         seen = (j >= block_low) & (j <= block_high)
+        if TILES > 1:
+            d_weights = tl.zeros((BM, BN), tl.float32)
+            for h0 in range(0, WIDTH, BH):
+                grads = _tile(d_attended, rows, sees, HEADS * WIDTH, h0, WIDTH, BH)
+                values = _tile(v, k_first + j, seen, VR, h0, WIDTH, BH)
+                d_weights = _dot_add(grads, tl.trans(values), d_weights, PRECISION)
         keys = _tile(k, k_first + j, seen, KR, 0, Z, ZP)
         products = _dot(queries, tl.trans(keys), PRECISION)
         visible = (j[None, :] >= low[:, None]) & (j[None, :] <= high[:, None])
@@ -537,12 +563,6 @@ def d_queries_kernel(
         if TILES == 1:
             values = _tile(v, k_first + j, seen, VR, 0, WIDTH, BH)
             d_weights = _dot(grads, tl.trans(values), PRECISION)
-        else:
-            d_weights = tl.zeros((BM, BN), tl.float32)
-            for h0 in range(0, WIDTH, BH):
-                grads = _tile(d_attended, rows, sees, HEADS * WIDTH, h0, WIDTH, BH)
-                values = _tile(v, k_first + j, seen, VR, h0, WIDTH, BH)
-                d_weights = _dot_add(grads, tl.trans(values), d_weights, PRECISION)
         if DROPOUT:
             kept = _kept(seed_value, rows[:, None], head, j[None, :], dropout)
             d_weights = tl.where(kept, d_weights / (1.0 - dropout), 0.0)
@@ -558,7 +578,22 @@ def d_queries_kernel(
         d_queries += _dot_slopes(slopes, keys, PRECISION)
     if not COUNTED:
         d_queries *= scale
+    if SPLIT:
+        rows = rows.to(tl.int64) + tl.program_id(2).to(tl.int64) * n_queries
     _put(dq + head * Z, d_queries, rows, own, HEADS * Z, 0, Z, ZP)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def add_kernel(parts, whole, size, splits, BLOCK: tl.constexpr):
+    """``whole (size,)`` is the sum of ``parts (splits, size)``, in order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    inside = at < size
+    place = parts + at
+    for _ in range(splits):
+        total += tl.load(place, mask=inside, other=0.0)
+        place += size
+    tl.store(whole + at, total.to(whole.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["programs", "window", "entries"])
