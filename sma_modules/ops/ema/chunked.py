@@ -61,18 +61,24 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        rows, within, into, out_of, fade, entering = ctx.saved_tensors
-        grad_rows = _to_rows(grad)
-        # The gradient of the states is handed on in the other direction.
-        leaving = _handed_on(torch.bmm(grad_rows, out_of.transpose(1, 2)), fade, grad.shape[0], back=True)
-        grad_x = torch.bmm(grad_rows, within.transpose(1, 2)).baddbmm_(leaving, into.transpose(1, 2))
-        return (
-            _from_rows(grad_x, grad),
-            _diagonals(torch.bmm(rows.transpose(1, 2), grad_rows)),
-            torch.bmm(rows.transpose(1, 2), leaving),
-            torch.bmm(entering.transpose(1, 2), grad_rows),
-            (leaving * entering).sum(1),
-        )
+        with torch.autocast(grad.device.type, enabled=False):  # somebody may call this inside of it
+            return _gradients(grad, *ctx.saved_tensors)
+
+
+def _gradients(
+    grad: Tensor, rows: Tensor, within: Tensor, into: Tensor, out_of: Tensor, fade: Tensor, entering: Tensor
+) -> tuple[Tensor, ...]:
+    grad_rows = _to_rows(grad)
+    # The gradient of the states is handed on in the other direction.
+    leaving = _handed_on(torch.bmm(grad_rows, out_of.transpose(1, 2)), fade, grad.shape[0], back=True)
+    grad_x = torch.bmm(grad_rows, within.transpose(1, 2)).baddbmm_(leaving, into.transpose(1, 2))
+    return (
+        _from_rows(grad_x, grad),
+        _diagonals(torch.bmm(rows.transpose(1, 2), grad_rows)),
+        torch.bmm(rows.transpose(1, 2), leaving),
+        torch.bmm(entering.transpose(1, 2), grad_rows),
+        (leaving * entering).sum(1),
+    )
 
 
 def _to_rows(x: Tensor) -> Tensor:
