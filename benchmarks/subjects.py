@@ -182,7 +182,12 @@ def capture(step: Callable[[], None], clear: Callable[[], None] = lambda: None) 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay, torch.cuda.max_memory_allocated()
+
+    def replay(_reads_and_writes: Callable[[], None] = step) -> None:
+        # The graph knows addresses only: what the step refers to must live as long as it does.
+        graph.replay()
+
+    return replay, torch.cuda.max_memory_allocated()
 
 
 @contextmanager
