@@ -107,8 +107,8 @@ class Mega(Block):
         residual = x
         if self.prenorm:
             x = self.norm(x, lengths=lengths)
-        m, mixer_state = self.mixer(x, state.mixer if state else None, lengths=lengths)
-        m = self.dropout(F.silu(m))
+        dropout = self.dropout.p if self.training else 0.0
+        m, mixer_state = self.mixer.activated(x, state.mixer if state else None, lengths=lengths, dropout=dropout)
         update, zr, h = self.mx_proj(m).split_with_sizes([self.d_model, self.d_qk + self.d_v, self.d_model], -1)
         z, r = F.silu(zr).split_with_sizes([self.d_qk, self.d_v], -1)
         tokens = torch.cat([z, F.silu(self.v_proj(x))], -1)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -150,6 +151,9 @@ class Recorder(Callback):
         logs = self._due(module.step, train.log_every, module)
         metrics["gradient_norm"] = float(module.gradient_norm) if logs and module.gradient_norm is not None else None
         metrics |= _rate_columns("rate", meter.rates())
+        counts = [routing.overflow for routing in module.routings.values() if routing.overflow is not None]
+        if counts:
+            metrics["overflow"] = int(torch.cat(counts).sum()) if logs else None
         if "validation" in self.task.splits:
             metrics |= {"validation_loss": None} | {f"validation_{name}": None for name in known}
         return metrics
@@ -232,6 +236,8 @@ def describe(metrics: Mapping[str, float]) -> str:
     rates = [value for name, value in metrics.items() if name.startswith("rate/")]
     if rates:
         parts.append("active " + " ".join(f"{100 * rate:.0f}" for rate in rates[:8]) + " %")
+    if metrics.get("overflow"):
+        parts.append(f"{metrics['overflow']:,} tokens without room")
     return ", ".join(parts)
 
 
