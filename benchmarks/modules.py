@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import sma
 from benchmarks import gate, peers
-from benchmarks.rows import Row
+from benchmarks.rows import SLACK, Row
 from benchmarks.shares import Ours
 from benchmarks.subjects import Setting, Subject, module_subject
 from sma_modules.ema import EMA
@@ -76,33 +76,37 @@ def published_ema(causal: bool) -> Row:
     return Row("published, float32", build)
 
 
-def dense_ffn(d_model: int, hidden: int) -> Row:
-    """The feed-forward network on every token."""
+def dense_ffn(d_model: int, hidden: int, *, graph: bool = False) -> Row:
+    """The feed-forward network on every token; ``graph`` captures it as one CUDA graph."""
 
     def build(setting: Setting) -> Subject:
         width, inner = setting.narrow(d_model), setting.narrow(hidden)
         module = FFN.Config(d_hidden=inner).build(d_model=width).to(setting.device, setting.dtype)
-        return module_subject(module, features(setting, width), setting)
+        return module_subject(module, features(setting, width), setting, graph=graph)
 
-    return Row("dense", build)
+    return Row("dense, graph" if graph else "dense", build)
 
 
-def sparse_ffn(d_model: int, hidden: int, share: float) -> Row:
-    """The feed-forward network on the tokens that activate it, router and all."""
+def sparse_ffn(d_model: int, hidden: int, share: float, *, graph: bool = False) -> Row:
+    """The feed-forward network on the tokens that activate it, router and all.
 
-    def layer(width: int, inner: int) -> sma.SparselyActivated:
-        return sma.SparselyActivated(FFN.Config(d_hidden=inner).build(d_model=width))
+    ``graph`` fixes its capacity and captures it as one CUDA graph.
+    """
+
+    def layer(width: int, inner: int, capacity: float) -> sma.SparselyActivated:
+        made = sma.SparselyActivated(FFN.Config(d_hidden=inner).build(d_model=width))
+        return made.with_capacity(min(1.0, capacity) if graph else None)
 
     def build(setting: Setting) -> Subject:
         width = setting.narrow(d_model)
-        ours = Ours(layer(width, setting.narrow(hidden)), share).to(setting.device, setting.dtype)
-        return module_subject(ours, features(setting, width), setting, ours.settle)
+        ours = Ours(layer(width, setting.narrow(hidden), SLACK * share), share).to(setting.device, setting.dtype)
+        return module_subject(ours, features(setting, width), setting, ours.settle, graph=graph)
 
     def check(setting: Setting) -> gate.Case:
         x = features(replace(setting, device=torch.device("cpu"), batch=2, length=150), 64)
-        return gate.Case(layer(64, 128), x, _call_layer)
+        return gate.Case(layer(64, 128, 1.0), x, _call_layer)
 
-    return Row(f"ours r={share:g}", build, check)
+    return Row(f"ours r={share:g}, graph" if graph else f"ours r={share:g}", build, check)
 
 
 def _call_layer(module: nn.Module, x: Tensor, replay: Any) -> tuple[Tensor, Any]:

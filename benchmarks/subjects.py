@@ -222,6 +222,7 @@ def module_subject(
     settler: Settler | None = None,
     *,
     autocast: bool = False,
+    graph: bool = False,
 ) -> Subject:
     """Forward pass, and forward and backward pass to ``x`` and to every parameter, of one module.
 
@@ -231,18 +232,27 @@ def module_subject(
         setting: where.
         settler: moves its share of active tokens.
         autocast: mixed precision; otherwise the module runs in the dtypes that it and ``x`` have.
+        graph: capture the forward and backward pass, and the forward pass, as one CUDA graph each.
     """
+    if graph and setting.device.type != "cuda":
+        raise RuntimeError("not available: CUDA graphs need a CUDA device")
     x = x.detach().requires_grad_()
     precision = setting.autocast if autocast else nullcontext
     with torch.no_grad(), precision():
         gradient = torch.randn_like(module(x))
 
-    def train() -> None:
+    def clear() -> None:
         x.grad = None
         module.zero_grad()
+
+    def step() -> None:
         with precision():
             y = module(x)
         torch.autograd.backward(y, gradient)
+
+    def train() -> None:
+        clear()
+        step()
 
     @torch.no_grad()
     def forward() -> None:
@@ -251,4 +261,8 @@ def module_subject(
 
     settle = None if settler is None else lambda: settler(forward)
     share = settle() if settle is not None else None
-    return Subject(module.train(), forward, train, settle, share)
+    module.train()
+    if graph:
+        replay, peak = capture(step, clear)
+        return Subject(module, LazyGraph(forward), replay, settle, share, peak)
+    return Subject(module, forward, train, settle, share)

@@ -104,7 +104,12 @@ def _ema(causal: bool) -> Workload:
 
 
 def _ffn() -> Workload:
-    rows = (*(sparse_ffn(1024, 4096, share) for share in (0.25, 0.1, 0.5, 0.75, 1.0)), dense_ffn(1024, 4096))
+    rows = (
+        *(sparse_ffn(1024, 4096, share) for share in (0.25, 0.1, 0.5, 0.75, 1.0)),
+        sparse_ffn(1024, 4096, 0.25, graph=True),
+        dense_ffn(1024, 4096),
+        dense_ffn(1024, 4096, graph=True),
+    )
     title = "SparselyActivated(FFN), 1,024 to 4,096, 16K tokens"
     return Workload(title, 4, 4096, rows, "ours r=0.25", "dense", train="forward and backward")
 

@@ -22,7 +22,12 @@ from sma.routing import Packed
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SETTING = Setting(DEVICE, torch.float32).of(2, 64).small()
-ROWS = [ema(causal=True, dtype=None), sparse_ffn(32, 64, 0.3), experts("ours", mixture, ours=True)]
+ROWS = [
+    ema(causal=True, dtype=None),
+    sparse_ffn(32, 64, 0.3),
+    sparse_ffn(32, 64, 0.3, graph=True),
+    experts("ours", mixture, ours=True),
+]
 
 
 @pytest.fixture
@@ -39,7 +44,7 @@ def slightly_wrong() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("row", ROWS, ids=["ema", "ffn", "experts"])
+@pytest.mark.parametrize("row", ROWS, ids=["ema", "ffn", "ffn of fixed capacity", "experts"])
 def test_modules_pass(row: Row, dtype: torch.dtype) -> None:
     setting = replace(SETTING, dtype=dtype)
     assert row.check is not None
