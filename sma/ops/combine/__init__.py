@@ -94,7 +94,7 @@ def combine(
     return out
 
 
-def out_dtype(h: Tensor, skip: Tensor | None, residual: Tensor | None) -> Tensor:
+def leading(h: Tensor, skip: Tensor | None, residual: Tensor | None) -> Tensor:
     """The tensor whose dtype the result has."""
     return residual if residual is not None else skip if skip is not None else h
 

@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sma.dropout import dropout
-from sma.ops.combine import OP, Plan, out_dtype
+from sma.ops.combine import OP, Plan, leading
 from sma.ops.extract import extract
 from sma.ops.row_norm import RowNorm
 from sma.ops.row_norm.eager import row_norm
@@ -23,7 +23,7 @@ def combine(
     plan: Plan,
 ) -> Tensor:
     """Weigh the rows, put them back, add, activate, normalise."""
-    dtype = out_dtype(h, skip, residual).dtype
+    dtype = leading(h, skip, residual).dtype
     if weight is not None:
         rows = packed.index if not packed.fixed else packed.index.clamp(max=packed.row.numel() - 1)
         h = h * weight.reshape(-1).index_select(0, rows).to(h.dtype)[:, None]

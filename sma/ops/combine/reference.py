@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sma.ops.combine import OP, Plan, out_dtype
+from sma.ops.combine import OP, Plan, leading
 from sma.ops.row_norm import RowNorm
 from sma.ops.row_norm.reference import normalise
 from sma.routing import Packed
@@ -22,7 +22,7 @@ def combine(
     plan: Plan,
 ) -> Tensor:
     """As it says: everything of one token after the other, in float32 at least."""
-    like = out_dtype(h, skip, residual)
+    like = leading(h, skip, residual)
     wide = torch.promote_types(like.dtype, torch.float32)
     batch, length = packed.shape
     tokens: list[Tensor] = []

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sma.ops.combine import Plan, out_dtype
+from sma.ops.combine import Plan, leading
 from sma.ops.kernel import draw_seed, kernel
 from sma.ops.row_norm import RowNorm
 from sma.ops.row_norm.triton_kernel import affine, scale, shares, sizes, stride, unscale
@@ -205,11 +205,6 @@ class Options(NamedTuple):
     dropout: float
     drop_sum: bool
 
-    @property
-    def keep(self) -> bool:
-        """Whether the sum has to be kept for the backward."""
-        return self.silu or self.norm
-
 
 def _forward_fake(
     h: Tensor,
@@ -228,7 +223,7 @@ def _forward_fake(
     dropout: float,
     drop_sum: bool,
 ) -> tuple[Tensor, Tensor]:
-    out = h.new_empty(row.numel(), h.shape[1], dtype=out_dtype(h, skip, residual).dtype)
+    out = h.new_empty(row.numel(), h.shape[1], dtype=leading(h, skip, residual).dtype)
     return out, torch.empty_like(out) if silu or norm else out.new_empty(0)
 
 
