@@ -88,10 +88,19 @@ class RateController(Configurable):
         self.target = config.target
         self.gain = config.gain
 
-    @torch.no_grad()
     def update(self, configurator: Configurator, routing: Routing) -> None:
         """Correct ``configurator.balance`` after a training step whose decision was ``routing``."""
-        counts = torch.cat([routing.active.sum((0, 1)), routing.valid.sum()[None]]).to(configurator.balance)
+        self.correct(configurator, self.counts(routing))
+
+    @staticmethod
+    def counts(routing: Routing) -> Tensor:
+        """``(M + 1,)`` int64: the active tokens of each module and the real ones; those of several batches add up."""
+        return torch.cat([routing.active.sum((0, 1)), routing.valid.sum()[None]])
+
+    @torch.no_grad()
+    def correct(self, configurator: Configurator, counts: Tensor) -> None:
+        """Correct ``configurator.balance`` after a training step that gave these :meth:`counts`."""
+        counts = counts.to(configurator.balance)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts)
         rate = counts[:-1] / counts[-1].clamp(min=1)

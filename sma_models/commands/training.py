@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sma_models.training.run import Run
     from sma_models.training.sources import Task
 
-MAY_CHANGE = ("train.device", "train.resident", "train.workers", "data.root")
+MAY_CHANGE = ("train.device", "train.resident", "train.workers", "train.capture", "data.root")
 """What may differ when a run goes on: where it computes and where the data lie, not what it computes."""
 
 

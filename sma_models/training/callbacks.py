@@ -114,6 +114,7 @@ class Recorder(Callback):
         saves = self._due(module.step, train.checkpoint_every, module)
         if not (logs or evaluates or saves or self.stop.received is not None):
             return  # the device may still be at an earlier step; nothing here waits for it
+        module.settle()
         loss = _finite(float(module.loss), module.step)
         self._count_time()
         if logs or evaluates:
@@ -146,7 +147,7 @@ class Recorder(Callback):
         known = quality(module.batch_kind, entropy / max(count, 1), correct / max(count, 1))
         meter = RateMeter()
         meter.add(module.routings)
-        lr = module.trainer.optimizers[0].param_groups[0]["lr"]
+        lr = float(module.trainer.optimizers[0].param_groups[0]["lr"])
         metrics: dict[str, float | None] = {"seconds": round(self.seconds, 3), "loss": loss, **known, "lr": lr}
         logs = self._due(module.step, train.log_every, module)
         metrics["gradient_norm"] = float(module.gradient_norm) if logs and module.gradient_norm is not None else None
@@ -190,6 +191,7 @@ class ProgressBar(Callback):
         self.console = console
         self.recorder = recorder
         self.steps = steps
+        self.warned = False
         self.bar = Bar(
             TextColumn("training"),
             BarColumn(),
@@ -217,6 +219,10 @@ class ProgressBar(Callback):
             return
         shown = describe(self.recorder.latest)
         self.bar.update(self.task, completed=step, shown=shown)
+        reason = module.why_not_captured
+        if reason is not None and not self.warned:
+            self.console.print(f"without CUDA graphs: {reason}", highlight=False)
+            self.warned = True
         if not self.console.is_terminal:
             self.console.print(f"step {step} of {self.steps}{': ' if shown else ''}{shown}", highlight=False)
 

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,13 +24,15 @@ from sma_models.training.checkpoint import Checkpoint, read_checkpoint
 from sma_models.training.data.batching import BatchPlan, loader
 from sma_models.training.evaluation import evaluate
 from sma_models.training.journal import MetricsFile, cut_back
-from sma_models.training.module import TrainingModule, parameter_count, seed_everything
+from sma_models.training.module import TrainingModule, parameter_count
 from sma_models.training.objective import check_fit
 from sma_models.training.recipe import Recipe, TrainConfig
 from sma_models.training.run import Run
 from sma_models.training.sources import Task
+from sma_models.training.steps import seed_everything
 
-_PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float64": "64-true"}
+_PRECISION = {"float32": "32-true", "bfloat16": "32-true", "float64": "64-true"}
+"""A step casts to bfloat16 by itself, so that this can be captured with it."""
 
 
 @dataclass(frozen=True)
@@ -92,15 +94,23 @@ def train(run: Run, recipe: Recipe, *, task: Task | None = None, console: Consol
                 raise CheckpointError(
                     f"{run.checkpoint}: must be of at most {recipe.train.steps} steps, got {start.progress.step}"
                 )
-        done, seconds, signal = _fit(run, recipe, task, model, start, console)
-        if signal is not None:
-            return Outcome(done, signal=signal)
-        return Outcome(done, summary=_finish(run, recipe, task, model, seconds, console))
+        fit = _fit(run, recipe, task, model, start, console)
+        if fit.signal is not None:
+            return Outcome(fit.step, signal=fit.signal)
+        return Outcome(fit.step, summary=_finish(run, recipe, task, model, fit, console))
 
 
-def _fit(
-    run: Run, recipe: Recipe, task: Task, model: Model, start: Checkpoint | None, console: Console
-) -> tuple[int, float, int | None]:
+@dataclass(frozen=True)
+class _Fit:
+    """Steps done and seconds spent on them, in all; the signal that ended it; what is known of how it ran."""
+
+    step: int
+    seconds: float
+    signal: int | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def _fit(run: Run, recipe: Recipe, task: Task, model: Model, start: Checkpoint | None, console: Console) -> _Fit:
     plan = recipe.train
     done = start.progress.step if start else 0
     cut_back(run.metrics, done)
@@ -108,7 +118,7 @@ def _fit(
         unfinished.unlink()
     if done == plan.steps:
         assert start is not None
-        return done, start.progress.seconds, None
+        return _Fit(done, start.progress.seconds)
     stop = StopRequest()
     recorder = Recorder(run, task, start, stop)
     module = TrainingModule(model, task.kind, recipe)
@@ -123,7 +133,18 @@ def _fit(
     with _quiet(), stop.restored_afterwards():
         trainer = _trainer(run, recipe, [recorder, ProgressBar(console, recorder, plan.steps, done)], done)
         trainer.fit(module, batches)
-    return module.step, recorder.seconds, stop.received if module.step < plan.steps else None
+    signal = stop.received if module.step < plan.steps else None
+    return _Fit(module.step, recorder.seconds, signal, _notes(module))
+
+
+def _notes(module: TrainingModule) -> dict[str, Any]:
+    if module.device.type != "cuda":
+        return {}
+    reason = module.why_not_captured
+    notes = {"device": torch.cuda.get_device_name(module.device), "captured": reason is None and module.captures}
+    if reason is not None:
+        notes["why_not_captured"] = reason
+    return {**notes, "peak_memory_mib": round(torch.cuda.max_memory_allocated(module.device) / 2**20)}
 
 
 def _trainer(run: Run, recipe: Recipe, callbacks: list[Any], done: int) -> Trainer:
@@ -134,7 +155,6 @@ def _trainer(run: Run, recipe: Recipe, callbacks: list[Any], done: int) -> Train
         accelerator="gpu" if plan.device == "cuda" else plan.device,
         devices=1,
         precision=_PRECISION[plan.precision],  # type: ignore[arg-type]
-        accumulate_grad_batches=plan.accumulate,
         logger=[MetricsFile(run.metrics), board],
         callbacks=callbacks,
         default_root_dir=run.path,
@@ -158,6 +178,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\.")
+        warnings.filterwarnings("ignore", message=r".*step\(\) is running without CUDA graph capture")
         warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
         try:
             yield
@@ -166,7 +187,7 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _finish(run: Run, recipe: Recipe, task: Task, model: Model, seconds: float, console: Console) -> dict[str, Any]:
+def _finish(run: Run, recipe: Recipe, task: Task, model: Model, fit: _Fit, console: Console) -> dict[str, Any]:
     """Judge the trained model, and write the weights and then the results."""
     model = model.to(device_of(recipe.train))
     started = time.perf_counter()
@@ -180,8 +201,9 @@ def _finish(run: Run, recipe: Recipe, task: Task, model: Model, seconds: float, 
         "version": __version__,
         "steps": recipe.train.steps,
         "parameters": parameter_count(model),
-        "training_seconds": round(seconds, 1),
+        "training_seconds": round(fit.seconds, 1),
         "evaluation_seconds": round(time.perf_counter() - started, 1),
+        **fit.notes,
         **results,
     }
     run.write_summary(summary)

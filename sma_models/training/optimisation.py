@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sma_models.training.recipe import OptimiserConfig
 
@@ -28,11 +28,26 @@ def learning_rate(config: OptimiserConfig, step: int, steps: int) -> float:
 
 
 def build_optimiser(config: OptimiserConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimiser over all parameters, as one group."""
+    """The optimiser over all parameters, as one group.
+
+    On a CUDA device its learning rate is a tensor there, so that a captured step can follow it.
+    """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    lr, betas, eps, decay = config.lr, config.betas, config.eps, config.weight_decay
+    betas, eps, decay, cuda = config.betas, config.eps, config.weight_decay, trained[0].is_cuda
+    lr = torch.tensor(config.lr, device=trained[0].device) if cuda else config.lr
     if config.algorithm == "radam":
-        return torch.optim.RAdam(trained, lr=lr, betas=betas, eps=eps, weight_decay=decay, decoupled_weight_decay=True)
+        return torch.optim.RAdam(
+            trained, lr=lr, betas=betas, eps=eps, weight_decay=decay, decoupled_weight_decay=True, capturable=cuda
+        )
     cls = torch.optim.AdamW if config.algorithm == "adamw" else torch.optim.Adam
     # One kernel for all: on a small model a tenth of the step is the optimiser otherwise.
-    return cls(trained, lr=lr, betas=betas, eps=eps, weight_decay=decay, fused=True)
+    return cls(trained, lr=lr, betas=betas, eps=eps, weight_decay=decay, fused=True, capturable=cuda)
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """Let the next step have this learning rate; on a device without waiting for it."""
+    for group in optimiser.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from sma.configurable import BaseConfig
-from sma.errors import SpecError
+from sma.errors import ConfigError, SpecError
 from sma.interfaces import Model
 from sma.spec import load_as, to_yaml
 from sma_models.training.data.batching import Source
@@ -78,6 +78,8 @@ class TrainConfig(BaseConfig):
         workers: processes that read data in advance, where the samples are not kept on the device; the batches are
             the same for every number.
         device: where to compute; ``auto`` takes an accelerator when there is one.
+        capture: run the steps as CUDA graphs, see :class:`~sma_models.training.captured.CapturedSteps`; null means
+            on a CUDA device, where the model allows it.
     """
 
     steps: int
@@ -93,6 +95,7 @@ class TrainConfig(BaseConfig):
     resident: bool | None = None
     workers: int = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    capture: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "log_every"):
@@ -115,6 +118,16 @@ class TrainConfig(BaseConfig):
     def evaluation_size(self) -> int:
         """Samples that go through the model at once in an evaluation."""
         return self.eval_batch_size or self.part_size
+
+    def captures(self, device: torch.device) -> bool:
+        """Whether steps on a device shall be captured.
+
+        Raises:
+            ConfigError: they shall be, and cannot be there.
+        """
+        if self.capture and device.type != "cuda":
+            raise ConfigError(f"train.capture: must be false or null on the device {device.type}, got true")
+        return device.type == "cuda" if self.capture is None else self.capture
 
     def source(self, device: torch.device) -> Source:
         """Where batches for a device are put together."""

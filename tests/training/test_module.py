@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from sma.errors import SMAError
 from sma_models.training.callbacks import DivergedError, describe
 from sma_models.training.journal import read_metrics
 from sma_models.training.loop import Outcome, build_model, open_task
-from sma_models.training.module import TrainingModule, joined
 from sma_models.training.objective import run_model, score
+from sma_models.training.optimisation import build_optimiser
 from sma_models.training.recipe import load_recipe
 from sma_models.training.run import Run
+from sma_models.training.steps import Work
 
 Runner = Callable[..., tuple[Run, Outcome]]
 
@@ -39,23 +41,21 @@ def test_without_a_controller_the_balance_stays(tiny: str, run_recipe: Runner) -
 
 
 def test_the_controller_sees_every_part_of_a_step(tiny: str) -> None:
-    """Two parts of different rates: the correction is that of their mean."""
+    """Two parts of different rates: the correction is that of their mean, and the next step starts from nothing."""
     recipe = load_recipe(tiny)
     model = build_model(recipe)
-    module = TrainingModule(model, "lm", recipe)
-    routing = run_model(model.eval(), {"tokens": torch.zeros(2, 10, dtype=torch.int64)}, "lm").routings[
-        "layers.0.activate"
-    ]
-    all_on, all_off = (type(routing)(torch.full_like(routing.active, on), *_rest(routing)) for on in (True, False))
-    assert float(joined([all_on, all_off]).rate().mean()) == 0.5
-    module._observed = {"layers.0.activate": [all_on, all_off]}
-    module.control_rates()
-    balance = module.layer("layers.0.activate").configurator.balance
+    work = Work(model, "lm", recipe, build_optimiser(recipe.optimiser, model.parameters()))
+    name = "layers.0.activate"
+    routing = run_model(model.eval(), {"tokens": torch.zeros(2, 10, dtype=torch.int64)}, "lm").routings[name]
+    for on in (True, False):
+        work.count({name: replace(routing, active=torch.full_like(routing.active, on))})
+    work.control_rates()
+    balance = work.layer(name).configurator.balance
     assert balance.tolist() == pytest.approx([0.5 * (0.4 - 0.5)])
-
-
-def _rest(routing: object) -> tuple[torch.Tensor, ...]:
-    return routing.confidence, routing.valid, routing.position  # type: ignore[attr-defined]
+    balance.zero_()
+    work.count({name: replace(routing, active=torch.ones_like(routing.active))})
+    work.control_rates()
+    assert balance.tolist() == pytest.approx([0.5 * (0.4 - 1.0)])
 
 
 def test_parts_of_a_batch_add_up_to_the_whole(tiny: str, run_recipe: Runner) -> None:

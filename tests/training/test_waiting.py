@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sma_models.training import evaluation, module
+from sma_models.training import evaluation, steps
 from sma_models.training.evaluation import evaluate
 from sma_models.training.loop import Outcome, build_model, open_task
 from sma_models.training.module import TrainingModule
@@ -59,7 +59,7 @@ def reads(monkeypatch: pytest.MonkeyPatch, now: Callable[[], int]) -> Iterator[R
 
     for name in ("tolist", "numpy", "cpu"):  # these the dispatcher does not see
         monkeypatch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name)))
-    plain = module.run_model
+    plain = steps.run_model
 
     def uncounted(*args: Any, **options: Any) -> Any:
         counter.paused += 1
@@ -68,7 +68,7 @@ def reads(monkeypatch: pytest.MonkeyPatch, now: Callable[[], int]) -> Iterator[R
         finally:
             counter.paused -= 1
 
-    monkeypatch.setattr(module, "run_model", uncounted)
+    monkeypatch.setattr(steps, "run_model", uncounted)
     monkeypatch.setattr(evaluation, "run_model", uncounted)
     with counter:
         yield counter
@@ -79,17 +79,17 @@ def test_a_training_step_reads_nothing_back(
     clip: str, tiny: str, run_recipe: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps 6 and 12 are logged, and 9 is saved; two parts a step, dropout and controllers."""
-    steps: list[TrainingModule] = []
+    modules: list[TrainingModule] = []
     plain = TrainingModule.__init__
 
     def remembered(self: TrainingModule, *args: Any) -> None:
         plain(self, *args)
-        steps.append(self)
+        modules.append(self)
 
     monkeypatch.setattr(TrainingModule, "__init__", remembered)
     plan = ["train.steps=14", "train.log_every=6", "train.checkpoint_every=9", "train.eval_every=0"]
     plan += ["optimiser.algorithm=adamw", f"optimiser.clip={clip}", "train.precision=bfloat16", "train.resident=true"]
-    with reads(monkeypatch, lambda: steps[0].step if steps else -1) as counter:
+    with reads(monkeypatch, lambda: modules[0].step if modules else -1) as counter:
         run_recipe(tiny, *plan)
     during = {step for step in counter.seen if step > 0}
     assert during == {6, 9, 12, 14}
@@ -122,7 +122,7 @@ def test_the_same_run_however_the_batches_are_made(tiny: str, run_recipe: Runner
 
 def test_generators_start_from_the_step() -> None:
     def drawn(*place: int) -> list[float]:
-        module.seed_everything(*place)
+        steps.seed_everything(*place)
         return torch.rand(3).tolist()
 
     expected = drawn(1, 2)
@@ -133,6 +133,6 @@ def test_generators_start_from_the_step() -> None:
         device = torch.device("cuda")
         both = []
         for _ in range(2):
-            module.seed_everything(1, 2, 0, device)
+            steps.seed_everything(1, 2, 0, device)
             both.append(torch.rand(3, device=device).tolist())
         assert both[0] == both[1]
