@@ -219,7 +219,7 @@ class ProgressBar(Callback):
             return
         shown = describe(self.recorder.latest)
         self.bar.update(self.task, completed=step, shown=shown)
-        reason = module.why_not_captured
+        reason = module.captured.why_not if module.captured else None
         if reason is not None and not self.warned:
             self.console.print(f"without CUDA graphs: {reason}", highlight=False)
             self.warned = True

@@ -26,11 +26,12 @@ from sma_models.training.data.datasets import Batch
 from sma_models.training.objective import Score
 from sma_models.training.steps import EagerSteps, Part, StepResult, Work
 
-MARGIN = 1.125
+MARGIN = 1.25
 """Room for this many times the tokens that were active."""
 GRID = 2**0.25
 """Rooms are the whole batch divided by powers of this, so that they seldom change."""
-SMALLEST = GRID**-32
+SMALLEST = GRID**-16
+"""So few rows cost next to nothing, and less room would often not suffice: small rates change the most."""
 WINDOW = 500
 """After so many steps a layer that needed less room than it has gets less."""
 MOST_SHAPES = 8
@@ -158,6 +159,8 @@ class CapturedSteps:
 
     Attributes:
         why_not: why nothing is captured; None where that is possible.
+        captured: how often passes were captured.
+        again: steps that were done again, as there had been no room in them or in the one before.
 
     Raises:
         ConfigError: from :meth:`run`, if ``required`` and the model cannot be captured.
@@ -168,6 +171,8 @@ class CapturedSteps:
         self.required = required
         self.graphs: Graphs = graphs or CudaGraphs()
         self.why_not: str | None = None
+        self.captured = 0
+        self.again = 0
         self._eager = EagerSteps(work)
         layers = [module for module in work.model.modules() if isinstance(module, SparseMixture)]
         self._rooms: dict[SparseMixture, float] = {layer: SMALLEST for layer in layers if layer.capacity is None}
@@ -233,6 +238,7 @@ class CapturedSteps:
             self._pending.clear()
             self._ready().restore()
             self._forget()
+            self.again += len(again)
             for each in again:
                 self._run_eagerly(each.step, each.parts, each.norm)
             return False
@@ -299,6 +305,7 @@ class CapturedSteps:
         self._verify_all()
         try:
             self._passes[signature] = self._capture_passes(part)
+            self.captured += 1
             self._update = self._update or self._capture_update()
         except (RuntimeError, ConfigError) as error:
             self._give_up(str(error).strip().splitlines()[0])

@@ -134,17 +134,18 @@ def _fit(run: Run, recipe: Recipe, task: Task, model: Model, start: Checkpoint |
         trainer = _trainer(run, recipe, [recorder, ProgressBar(console, recorder, plan.steps, done)], done)
         trainer.fit(module, batches)
     signal = stop.received if module.step < plan.steps else None
-    return _Fit(module.step, recorder.seconds, signal, _notes(module))
+    return _Fit(module.step, recorder.seconds, signal, _notes(module, device_of(plan)))
 
 
-def _notes(module: TrainingModule) -> dict[str, Any]:
-    if module.device.type != "cuda":
+def _notes(module: TrainingModule, device: torch.device) -> dict[str, Any]:
+    """How training ran on a GPU."""
+    if device.type != "cuda":
         return {}
-    reason = module.why_not_captured
-    notes = {"device": torch.cuda.get_device_name(module.device), "captured": reason is None and module.captures}
-    if reason is not None:
-        notes["why_not_captured"] = reason
-    return {**notes, "peak_memory_mib": round(torch.cuda.max_memory_allocated(module.device) / 2**20)}
+    notes: dict[str, Any] = {"device": torch.cuda.get_device_name(device)}
+    if module.captured is not None:
+        steps = module.captured
+        notes["graphs"] = steps.why_not or {"captured": steps.captured, "steps_done_again": steps.again}
+    return {**notes, "peak_memory_mib": round(torch.cuda.max_memory_allocated(device) / 2**20)}
 
 
 def _trainer(run: Run, recipe: Recipe, callbacks: list[Any], done: int) -> Trainer:

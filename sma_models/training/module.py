@@ -72,14 +72,9 @@ class TrainingModule(LightningModule):
         return self._steps
 
     @property
-    def captures(self) -> bool:
-        """Whether steps are captured, or were to be."""
-        return isinstance(self._steps, CapturedSteps)
-
-    @property
-    def why_not_captured(self) -> str | None:
-        """Why the steps are not captured, if they should have been and cannot be."""
-        return self._steps.why_not if isinstance(self._steps, CapturedSteps) else None
+    def captured(self) -> CapturedSteps | None:
+        """The steps, if they are captured or were to be."""
+        return self._steps if isinstance(self._steps, CapturedSteps) else None
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep a part of a batch; with the last one, do the step."""
