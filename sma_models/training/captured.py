@@ -32,8 +32,9 @@ GRID = 2**0.25
 """Rooms are the whole batch divided by powers of this, so that they seldom change."""
 SMALLEST = GRID**-16
 """So few rows cost next to nothing, and less room would often not suffice: small rates change the most."""
-WINDOW = 500
-"""After so many steps a layer that needed less room than it has gets less."""
+FIRST_WINDOW, WINDOW = 8, 512
+"""After so many steps a layer that needed less room than it has gets less; the first windows double, as an untrained
+layer says little about a trained one."""
 MOST_SHAPES = 8
 """Batches of further shapes are run without a graph."""
 
@@ -177,7 +178,7 @@ class CapturedSteps:
         layers = [module for module in work.model.modules() if isinstance(module, SparseMixture)]
         self._rooms: dict[SparseMixture, float] = {layer: SMALLEST for layer in layers if layer.capacity is None}
         self._recent = dict.fromkeys(self._rooms, 0.0)
-        self._since = 0
+        self._since, self._window = 0, FIRST_WINDOW
         self._seen: set[Signature] = set()
         self._passes: dict[Signature, _Passes] = {}
         self._update: Callable[[], None] | None = None
@@ -268,10 +269,11 @@ class CapturedSteps:
         wanted = {layer: room_for(share) for layer, share in self._recent.items()}
         if any(wanted[layer] > room for layer, room in self._rooms.items() if self._recent[layer] > room):
             self._set_rooms({layer: max(room, wanted[layer]) for layer, room in self._rooms.items()})
-        elif self._since >= WINDOW:
+        elif self._since >= self._window:
             if any(wanted[layer] < room / GRID for layer, room in self._rooms.items()):
                 self._set_rooms(wanted)
             self._recent, self._since = dict.fromkeys(self._rooms, 0.0), 0
+            self._window = min(2 * self._window, WINDOW)
 
     def _set_rooms(self, rooms: Mapping[SparseMixture, float]) -> None:
         self._rooms = dict(rooms)

@@ -149,7 +149,7 @@ def test_batch_norm_counts_only_the_steps_that_count(tiny: str, monkeypatch: pyt
 
 def test_room_follows_what_is_needed(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It grows at once, and shrinks after a while in which much less was needed; the passes are captured anew."""
-    monkeypatch.setattr(captured, "WINDOW", 5)
+    monkeypatch.setattr(captured, "WINDOW", 16)
     work, batches = work_of(tiny, "train.steps=6", *ADAM, *EXACT)
     steps = CapturedSteps(work, required=True, graphs=graphs())
     train(work, steps, batches)
