@@ -113,10 +113,12 @@ def profile(options: argparse.Namespace) -> None:
 
 def draw_figures(options: argparse.Namespace) -> None:
     """Draw what sweeps measured."""
-    from benchmarks.figures import draw
+    from benchmarks.figures import draw, draw_text_run
 
     for path in draw(options.files or sorted((ROOT / "benchmarks" / "results").glob("*.json")), options.out):
         print(path)
+    if not options.files:
+        print(draw_text_run(options.out))
 
 
 def _start(options: argparse.Namespace) -> tuple[Setting, Record, Clock]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.pages import latest_sweeps, read
+from benchmarks.pages import TEXT, latest_sweeps, read
 from benchmarks.timing import Spread
 
 if TYPE_CHECKING:
@@ -23,6 +23,14 @@ def draw(files: Sequence[Path], out: Path) -> list[Path]:
     for sweep in latest_sweeps([read(file) for file in files]):
         named.setdefault(sweep["sweep"], []).append(sweep)
     return [_draw(name, sweeps, out / figure_name(name)) for name, sweeps in named.items()]
+
+
+def draw_text_run(out: Path) -> Path:
+    """How the activation rates went while the Text task was trained, with the first seed."""
+    from sma_models.reports.figures import rates_over_training
+
+    run = min(TEXT.iterdir())
+    return rates_over_training(run / "metrics.csv", out / "text_rates.png", title="LRA Text: activation rate by layer")
 
 
 def figure_name(sweep: str) -> str:

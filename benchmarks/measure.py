@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -79,6 +80,7 @@ def _prepare(row: Row, setting: Setting, result: Result) -> Subject:
         for _ in range(WARM_UP):
             run()
     if setting.device.type == "cuda":
+        result.waits = _waits(run)
         if subject.peak is None:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -90,6 +92,18 @@ def _prepare(row: Row, setting: Setting, result: Result) -> Subject:
     result.overflow = getattr(subject.module, "overflow", 0)
     result.parameters = subject.parameters
     return subject
+
+
+def _waits(run: Callable[[], None]) -> int:
+    """How often the host waits for the device; PyTorch notices all of its own operations that do."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing" in str(each.message) for each in seen)
 
 
 def _evaluate(subject: Subject) -> None:

@@ -125,5 +125,35 @@ def profiles(folder: Path = RESULTS) -> str:
     return "\n\n".join(found.values()) or NOTHING
 
 
-PARTS = {"benchmark_workloads": workloads, "benchmark_sweeps": sweeps, "benchmark_profiles": profiles}
+TEXT = RESULTS / "text"
+PAPER = 0.8960
+"""Accuracy on the Text task of Long Range Arena (arXiv 2306.11197, table 2)."""
+
+
+def text_run(folder: Path = TEXT) -> str:
+    """The Text task trained to its end: a line for each seed, and their mean."""
+    head = ("seed", "steps", "test accuracy", "minutes", "ms a step", "MiB", "active per layer at the end", "device")
+    lines, found = [], []
+    for run in sorted(folder.iterdir()) if folder.exists() else []:
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        test, seconds = summary["test"], summary["training_seconds"]
+        rates = ", ".join(f"{100 * rate:.2g} %" for each in test["activation_rate"].values() for rate in each)
+        found.append(test["accuracy"])
+        minutes, each = f"{seconds / 60:.1f}", f"{1e3 * seconds / summary['steps']:.1f}"
+        cells = [f"{summary['steps']:,}", f"{100 * test['accuracy']:.2f} %", minutes, each]
+        memory = f"{summary['peak_memory_mib']:,}"
+        lines.append([run.name.removeprefix("seed"), *cells, memory, rates, summary["device"]])
+    if not lines:
+        return NOTHING
+    mean = sum(found) / len(found)
+    words = f"Mean {100 * mean:.2f} % over {len(found)} run(s); the paper has {100 * PAPER:.2f} %."
+    return f"{markdown_table(head, lines)}\n\n{words}"
+
+
+PARTS = {
+    "text_run": text_run,
+    "benchmark_workloads": workloads,
+    "benchmark_sweeps": sweeps,
+    "benchmark_profiles": profiles,
+}
 """What the documentation fills in, by the name of its mark."""

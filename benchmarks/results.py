@@ -32,6 +32,7 @@ class Result:
         forward_ms: the forward pass in every round.
         train_mib: peak of allocated memory of a training step (or of the forward pass, where there is no other),
             weights and all; None where the device does not tell.
+        waits: how often the host waits for the device in a training step; None where there is no other device.
         backends: which backend each operation took.
         error: why it was not measured.
     """
@@ -44,6 +45,7 @@ class Result:
     train_ms: list[float] | None = None
     forward_ms: list[float] | None = None
     train_mib: float | None = None
+    waits: int | None = None
     backends: dict[str, str] = field(default_factory=dict)
     error: str | None = None
 

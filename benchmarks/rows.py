@@ -22,6 +22,7 @@ reported.
 CHUNK = 8192
 """Tokens of one chunk of a prefill."""
 FLASH = "Transformer, flash"
+FLASH_GRAPH = "Transformer, flash, graph"
 BYTES, LM = Task(257, 2), Task(256, 256, language=True)
 GLA = {"hidden_size": 128, "num_heads": 4}
 RETNET = {"hidden_size": 512, "num_heads": 8}
@@ -120,23 +121,24 @@ def published(spec: str, share: float, *overrides: str) -> Row:
     return Row(f"published r={share:g}", build)
 
 
-def transformer(task: Task, layers: int, d_model: int, heads: int, hidden: int) -> Row:
+def transformer(task: Task, layers: int, d_model: int, heads: int, hidden: int, *, graph: bool = False) -> Row:
     """The Transformer with fused attention."""
 
     def build(setting: Setting) -> Subject:
-        return model_subject(peers.transformer(task, setting.depth(layers), d_model, heads, hidden), task, setting)
+        body = peers.transformer(task, setting.depth(layers), d_model, heads, hidden)
+        return model_subject(body, task, setting, graph=graph)
 
-    return Row(FLASH, build)
+    return Row(FLASH_GRAPH if graph else FLASH, build)
 
 
-def linear_attention(kind: str, task: Task, layers: int, **options: Any) -> Row:
+def linear_attention(kind: str, task: Task, layers: int, *, graph: bool = False, **options: Any) -> Row:
     """A model of flash-linear-attention."""
 
     def build(setting: Setting) -> Subject:
         body = peers.linear_attention(kind, task, num_hidden_layers=setting.depth(layers), **options)
-        return model_subject(body, task, setting)
+        return model_subject(body, task, setting, graph=graph)
 
-    return Row(f"{kind} (fla)", build)
+    return Row(f"{kind} (fla), graph" if graph else f"{kind} (fla)", build)
 
 
 def prefill(label: str, make: Callable[[Setting], nn.Module], chunk: int | None = None) -> Row:

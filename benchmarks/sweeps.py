@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,7 @@ from benchmarks import gate
 from benchmarks.measure import measure
 from benchmarks.modules import dense_ffn, features, sparse_ffn
 from benchmarks.peers import FlashBlock
-from benchmarks.rows import Row, model_case
+from benchmarks.rows import SLACK, Row, model_case
 from benchmarks.shares import Ours
 from benchmarks.subjects import Setting, Subject, module_subject
 from benchmarks.tables import factor, milliseconds, remarks, text_table
@@ -93,18 +93,19 @@ SWEEPS: dict[str, tuple[Sweep, ...]] = {
 }
 
 
-def seqboat(label: str, point: Point, share: float | None) -> Row:
+def seqboat(label: str, point: Point, share: float | None, graph: bool) -> Row:
     """One layer of the Text model at another width; ``share`` None activates every token without asking."""
     sizes = ["n_layers=1", f"d_model={point.width}", f"blocks[0].activate.module.d_v={2 * point.width}"]
     if share is None:
         sizes.append("blocks[0].activate.configurator={type: always}")
+    room = [] if not graph else [f"blocks[0].activate.capacity={min(1.0, SLACK * (share or 1.0))}"]
 
     def build(setting: Setting) -> Subject:
-        config: Any = sma.load_spec("seqboat_text", *sizes)
+        config: Any = sma.load_spec("seqboat_text", *sizes, *room)
         block = config.blocks[0].build(d_model=point.width, causal=False)
         layer = Ours(block, share).to(setting.device)
         x = features(setting, point.width)
-        return module_subject(layer, x, setting, layer.settle if share else None, autocast=True)
+        return module_subject(layer, x, setting, layer.settle if share else None, autocast=True, graph=graph)
 
     def check(setting: Setting) -> gate.Case:
         return model_case("seqboat_text", setting, *sizes)
@@ -112,31 +113,31 @@ def seqboat(label: str, point: Point, share: float | None) -> Row:
     return Row(label, build, check)
 
 
-def flash(point: Point) -> Row:
+def flash(graph: bool) -> Row:
     """One layer of the Transformer of LRA Text."""
 
     def build(setting: Setting) -> Subject:
         block: nn.Module = FlashBlock(256, 4, 1024, causal=False).to(setting.device)
-        return module_subject(block, features(setting, 256), setting, autocast=True)
+        return module_subject(block, features(setting, 256), setting, autocast=True, graph=graph)
 
     return Row("Transformer, flash", build)
 
 
-def rows_of(sweep: Sweep, point: Point) -> list[Row]:
+def rows_of(sweep: Sweep, point: Point, graph: bool) -> list[Row]:
     """What is measured at one point; the dense module of a sweep over rates is the same everywhere, and measured there
     all the same, in turns with the others.
+
+    Args:
+        sweep: the line of the figure.
+        point: where on it.
+        graph: capture everything as CUDA graphs, so that the processor that launches the kernels does not matter.
     """
     if sweep.module == "ffn":
-        return [
-            _named("sparse", sparse_ffn(point.width, 4 * point.width, point.share)),
-            dense_ffn(point.width, 4 * point.width),
-        ]
-    rows = [seqboat("sparse", point, point.share), seqboat(DENSE, point, None)]
-    return [*rows, flash(point)] if sweep.axis == "length" else rows
-
-
-def _named(label: str, row: Row) -> Row:
-    return Row(label, row.build, row.check)
+        ours = sparse_ffn(point.width, 4 * point.width, point.share, graph=graph)
+        dense = dense_ffn(point.width, 4 * point.width, graph=graph)
+        return [replace(ours, label="sparse"), replace(dense, label=DENSE)]
+    rows = [seqboat("sparse", point, point.share, graph), seqboat(DENSE, point, None, graph)]
+    return [*rows, flash(graph)] if sweep.axis == "length" else rows
 
 
 def sweep_over(name: str, setting: Setting, small: bool, rounds: int, clock: Clock) -> Iterator[dict[str, Any]]:
@@ -146,8 +147,9 @@ def sweep_over(name: str, setting: Setting, small: bool, rounds: int, clock: Clo
         for point in sweep.points[:2] if small else sweep.points:
             if small:
                 point = Point(point.x, point.share, 2, 96, 32)
-            rows = measure(sweep.title, rows_of(sweep, point), setting.of(point.batch, point.length), rounds, clock)
-            measured.append({"x": point.x, "rows": [asdict(row) for row in rows]})
+            rows = rows_of(sweep, point, setting.device.type == "cuda")
+            results = measure(sweep.title, rows, setting.of(point.batch, point.length), rounds, clock)
+            measured.append({"x": point.x, "rows": [asdict(result) for result in results]})
         yield {"sweep": name, "title": sweep.title, "axis": sweep.axis, "points": measured, **crossover(measured)}
 
 

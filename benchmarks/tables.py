@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.timing import Spread, times_as_fast
 
-HEAD = ("model", "r", "train ms", "min..max", "x peer", "x ours", "forward ms", "x peer", "MiB")
+HEAD = ("model", "r", "train ms", "min..max", "x peer", "x ours", "forward ms", "x peer", "MiB", "waits")
 
 
 def milliseconds(value: float) -> str:
@@ -34,7 +34,7 @@ def workload_cells(rows: Sequence[Mapping[str, Any]], about: Mapping[str, str]) 
         # What has no training step is compared by its forward pass.
         main = "train_ms" if row.get("train_ms") else "forward_ms"
         spread, train, forward = (Spread.of(row.get(key)) for key in (main, "train_ms", "forward_ms"))
-        share, memory = row.get("share"), row.get("train_mib")
+        share, memory, waits = row.get("share"), row.get("train_mib"), row.get("waits")
         lines.append(
             [
                 row["model"],
@@ -46,6 +46,7 @@ def workload_cells(rows: Sequence[Mapping[str, Any]], about: Mapping[str, str]) 
                 milliseconds(forward.median) if forward else "-",
                 factor(times_as_fast(row.get("forward_ms"), peer.get("forward_ms"))),
                 "-" if memory is None else f"{memory:,.0f}",
+                "-" if waits is None else str(waits),
             ]
         )
     return lines

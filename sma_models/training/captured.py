@@ -31,7 +31,7 @@ MARGIN = 1.25
 GRID = 2**0.25
 """Rooms are the whole batch divided by powers of this, so that they seldom change."""
 SMALLEST = GRID**-16
-"""So few rows cost next to nothing, and less room would often not suffice: small rates change the most."""
+"""So few rows cost next to nothing, and less room would often not suffice, as small rates change the most."""
 FIRST_WINDOW, WINDOW = 8, 512
 """After so many steps a layer that needed less room than it has gets less; the first windows double, as an untrained
 layer says little about a trained one."""

@@ -62,7 +62,7 @@ class TrainingModule(LightningModule):
 
     @property
     def steps(self) -> Steps:
-        """How the steps are run: captured in CUDA graphs where the recipe and the device allow it."""
+        """The way that steps are run, captured in CUDA graphs where the recipe and the device allow it."""
         if self._steps is None:
             work = Work(self.model, self.batch_kind, self.recipe, self.trainer.optimizers[0])
             captures = self.recipe.train.captures(work.device)
