@@ -50,8 +50,7 @@ def test_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
 def test_every_requirement_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    # The extra `hf` is not tested yet, so there is nothing to pin.
-    required = project["dependencies"] + [item for extra, items in extras.items() if extra != "hf" for item in items]
+    required = project["dependencies"] + [item for items in extras.values() for item in items]
     names = {item.split(">")[0] for item in required if not item.startswith("sparse-modular-activation")}
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
@@ -59,10 +58,20 @@ def test_every_requirement_is_pinned() -> None:
     assert not [line for line in lines if "+" in line], "a local version such as 2.13.0+cpu is not to be had everywhere"
 
 
+def loaded_by(package: str) -> set[str]:
+    """The packages that are loaded when ``package`` is imported."""
+    program = f"import sys, {package}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
 def test_importing_the_core_is_cheap() -> None:
     """`import sma` loads no plugin and none of the packages that only specs, plugins or training need."""
-    program = "import sys, sma; print(*sorted({name.split('.')[0] for name in sys.modules}))"
-    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    loaded = set(run.stdout.split())
+    loaded = loaded_by("sma")
     assert "sma" in loaded
     assert loaded & {"sma_modules", "sma_models", "lightning", "matplotlib", "pooch", "tensorboard", "typer"} == set()
+    assert "transformers" not in loaded
+
+
+def test_transformers_is_loaded_by_the_package_that_needs_it_only() -> None:
+    assert "transformers" not in loaded_by("sma_models.cli, sma_models.heads, sma_models.generation")

@@ -39,8 +39,10 @@ class Tokens(NamedTuple):
 
     def split(self, size: int) -> list[Tokens]:
         """Parts of ``size`` columns, the last one shorter; one at least."""
-        ids = self.ids.split(size, 1)
-        return list(map(Tokens, ids, [None] * len(ids) if self.valid is None else self.valid.split(size, 1)))
+        ids = self.ids.split(size, 1)  # type: ignore[no-untyped-call]
+        if self.valid is None:
+            return [Tokens(each, None) for each in ids]
+        return list(map(Tokens, ids, self.valid.split(size, 1)))  # type: ignore[no-untyped-call]
 
     def then(self, more: Tokens) -> Tokens:
         """Both, one after the other."""

@@ -1,0 +1,156 @@
+"""Logits, losses and gradients are those of the plain model; what a model cannot do is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
+
+from sma.errors import ConfigError, ShapeError, StreamingError
+from sma_models.heads import Classifier, LanguageModel
+from sma_models.hf import SMAConfig, SMAForCausalLM, SMAForSequenceClassification, from_model
+from tests.models.tiny import SPECS, inputs_of, tiny
+
+LANGUAGE_MODELS = [name for name in SPECS if name.endswith("_lm")]
+CLASSIFIERS = [name for name in SPECS if isinstance(tiny(name), Classifier)]
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS + CLASSIFIERS)
+def test_logits_are_those_of_the_plain_model(name: str) -> None:
+    plain = tiny(name)
+    model = from_model(plain)
+    assert model.model is plain
+    assert not model.training
+    inputs = inputs_of(plain)
+    valid = torch.rand(inputs.shape) < 0.8
+    assert torch.equal(model(inputs).logits, plain(inputs).logits)
+    assert torch.equal(model(inputs, attention_mask=valid.long()).logits, plain(inputs, valid=valid).logits)
+    out = model(inputs, output_routings=True)
+    assert out.routings.keys() == plain(inputs).routings.keys()
+    assert model(inputs).routings is None
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_logits_with_a_cache_are_those_without(name: str) -> None:
+    plain = tiny(name).double()
+    model = from_model(plain)
+    tokens = inputs_of(plain)
+    whole = plain(tokens).logits
+    out = model(tokens[:, :10], use_cache=True)
+    parts = [out.logits, *(model(part, cache=out.cache).logits for part in tokens[:, 10:].split([1, 9, 4], 1))]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-9)
+    assert out.cache.get_seq_length() == tokens.shape[1]
+
+
+def test_float32_logits_with_a_cache(model: SMAForCausalLM) -> None:
+    tokens = inputs_of(model.model, length=100)
+    logits = model(tokens, use_cache=True).logits
+    assert torch.equal(logits, model.model(tokens, model.model.initial_state(3)).logits)
+    torch.testing.assert_close(logits, model.model(tokens).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("keep", [1, 3, 24, 99, torch.tensor([0, 5])])
+def test_logits_to_keep(model: SMAForCausalLM, keep: Any, cached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sma_models.hf.modeling.PREFILL_CHUNK", 7)
+    tokens = inputs_of(model.model)
+    whole = model(tokens).logits
+    expected = whole[:, keep] if isinstance(keep, torch.Tensor) else whole[:, -keep:]
+    torch.testing.assert_close(model(tokens, logits_to_keep=keep, use_cache=cached).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_the_loss_of_a_language_model() -> None:
+    plain = tiny("ema_moe_lm").train()
+    for part in plain.modules():
+        if hasattr(part, "p"):
+            part.p = 0.0
+    tokens = inputs_of(plain)
+    labels = tokens.masked_fill(torch.rand(tokens.shape) < 0.3, -100)
+    out = plain(tokens)
+    auxiliary = sum(out.losses.values())
+    assert float(auxiliary.detach()) > 0
+    own = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    model = from_model(plain)
+    torch.testing.assert_close(model(tokens, labels=labels).loss, own + auxiliary)
+    # A part of a batch of 1000 labels: each loss counts by its share.
+    share = labels.ne(-100).sum() / 1000
+    scaled = own * labels[:, 1:].ne(-100).sum() / 1000 + auxiliary * share
+    torch.testing.assert_close(model(tokens, labels=labels, num_items_in_batch=1000).loss, scaled)
+
+
+def test_the_losses_of_a_classifier() -> None:
+    model = from_model(tiny("seqboat_listops"))
+    inputs = inputs_of(model.model)
+    labels = torch.tensor([0, 9, 3])
+    logits = model.model(inputs).logits
+    torch.testing.assert_close(model(inputs, labels=labels).loss, F.cross_entropy(logits, labels))
+    model.config.problem_type = "multi_label_classification"
+    several = torch.rand(3, 10).round()
+    torch.testing.assert_close(model(inputs, labels=several).loss, F.binary_cross_entropy_with_logits(logits, several))
+
+
+def test_auto_classes_build_from_a_configuration() -> None:
+    config = SMAConfig.of("seqboat_small_lm", "n_layers=1", "d_model=16")
+    assert isinstance(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), SMAForCausalLM)
+    built = AutoModelForSequenceClassification.from_config(SMAConfig.of("seqboat_text", "n_layers=1", "d_model=16"))
+    assert isinstance(built, SMAForSequenceClassification)
+
+
+def test_other_outputs(model: SMAForCausalLM) -> None:
+    tokens = inputs_of(model.model)
+    loss, logits = model(tokens, labels=tokens, return_dict=False)
+    assert torch.equal(logits, model(tokens).logits)
+    assert loss.shape == ()
+    assert model(tokens).cache is None
+
+
+def test_embeddings_grow_with_the_vocabulary() -> None:
+    for tied in (True, False):
+        model = from_model(tiny("seqboat_small_lm", tie_embeddings=tied))
+        before = model(inputs_of(model.model)).logits
+        model.resize_token_embeddings(20)
+        assert model.config.vocab_size == model.model.vocab_size == model.config.typed.vocab_size == 20
+        assert (model.get_output_embeddings() is None) == tied
+        after = model(inputs_of(model.model)).logits
+        assert after.shape[-1] == 20
+        assert torch.equal(after[..., :16], before)
+        assert model(torch.tensor([[19]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"inputs_embeds": torch.zeros(1, 2, 8)}, ConfigError, "SMAForCausalLM: has no inputs_embeds, got Tensor"),
+        ({"output_hidden_states": True}, ConfigError, "has no output_hidden_states"),
+        ({"past_key_values": DynamicCache()}, ConfigError, "has no past_key_values"),
+        ({"cache": DynamicCache()}, StreamingError, "cache: must be an SMACache, got DynamicCache"),
+        ({"input_ids": None}, ShapeError, "input_ids: must be a tensor"),
+        ({"input_ids": torch.tensor([[256]])}, ShapeError, "tokens must lie in 0..255, got 256"),
+        ({"attention_mask": torch.ones(1, 2)}, ShapeError, r"attention_mask: must be \(B, L\).* got \(1, 2\)"),
+        ({"attention_mask": torch.ones(1, 1, 3, 3)}, ShapeError, "attention_mask: must be"),
+        ({"attention_mask": torch.ones(2, 3)}, ShapeError, "valid: must be bool of shape"),
+    ],
+)
+def test_refused(arguments: dict[str, Any], error: type[Exception], message: str, plain: LanguageModel) -> None:
+    model = SMAForCausalLM(SMAConfig(spec=plain.config), plain)  # without a number for padding
+    with pytest.raises(error, match=message):
+        model(**{"input_ids": torch.tensor([[1, 2, 3]])} | arguments)
+
+
+def test_a_model_that_cannot_stream_says_why() -> None:
+    model = SMAForCausalLM(SMAConfig.of("seqboat_small_lm", "n_layers=1", "blocks[0].activate.module.window=null"))
+    tokens = torch.tensor([[1, 2, 3]])
+    assert model(tokens).logits.shape == (1, 3, 256)
+    with pytest.raises(StreamingError, match="has no bounded memory"):
+        model(tokens, use_cache=True)
+    with pytest.raises(StreamingError, match="has no bounded memory"):
+        model.generate(tokens, max_new_tokens=2)
+    assert model.generate(tokens, max_new_tokens=2, use_cache=False).shape == (1, 5)
+
+
+def test_from_model_takes_what_it_can_wrap() -> None:
+    with pytest.raises(ConfigError, match="model: must be a LanguageModel or a Classifier, got Retrieval"):
+        from_model(tiny("seqboat_retrieval"))
