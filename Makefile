@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export GOMP_SPINCOUNT ?= 10000
 export MPLBACKEND ?= Agg
 
-.PHONY: help demo test test-scatter lint types contracts docs doctest examples plugin bench check venv clean
+.PHONY: help demo test test-scatter test-lm-eval lint types contracts docs doctest examples plugin bench check venv clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -44,6 +44,10 @@ test-scatter: $(STAMP)  ## build torch-scatter (once, kept in SMA_WHEELS) and ru
 	fi; \
 	$(PIP) install --quiet --no-deps --no-index --find-links "$$wheels" torch-scatter
 	SMA_REQUIRE_SCATTER=1 $(BIN)/python -m pytest -n 2 -q -m scatter
+
+test-lm-eval: $(STAMP)  ## install lm-eval (300 MB) and let it judge a model
+	$(PIP) install --quiet $(PIP_ARGS) -c constraints.txt lm-eval
+	SMA_REQUIRE_LM_EVAL=1 $(BIN)/python -m pytest -q -m lm_eval
 
 lint: $(STAMP)  ## check style and format
 	$(BIN)/ruff check .

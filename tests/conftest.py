@@ -33,13 +33,18 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
+OPTIONAL = {"scatter": ("torch_scatter", "SMA_REQUIRE_SCATTER"), "lm_eval": ("lm_eval", "SMA_REQUIRE_LM_EVAL")}
+"""By marker: the package that a test needs, and the variable that makes its absence a failure."""
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A test marked ``scatter`` is skipped without torch-scatter, or fails where torch-scatter is required."""
-    if item.get_closest_marker("scatter") is None or importlib.util.find_spec("torch_scatter") is not None:
-        return
-    if os.environ.get("SMA_REQUIRE_SCATTER") == "1":
-        pytest.fail("torch_scatter is not installed, and SMA_REQUIRE_SCATTER=1 asks for it", pytrace=False)
-    pytest.skip("torch_scatter is not installed; `make test-scatter` builds it and runs this test")
+    """A test of an optional package is skipped without it, or fails where the package is required."""
+    for marker, (package, variable) in OPTIONAL.items():
+        if item.get_closest_marker(marker) is None or importlib.util.find_spec(package) is not None:
+            continue
+        if os.environ.get(variable) == "1":
+            pytest.fail(f"{package} is not installed, and {variable}=1 asks for it", pytrace=False)
+        pytest.skip(f"{package} is not installed; `make test-{marker.replace('_', '-')}` gets it and runs this test")
 
 
 @pytest.fixture(autouse=True)

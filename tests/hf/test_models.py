@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -154,3 +156,19 @@ def test_a_model_that_cannot_stream_says_why() -> None:
 def test_from_model_takes_what_it_can_wrap() -> None:
     with pytest.raises(ConfigError, match="model: must be a LanguageModel or a Classifier, got Retrieval"):
         from_model(tiny("seqboat_retrieval"))
+
+
+def test_what_tools_look_for(model: SMAForCausalLM) -> None:
+    parameters = list(signature(model.forward).parameters)
+    assert parameters[:2] == ["input_ids", "attention_mask"]
+    assert model.main_input_name == "input_ids"
+    assert model.can_generate()
+    assert not SMAForSequenceClassification.can_generate()
+    assert model.num_parameters() == sum(parameter.numel() for parameter in model.model.parameters())
+    assert model.get_input_embeddings() is model.model.embedding
+    assert (model.device.type, model.dtype) == ("cpu", torch.float32)
+    copied = copy.deepcopy(model)
+    tokens = inputs_of(model.model)
+    assert torch.equal(copied(tokens).logits, model(tokens).logits)
+    rows = torch.cat([model(row[None]).logits for row in tokens])
+    torch.testing.assert_close(model(tokens).logits, rows, rtol=0, atol=1e-5)

@@ -175,3 +175,17 @@ def test_export_of_a_run(
     assert "must be new or empty" in capsys.readouterr().err
     assert main(["export-hf", str(run.path), "--to", str(folder), "--force", "--dtype", "bfloat16"]) == 0
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+
+
+def test_what_no_file_holds_is_initialised_as_in_a_new_model(plain: LanguageModel, folder: Path) -> None:
+    config = AutoModelForCausalLM.from_pretrained(folder).config
+    held = {f"model.{name}": tensor for name, tensor in plain.state_dict().items() if ".mixer." not in name}
+    torch.manual_seed(3)
+    model, info = SMAForCausalLM.from_pretrained(None, config=config, state_dict=held, output_loading_info=True)
+    torch.manual_seed(3)
+    fresh = SMAForCausalLM(config)
+    missing = {name for name in model.state_dict() if ".mixer." in name}
+    assert missing
+    assert set(info["missing_keys"]) == missing
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, fresh.state_dict()[name] if name in missing else held[name]), name
