@@ -39,7 +39,7 @@ napoleon_use_ivar = True
 # Names of other projects, private names and type variables have no page here. Everything else must resolve.
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn|np|numpy|lightning|omegaconf|pluggy|pathlib|importlib|collections|typing|types)\..*"),
-    (r"py:.*", r"(contextlib|rich|argparse|matplotlib|hypothesis|typer)\..*|Figure"),
+    (r"py:.*", r"(contextlib|rich|argparse|matplotlib|hypothesis|typer|transformers|tokenizers)\..*|Figure"),
     (r"py:.*", r"(Tensor|Parameter|Traversable|PathLike|os\.PathLike|Path|Generator|Iterator|Iterable|ModuleType)"),
     (r"py:.*", r"(Callable|Mapping|Sequence|Any|Self|Literal.*|ClassVar|Final|NamedTuple|Protocol|optional)"),
     (r"py:.*", r"(Float|Int|Bool|Activation|jaxtyping)(\..*|\[.*)?"),
