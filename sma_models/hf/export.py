@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -59,6 +60,8 @@ def export(
 ) -> Path:
     """Write a folder for ``from_pretrained``: weights, spec, and the tokenizer of bytes where the model reads these.
 
+    A new folder appears complete or not at all.
+
     Args:
         model: a language model or a classifier; it is left as it is.
         folder: the folder to write.
@@ -83,10 +86,18 @@ def export(
         raise ConfigError(f"dtype: must be of floating point, got {dtype}")
     if target.exists() and not target.is_dir():
         raise ConfigError(f"folder: must be a folder, got the file {target}")
-    if not force and target.is_dir() and any(target.iterdir()):
+    new = not target.is_dir() or not any(target.iterdir())
+    if not new and not force:
         raise ConfigError(f"folder: must be new or empty, got {target}, which holds something; force overwrites it")
     wrapped = from_model(model if dtype is None else copy.deepcopy(model).to(dtype))
-    wrapped.save_pretrained(target, max_shard_size=max_shard_size)
-    if wrapped.config.vocab_size in (N_BYTES, N_BYTES + 1):
-        SMAByteTokenizer().save_pretrained(target)
+    place = target.absolute().with_name(f".{target.absolute().name}.{os.getpid()}.tmp") if new else target
+    try:
+        wrapped.save_pretrained(place, max_shard_size=max_shard_size)
+        if wrapped.config.vocab_size in (N_BYTES, N_BYTES + 1):
+            SMAByteTokenizer().save_pretrained(place)
+        if new:
+            place.replace(target)
+    finally:
+        if new:
+            shutil.rmtree(place, ignore_errors=True)
     return target

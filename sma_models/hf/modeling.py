@@ -21,6 +21,7 @@ from sma_models.heads import Classifier, LanguageModel
 from sma_models.hf.cache import SMACache, Tokens
 from sma_models.hf.configuration import SMAConfig
 from sma_models.hf.loader import Loadable
+from sma_models.stack import StackConfig
 
 PREFILL_CHUNK = 2048
 """A prompt is read in chunks of this many tokens, as by :func:`sma_models.generation.stream`."""
@@ -83,7 +84,7 @@ class SMAPreTrainedModel(Loadable, PreTrainedModel):
             # Loading begins on the device `meta`, but a part may look at its own numbers as it is built, and what no
             # file holds (a table that is not saved, a new head) must have them.
             with torch.device("cpu" if torch.get_default_device().type == "meta" else torch.get_default_device()):
-                model = typed.build()
+                model = _build(typed)
         self.model = model
         self.gradient_checkpointing = bool(self.model.stack.checkpoint)
         self._no_split_modules = [type(self.model).__name__]  # weights are used by more than their own module
@@ -172,6 +173,14 @@ class SMAPreTrainedModel(Loadable, PreTrainedModel):
             )
         mask = attention_mask[:, attention_mask.shape[1] - input_ids.shape[1] :] != 0
         return Tokens(input_ids, mask if real is None else mask & real)
+
+
+def _build(typed: StackConfig) -> Model:
+    try:
+        model: Model = typed.build()
+    except (RuntimeError, MemoryError, OverflowError) as error:  # sizes beyond the memory of this machine
+        raise ConfigError(f"spec: cannot be built here ({error})") from error
+    return model
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
@@ -274,8 +283,8 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
         for chunk in tokens.split(max(tokens.length, 1) if whole else PREFILL_CHUNK):
             out = self.model(chunk.ids, state, valid=chunk.valid)
             state = out.state
-            logits = out.logits if logits is None else torch.cat([logits, out.logits], 1)
-            logits = logits[:, max(logits.shape[1] - keep, 0) :]
+            last = out.logits[:, max(chunk.length - keep, 0) :]
+            logits = last if logits is None else torch.cat([logits, last], 1)[:, -keep:]
         layer.read(before, tokens, state)
         assert logits is not None
         return out, logits

@@ -78,5 +78,7 @@ def test_the_model_must_be_of_the_kind() -> None:
         SMAForCausalLM(SMAConfig.of("seqboat_text"))
     with pytest.raises(ConfigError, match="must be that of a Classifier, got Retrieval"):
         SMAForSequenceClassification(SMAConfig.of("seqboat_retrieval"))
+    with pytest.raises(ConfigError, match="spec: cannot be built here"):
+        SMAForCausalLM(SMAConfig.of("seqboat_small_lm", "d_model=1000000000"))
     with pytest.raises(SpecError, match="spec: must be given, got None"):
         SMAForCausalLM(SMAConfig())

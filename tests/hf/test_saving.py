@@ -138,8 +138,23 @@ def test_export_leaves_what_is_there(plain: LanguageModel, tmp_path: Path) -> No
         export(plain, tmp_path / "model" / "notes.txt")
     with pytest.raises(ConfigError, match=r"dtype: must be of floating point, got torch\.int64"):
         export(plain, tmp_path / "other", dtype=torch.int64)
+    export(plain, tmp_path / "model", force=True, max_shard_size=2000)
     export(plain, tmp_path / "model", force=True)
+    tokens = inputs_of(plain)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "model")(tokens).logits, plain(tokens).logits)
     assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
+
+
+def test_an_export_that_breaks_off_leaves_nothing(
+    plain: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(SMAByteTokenizer, "save_pretrained", full)
+    with pytest.raises(OSError, match="no space left"):
+        export(plain, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_tokenizer_comes_with_models_of_bytes_only(tmp_path: Path) -> None:

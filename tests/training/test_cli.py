@@ -39,6 +39,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["eval", "nowhere"], "run: must be the folder of a training run, got 'nowhere'"),
         (["generate", "nowhere"], "run: must be the folder of a training run"),
         (["inspect", "nowhere"], "run: must be the folder of a training run"),
+        (["export-hf", "nowhere", "--to", "x"], "run: must be the folder of a training run"),
         (["specs", "seqboat_txt"], "did you mean 'seqboat_text'"),
         (["specs", "seqboat_text", "n_layers=0"], "n_layers: must be at least 1, got 0"),
         (["convert", "x.pt", "--spec", "seqboat_text", "--to", "y.safetensors"], "x.pt: no such file"),
