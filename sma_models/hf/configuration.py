@@ -38,7 +38,7 @@ class SMAConfig(Loadable, PreTrainedConfig):
     """
 
     model_type = "sma"
-    keys_to_ignore_at_inference = ["cache", "routings"]  # noqa: RUF012  # as every configuration has it
+    keys_to_ignore_at_inference = ["cache", "hidden_states", "routings"]  # noqa: RUF012  # as every configuration has it
 
     spec: dict[str, Any] | None = None
     pad_token_id: int | None = None

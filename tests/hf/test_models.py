@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from sma.errors import ConfigError, ShapeError, StreamingError
 from sma_models.heads import Classifier, LanguageModel
-from sma_models.hf import SMAConfig, SMAForCausalLM, SMAForSequenceClassification, from_model
+from sma_models.hf import SMACache, SMAConfig, SMAForCausalLM, SMAForSequenceClassification, from_model
 from tests.models.tiny import SPECS, inputs_of, tiny
 
 LANGUAGE_MODELS = [name for name in SPECS if name.endswith("_lm")]
@@ -109,6 +109,45 @@ def test_other_outputs(model: SMAForCausalLM) -> None:
     assert model(tokens).cache is None
 
 
+@pytest.mark.parametrize("name", ["seqboat_small_lm", "three_module_lm", "seqboat_text"])
+def test_hidden_states(name: str) -> None:
+    plain = tiny(name)
+    model = from_model(plain)
+    inputs = inputs_of(plain)
+    valid = torch.rand(inputs.shape) < 0.8
+    out = model(inputs, attention_mask=valid.long(), output_hidden_states=True)
+    assert torch.equal(out.logits, plain(inputs, valid=valid).logits)
+    assert len(out.hidden_states) == len(plain.stack.layers) + 1
+    assert all(each.shape == (3, 24, plain.stack.d_model) for each in out.hidden_states)
+    assert all(float(each.detach()[~valid].abs().max()) == 0 for each in out.hidden_states)
+    # Each block and the norm, run by themselves on one row, make the next of it.
+    row = valid[0]
+    before = out.hidden_states[-2][0][row][None]
+    after = plain.stack.layers[-1](before).x
+    after = after if plain.stack.final_norm is None else plain.stack.final_norm(after)
+    torch.testing.assert_close(after[0], out.hidden_states[-1][0][row], rtol=0, atol=1e-5)
+    assert model(inputs).hidden_states is None
+    assert not plain.stack._forward_hooks, "nothing is left behind"
+    model.config.output_hidden_states = True
+    assert len(model(inputs).hidden_states) == len(out.hidden_states)
+
+
+def test_hidden_states_with_a_cache(model: SMAForCausalLM) -> None:
+    tokens = inputs_of(model.model)
+    whole = model(tokens, output_hidden_states=True).hidden_states
+    cache = SMACache()
+    cache.activate_past_recording()
+    model(tokens[:, :10], cache=cache)
+    cache.crop(-3)
+    part = model(tokens[:, 7:], cache=cache, output_hidden_states=True, logits_to_keep=2)
+    assert part.logits.shape[1] == 2
+    for expected, found in zip(whole, part.hidden_states, strict=True):
+        torch.testing.assert_close(found, expected[:, 7:], rtol=0, atol=1e-5)
+    options = {"output_hidden_states": True, "return_dict_in_generate": True, "do_sample": False}
+    written = model.generate(tokens, max_new_tokens=3, **options)
+    assert [step[-1].shape[1] for step in written.hidden_states] == [24, 1, 1]
+
+
 def test_embeddings_grow_with_the_vocabulary() -> None:
     for tied in (True, False):
         model = from_model(tiny("seqboat_small_lm", tie_embeddings=tied))
@@ -120,13 +159,15 @@ def test_embeddings_grow_with_the_vocabulary() -> None:
         assert after.shape[-1] == 20
         assert torch.equal(after[..., :16], before)
         assert model(torch.tensor([[19]])).logits.isfinite().all()
+        model.resize_token_embeddings(10)
+        assert model.config.vocab_size == model(torch.tensor([[9]])).logits.shape[-1] == 10
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"inputs_embeds": torch.zeros(1, 2, 8)}, ConfigError, "SMAForCausalLM: has no inputs_embeds, got Tensor"),
-        ({"output_hidden_states": True}, ConfigError, "has no output_hidden_states"),
+        ({"output_attentions": True}, ConfigError, "has no output_attentions"),
         ({"past_key_values": DynamicCache()}, ConfigError, "has no past_key_values"),
         ({"cache": DynamicCache()}, StreamingError, "cache: must be an SMACache, got DynamicCache"),
         ({"input_ids": None}, ShapeError, "input_ids: must be a tensor"),
