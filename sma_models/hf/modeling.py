@@ -150,7 +150,7 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
         """
         if not isinstance(cache, SMACache):
             raise StreamingError(f"cache: must be an SMACache, got {type(cache).__name__}")
-        layer, length = cache.layer, tokens.length if keep is None else keep
+        layer, length = cache.layer, tokens.length if keep is None else min(keep, tokens.length)
         if layer.ahead is not None:
             tokens = layer.ahead.then(tokens)
         before = state = self.model.initial_state(tokens.ids.shape[0]) if layer.state is None else layer.state

@@ -99,6 +99,17 @@ def test_taking_back_twice_and_reordering_between(model: SMAForCausalLM) -> None
     torch.testing.assert_close(model(more, cache=cache).logits, expected, rtol=0, atol=1e-5)
 
 
+def test_tokens_that_are_read_again_give_no_logits(model: SMAForCausalLM) -> None:
+    tokens = inputs_of(model.model, length=12)
+    cache = SMACache()
+    cache.activate_past_recording()
+    model(tokens[:, :10], cache=cache)
+    cache.crop(-4)
+    assert model(tokens[:, 6:9], cache=cache, logits_to_keep=99).logits.shape == (3, 3, 256)
+    cache.crop(-2)
+    assert model(tokens[:, 7:9], cache=cache).logits.shape == (3, 2, 256)
+
+
 def test_only_what_was_recorded_can_be_taken_back(model: SMAForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = inputs_of(model.model, length=12)
     cache = model(tokens, use_cache=True).cache
