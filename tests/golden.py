@@ -158,12 +158,25 @@ def build_layer(meta: dict[str, Any], affine: bool = True) -> nn.Module:
         torch.set_default_dtype(before)
 
 
+def placed(content: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The content on a device, its real numbers in another dtype."""
+
+    def moved(value: Any) -> Any:
+        return value.to(device, dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
+
+    return {name: moved(value) for name, value in content.items()}
+
+
 def run(content: dict[str, Any], backend: str) -> dict[str, Tensor]:
-    """Everything that a golden file can hold, as computed by a backend, under the file's names."""
+    """Everything that a golden file can hold, as computed by a backend, under the file's names.
+
+    Where the content lies it is computed, and in its dtype.
+    """
     params = part(content, "param.")
     is_ema = content["meta"]["kind"] == "md_ema"
     layer = build_layer(content["meta"], any(name in params for name in ("norm.norm.weight", "norm.norm.scalar")))
     layer.load_state_dict(params if is_ema else convert_layer(params))
+    layer.to(content["x"].device, content["x"].dtype)
     x = content["x"].clone().requires_grad_()
     alignment = Alignment.of(content.get("valid"), tuple(x.shape[:2]))
     result: dict[str, Tensor] = {}
@@ -209,7 +222,7 @@ def errors(content: dict[str, Any], backend: str) -> Iterator[tuple[str, float]]
         GoldenError: the weights or options are not those of a layer that can be built, or an entry has another shape.
         BackendError: the backend cannot run this input.
     """
-    valid = content.get("valid", torch.ones(content["x"].shape[:2], dtype=torch.bool))
+    valid = content.get("valid", torch.ones(content["x"].shape[:2], dtype=torch.bool, device=content["x"].device))
     try:
         result = run(content, backend)
     except BackendError:
