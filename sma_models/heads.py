@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sma.dropout import Dropout
 from sma.errors import RoutingError, ShapeError
 from sma.interfaces import Model
+from sma.linear import Linear, linear
 from sma.padding import check_lengths, check_valid, valid_of
 from sma.routing import Routing
 from sma_models.stack import Stack, StackConfig, StackState
@@ -127,7 +128,7 @@ class LanguageModel(Model):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, 0.0, config.d_model**-0.5)
         self.stack = Stack(config, causal=True)
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, bias=False)
         if self.head is not None:
             nn.init.normal_(self.head.weight, 0.0, config.d_model**-0.5)
 
@@ -166,7 +167,7 @@ class LanguageModel(Model):
         check_tokens("language_model", tokens, self.vocab_size)
         x = self.embedding(tokens.long()) * math.sqrt(self.stack.d_model)
         out = self.stack(x, state, valid=valid, lengths=lengths, replay=replay)
-        logits = F.linear(out.x, self.embedding.weight) if self.head is None else self.head(out.x)
+        logits = linear(out.x, self.embedding.weight) if self.head is None else self.head(out.x)
         return ModelOutput(logits, out.state, out.routings, out.losses)
 
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sma.dropout import Dropout
 from sma.interfaces import Block, BlockOutput, Mixer, Module, ModuleOutput, Norm
 from sma.layer import ActivatedState, SparselyActivated
+from sma.linear import Linear
 from sma.padding import valid_of
 from sma.routing import Packed, Routing
 from sma.state import State
@@ -82,9 +83,9 @@ class Mega(Block):
         self.d_qk, self.d_v = config.attention.d_qk, config.attention.d_v or 2 * d_model
         attention = replace(config.attention, d_v=self.d_v).build(d_model=self.d_qk + self.d_v, causal=causal)
         self.attention: SparselyActivated = always_on(attention, causal=causal)
-        self.v_proj = nn.Linear(d_model, self.d_v)
-        self.mx_proj = nn.Linear(d_model, 2 * d_model + self.d_qk + self.d_v)
-        self.h_proj = nn.Linear(self.d_v, d_model)
+        self.v_proj = Linear(d_model, self.d_v)
+        self.mx_proj = Linear(d_model, 2 * d_model + self.d_qk + self.d_v)
+        self.h_proj = Linear(self.d_v, d_model)
         initialise(self.v_proj, self.mx_proj, self.h_proj)
         self.dropout = Dropout(config.dropout)
         sublayer = SublayerConfig(module=config.ffn, norm=config.norm, dropout=config.dropout) if config.ffn else None

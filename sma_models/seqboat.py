@@ -7,11 +7,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sma.interfaces import Block, BlockOutput, Mixer, Norm
 from sma.layer import ActivatedConfig, ActivatedState, init_router
+from sma.linear import linear
 from sma.ops import combine, narrow_linear
 from sma.padding import valid_of
 from sma.routing import Routing
@@ -100,7 +100,7 @@ class SeqBoat(Block):
             member.output,
             member.packed,
             weight=member.weight,
-            skip=F.linear(parts.x, skip_weight, None if m.is_cuda else skip_bias),
+            skip=linear(parts.x, skip_weight, None if m.is_cuda else skip_bias),
             # A kernel sums its gradient on the way; elsewhere the product adds it for nothing.
             skip_bias=skip_bias if m.is_cuda else None,
             residual=residual,

@@ -6,12 +6,13 @@ from dataclasses import dataclass, fields
 from typing import Literal, TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sma.configurable import BaseConfig
 from sma.dropout import Dropout
 from sma.errors import ShapeError
 from sma.interfaces import Mixer, ModuleOutput
+from sma.linear import Linear
 from sma.memory import WorkingMemory
 from sma.routing import Packed
 from sma.state import State
@@ -71,8 +72,8 @@ class Attention(LocalAttention):
         )
         self.n_kv_heads = config.n_kv_heads or config.n_heads
         heads = config.n_heads + 2 * self.n_kv_heads
-        self.qkv_proj = nn.Linear(d_model, heads * self.width, bias=config.qkv_bias)
-        self.out_proj = nn.Linear(d_model, d_model)
+        self.qkv_proj = Linear(d_model, heads * self.width, bias=config.qkv_bias)
+        self.out_proj = Linear(d_model, d_model)
         initialise(self.qkv_proj, self.out_proj)
         self.dropout = Dropout(config.hidden_dropout)
 

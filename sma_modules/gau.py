@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sma.dropout import Dropout
 from sma.interfaces import ModuleOutput
+from sma.linear import Linear
 from sma.memory import WorkingMemory
 from sma.recomputation import recomputed
 from sma.routing import Packed
@@ -143,8 +144,8 @@ class GAU(SingleHead):
 
     def __init__(self, config: Config, *, d_model: int, causal: bool = False) -> None:
         super().__init__(config, d_model=d_model, causal=causal)
-        self.mx_proj = nn.Linear(d_model, config.d_qk + 2 * self.d_v)
-        self.h_proj = nn.Linear(self.d_v, d_model)
+        self.mx_proj = Linear(d_model, config.d_qk + 2 * self.d_v)
+        self.h_proj = Linear(self.d_v, d_model)
         initialise(self.mx_proj, self.h_proj)
         self.dropout = Dropout(config.hidden_dropout)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
+from sma.linear import linear
 from sma_modules.ops.feed_forward import ACTIVATE, FEED_FORWARD
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
@@ -31,5 +32,5 @@ def feed_forward(
     activation: str,
 ) -> Tensor:
     """One operation for each step."""
-    b = None if gate is None else F.linear(x, gate, gate_bias)
-    return F.linear(activate(F.linear(x, up, up_bias), b, activation), down, down_bias)
+    b = None if gate is None else linear(x, gate, gate_bias)
+    return linear(activate(linear(x, up, up_bias), b, activation), down, down_bias)

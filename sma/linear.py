@@ -1,0 +1,114 @@
+"""Linear layers that use the whole of a CPU."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_PIXELS = 32
+"""Tokens of one row of an image: rows of tokens are filled up to a multiple of it, so that few shapes occur."""
+_FEWEST = 512
+"""Tokens, and with them rows of the image: with fewer than 16 of these, one thread would do the product the old way."""
+_SMALLEST = 1 << 24
+"""Multiplications that are worth it."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + b``, as :func:`torch.nn.functional.linear`.
+
+    PyTorch gives matrix products on a CPU to MKL, which leaves half of what an AMD processor with AVX-512 can do, and
+    convolutions to oneDNN, which does not. There a large float32 product is taken as a convolution over single pixels:
+    the same sums in another order, in half the time, forward and backward.
+
+    Args:
+        x: ``(..., K)``.
+        weight: ``(N, K)``.
+        bias: ``(N,)`` or None.
+
+    Returns:
+        ``(..., N)``.
+
+    Example:
+        >>> linear(torch.ones(2, 3), torch.ones(1, 3)).tolist()
+        [[3.0], [3.0]]
+    """
+    if not _pays(x, weight):
+        return F.linear(x, weight, bias)
+    out: Tensor = _Convolution.apply(x.reshape(-1, x.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+class Linear(nn.Linear):
+    """The module of :func:`linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(..., in_features)`` to ``(..., out_features)``."""
+        return linear(input, self.weight, self.bias)
+
+
+def _pays(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() * weight.shape[0] >= _SMALLEST
+        and x.numel() >= _FEWEST * x.shape[-1]
+        and not weight.shape[0] % 16
+        and not weight.shape[1] % 16
+        and weight.shape[1] == x.shape[-1]
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and bool(torch.backends.mkldnn.enabled)
+        and _mkl_is_slow()
+    )
+
+
+def _images(tokens: Tensor) -> Tensor:
+    """``(M, K)`` to ``(M / 32, K, 1, 32)``, channels last: the features of a token stay neighbours, nothing moves."""
+    missing = -tokens.shape[0] % _PIXELS
+    tokens = F.pad(tokens, (0, 0, 0, missing)) if missing else tokens.contiguous()
+    return tokens.view(-1, 1, _PIXELS, tokens.shape[1]).permute(0, 3, 1, 2)
+
+
+def _tokens(images: Tensor, count: int) -> Tensor:
+    """The inverse: ``(count, K)``."""
+    return images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])[:count]
+
+
+class _Convolution(torch.autograd.Function):
+    """By hand for the bias, whose gradient a convolution adds up token by token: slow, and less exact."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(tokens, weight)
+        out = _tokens(F.conv2d(_images(tokens), weight[:, :, None, None]), tokens.shape[0])
+        return out if bias is None else out.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (tokens, weight) = grads, ctx.saved_tensors
+        needs = [*ctx.needs_input_grad[:2], False]
+        options = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, transposed, ..., groups
+        d_images, d_weight, _ = torch.ops.aten.convolution_backward(
+            _images(grad), _images(tokens), weight[:, :, None, None], None, *options, needs
+        )
+        return (
+            _tokens(d_images, tokens.shape[0]) if needs[0] else None,
+            d_weight.view_as(weight) if needs[1] else None,
+            grad.sum(0) if ctx.needs_input_grad[2] else None,
+        )
+
+
+@cache
+def _mkl_is_slow() -> bool:
+    """An AMD processor with AVX-512, which MKL does not use there, and a PyTorch that has both libraries."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions have none
+    return (
+        torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and str(capabilities.get("cpu_name", "")).startswith("AMD")
+        and bool(capabilities.get("avx512_f"))
+    )
