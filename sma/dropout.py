@@ -21,14 +21,36 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """
     if p == 0:
         return x
+    kept = _factors(x, p)
+    return torch.dropout(x, p, train=True) if kept is None else x * kept
+
+
+def dropout_(x: Tensor, p: float) -> Tensor:
+    """:func:`dropout` in place, for an ``x`` that nothing else needs, also not its gradient."""
+    if p == 0:
+        return x
+    kept = _factors(x, p)
+    return torch.dropout(x, p, train=True) if kept is None else x.mul_(kept)
+
+
+def add_dropout(x: Tensor, p: float, onto: Tensor) -> Tensor:
+    """``onto + dropout(x, p)``, one pass over memory less."""
+    kept = _factors(x, p) if p and x.dtype == onto.dtype else None
+    return dropout(x, p) + onto if kept is None else torch.addcmul(onto, x, kept)
+
+
+def _factors(x: Tensor, p: float) -> Tensor | None:
+    """What the entries of ``x`` are multiplied with, 0 or one over the share that is kept; None where PyTorch's own
+    dropout is the faster one.
+    """
     dropped = round(p * _LANES)
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not 0 < dropped < _LANES:
-        return torch.dropout(x, p, train=True)
+        return None
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     lanes = words.view(torch.int16)[: x.numel()].view(x.shape)
     # As numbers, 0 and 1: PyTorch's selections by Booleans take ten times as long as a product.
     kept = lanes.float().ge_(dropped - _LANES // 2)
-    return x * kept.to(x.dtype).mul_(_LANES / (_LANES - dropped))
+    return kept.to(x.dtype).mul_(_LANES / (_LANES - dropped))
 
 
 class Dropout(nn.Dropout):

@@ -90,16 +90,23 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (tokens, weight) = grads, ctx.saved_tensors
-        needs = [*ctx.needs_input_grad[:2], False]
+        need_tokens, need_weight, need_bias = ctx.needs_input_grad
+        whole = tokens.shape[0] - tokens.shape[0] % _PIXELS
         options = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, transposed, ..., groups
         d_images, d_weight, _ = torch.ops.aten.convolution_backward(
-            _images(grad), _images(tokens), weight[:, :, None, None], None, *options, needs
+            _images(grad[:whole]),
+            _images(tokens[:whole]),
+            weight[:, :, None, None],
+            None,
+            *options,
+            [need_tokens, need_weight, False],
         )
-        return (
-            _tokens(d_images, tokens.shape[0]) if needs[0] else None,
-            d_weight.view_as(weight) if needs[1] else None,
-            grad.sum(0) if ctx.needs_input_grad[2] else None,
-        )
+        d_tokens = _tokens(d_images, whole) if need_tokens else None
+        d_weight = d_weight.view_as(weight) if need_weight else None
+        if whole < tokens.shape[0]:  # filling up both would move more than these few products do
+            d_tokens = None if d_tokens is None else torch.cat([d_tokens, grad[whole:] @ weight])
+            d_weight = None if d_weight is None else d_weight.addmm(grad[whole:].t(), tokens[whole:])
+        return d_tokens, d_weight, grad.sum(0) if need_bias else None
 
 
 @cache

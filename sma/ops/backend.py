@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,13 @@ class Op:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.choose(*args, **kwargs).run(*args, **kwargs)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A ``with`` block in which autocast does nothing; where it is off already this costs nothing."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 @contextmanager

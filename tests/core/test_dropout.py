@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
-from sma.dropout import Dropout, dropout
+from sma.dropout import Dropout, add_dropout, dropout, dropout_
 
 
 @pytest.mark.parametrize("p", [0.1, 0.15, 0.5, 0.9])
@@ -56,3 +59,29 @@ def test_nothing_to_drop() -> None:
     assert dropout(torch.empty(0, 3), 0.5).shape == (0, 3)
     assert bool((Dropout(0.5)(torch.ones(100)) == 0).any())
     assert float(dropout(torch.ones(100), 1e-9).sum()) == 100, "a share that 16 bits cannot express"
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25, 1e-9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_in_place_and_onto_another_are_the_same(p: float, dtype: torch.dtype) -> None:
+    """Also where PyTorch's own dropout takes over, and with the same gradients."""
+    x, onto = (torch.randn(3, 4, 5, dtype=dtype, requires_grad=True) for _ in range(2))
+
+    def drawn(function: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+        torch.manual_seed(3)
+        y = function()
+        return (y, *torch.autograd.grad(y.square().sum(), (x, onto)))
+
+    plain = drawn(lambda: onto + dropout(x, p))
+    added = drawn(lambda: add_dropout(x, p, onto))
+    inside = drawn(lambda: onto + dropout_(x * 1, p))
+    for want, have, also in zip(plain, added, inside, strict=True):
+        torch.testing.assert_close(have, want)
+        assert torch.equal(also, want)
+
+
+def test_onto_a_wider_one() -> None:
+    x, onto = torch.ones(4, 6, dtype=torch.bfloat16), torch.ones(4, 6)
+    y = add_dropout(x, 0.5, onto)
+    assert y.dtype == torch.float32
+    assert set(y.unique().tolist()) == {1.0, 3.0}

@@ -170,6 +170,11 @@ def test_values_that_are_not_finite_are_refused(configurator: Any, value: float)
         layer(x)
 
 
+def test_values_that_are_finite_and_their_sum_is_not() -> None:
+    layer = SparselyActivated(nn.Linear(4, 4), Always.Config().build(n_modules=1))
+    assert layer(torch.full((2, 3, 4), 3e38)).routing.active.all()
+
+
 def test_padding_may_hold_anything() -> None:
     layer = SparselyActivated(nn.Linear(4, 4))
     x = torch.randn(2, 5, 4)

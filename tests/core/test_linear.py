@@ -44,7 +44,9 @@ def test_equals_the_matrix_product(shape: tuple[int, ...], biased: bool) -> None
     for have, want in pairs:
         assert have.shape == want.shape
         assert have.is_contiguous()
-        torch.testing.assert_close(have.double(), want.double(), rtol=1e-5, atol=2e-6 * float(want.detach().abs().max()))
+        torch.testing.assert_close(
+            have.double(), want.double(), rtol=1e-5, atol=2e-6 * float(want.detach().abs().max())
+        )
 
 
 def test_gives_the_same_bits_each_time() -> None:

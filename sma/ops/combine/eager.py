@@ -1,9 +1,10 @@
 """combine with the operations of PyTorch, one after the other."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sma.dropout import dropout
+from sma.dropout import add_dropout, dropout
 from sma.ops.combine import OP, Plan, leading
 from sma.ops.extract import extract
 from sma.ops.row_norm import RowNorm
@@ -29,11 +30,21 @@ def combine(
         h = h * weight.reshape(-1).index_select(0, rows).to(h.dtype)[:, None]
     if not plan.drop_sum:
         h = dropout(h, plan.dropout)
-    y = extract(h, packed)
-    y = y if skip is None else skip + y
+    y = _placed(h, packed, skip)
     y = y if skip_bias is None else y + skip_bias.to(y.dtype)
-    if plan.drop_sum:
-        y = dropout(y, plan.dropout)
-    y = y if residual is None else y + residual
+    if plan.drop_sum and residual is not None:
+        y = add_dropout(y, plan.dropout, residual)
+    else:
+        y = dropout(y, plan.dropout) if plan.drop_sum else y
+        y = y if residual is None else y + residual
     y = F.silu(y) if plan.activation == "silu" else y
     return (y if norm is None else row_norm(y, norm)).to(dtype)
+
+
+def _placed(h: Tensor, packed: Packed, skip: Tensor | None) -> Tensor:
+    """The rows at their places, on top of the skip: ``(B, L, D)``."""
+    if skip is None or packed.fixed or skip.dtype != h.dtype:
+        y = extract(h, packed)
+        return y if skip is None else skip + y
+    # The rows are distinct: what is added to each is one number, in the same bits each time.
+    return torch.index_add(skip.flatten(0, 1), 0, packed.index, h).view_as(skip)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sma.errors import ShapeError
-from sma.ops.backend import Op
+from sma.ops.backend import Op, without_autocast
 from sma.ops.kernel import why_not_triton
 
 OP = Op("narrow_linear")
@@ -41,6 +40,7 @@ def narrow_linear(
         ShapeError: the sizes do not fit.
 
     Example:
+        >>> import torch
         >>> out, x = narrow_linear(torch.ones(1, 2, 3), torch.ones(1, 3), torch.zeros(1))
         >>> out.flatten().tolist()
         [3.0, 3.0]
@@ -50,7 +50,7 @@ def narrow_linear(
             "narrow_linear: x (B, L, D), weight (C, D) and bias (C,) must agree, "
             f"got {tuple(x.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         out: tuple[Tensor, Tensor] = OP(x, weight, bias, valid)
     return out
 

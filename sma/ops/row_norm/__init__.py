@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sma.errors import ShapeError
-from sma.ops.backend import Op
+from sma.ops.backend import Op, without_autocast
 from sma.ops.kernel import why_not_triton
 
 OP = Op("row_norm")
@@ -46,6 +45,7 @@ def row_norm(x: Float[Tensor, "*rows dim"], norm: RowNorm) -> Float[Tensor, "*ro
         ShapeError: a weight or bias does not fit ``x``.
 
     Example:
+        >>> import torch
         >>> row_norm(torch.tensor([3.0, -3.0]), RowNorm(False, 1e-6, None, None))
         tensor([ 1.0000, -1.0000])
     """
@@ -54,7 +54,7 @@ def row_norm(x: Float[Tensor, "*rows dim"], norm: RowNorm) -> Float[Tensor, "*ro
             raise ShapeError(
                 f"row_norm: {name} must be ({x.shape[-1]},) for x {tuple(x.shape)}, got {tuple(value.shape)}"
             )
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         out: Tensor = OP(x, norm)
     return out
 

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sma.errors import ConfigError, ShapeError, StreamingError
-from sma.ops.backend import Op
+from sma.ops.backend import Op, without_autocast
 from sma.ops.kernel import FLOATS, why_not_triton
 from sma_modules.ops.ema.state import EMAState, compute_dtype, initial_state
 
@@ -95,7 +95,7 @@ def ema(
         return _nothing(x, parameters, truncation, state, return_state)
     result: tuple[Tensor, EMAState | None]
     # Autocast would run the matrix products in low precision, where powers of q near 1 are worthless.
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         result = OP(
             x,
             *parameters,

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sma.ops.backend import without_autocast
+
 CHUNK = 32
 """Tokens of a chunk: more make the products larger, fewer make more steps from chunk to chunk."""
 NEGLIGIBLE = 1e-35
@@ -61,7 +63,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast(grad.device.type, enabled=False):  # somebody may call this inside of it
+        with without_autocast(grad.device):  # somebody may call this inside of it
             return _gradients(grad, *ctx.saved_tensors)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sma.dropout import dropout as drop
+from sma.dropout import dropout_ as drop_
 from sma.state import State
 
 
@@ -40,7 +41,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def finished(y: Tensor, activation: str, dropout: float, dtype: torch.dtype) -> Tensor:
     """Activation and dropout of an output, then its one rounding to ``dtype``."""
     if activation == "silu":
-        y = torch.nn.functional.silu(y)
+        return drop_(torch.nn.functional.silu(y), dropout).to(dtype)
     return drop(y, dropout).to(dtype)
 
 
