@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from sma.errors import ConfigError, StreamingError
 from sma.ops.row_norm import RowNorm
 from sma.routing import Routing
 from sma.state import State
+
+if TYPE_CHECKING:
+    from sma.stepping import BlockStepper, MixerStepper, ModuleStepper, Room
 
 Layout = Literal["tokens", "packed", "padded"]
 KINDS: dict[str, type[Configurable]] = {}
@@ -146,6 +149,12 @@ class Module(Part):
         """
         return None
 
+    def stepper(self, room: Room) -> ModuleStepper:
+        """What decodes with this module's weights; a module that can step in place overrides this."""
+        from sma.stepping.ordinary import OrdinaryModule, TokenModule
+
+        return TokenModule(self) if self.layout == "tokens" else OrdinaryModule(self, room)
+
     def attention_window(self) -> int | None:
         """How many activated tokens to each side are visible; None when the module does not attend or has no bound."""
         return None
@@ -182,6 +191,16 @@ class Mixer(Part):
             reason = "has no bounded memory" if self.causal else "looks ahead"
             raise StreamingError(f"{type(self).__name__}: cannot stream: it {reason}")
         return None
+
+    def stepper(self, room: Room) -> MixerStepper:
+        """What decodes with this mixer's weights; a mixer that can step in place overrides this.
+
+        Raises:
+            StreamingError: the mixer cannot stream.
+        """
+        from sma.stepping.ordinary import OrdinaryMixer
+
+        return OrdinaryMixer(self, room)
 
     def activated(
         self, x: Tensor, state: Any = None, *, lengths: Tensor | None = None, dropout: float = 0.0
@@ -238,6 +257,16 @@ class Block(Part):
     def initial_state(self, batch: int, like: Tensor) -> State | None:
         """State before the first token."""
         return None
+
+    def stepper(self, room: Room) -> BlockStepper:
+        """What decodes with this block's weights; a block that can step in place overrides this.
+
+        Raises:
+            StreamingError: a part of the block cannot stream.
+        """
+        from sma.stepping.ordinary import OrdinaryBlock
+
+        return OrdinaryBlock(self, room)
 
 
 class Model(Part):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, isfinite, prod
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,10 @@ from sma.ops import combine, narrow_linear
 from sma.ops.compress import compress_through
 from sma.routing import Packed, Routing
 from sma.state import State
+
+if TYPE_CHECKING:
+    from sma.stepping import Room
+    from sma.stepping.layer import MixtureStepper
 
 
 class Activated(NamedTuple):
@@ -272,6 +276,21 @@ class SparseMixture(nn.Module):
             raise StreamingError(f"{type(self).__name__}: cannot stream: {reason}")
         members = tuple(m.initial_state(batch, like) if isinstance(m, Module) else None for m in self._members)
         return ActivatedState(torch.zeros(batch, dtype=torch.int64, device=like.device), members)
+
+    def stepper(self, room: Room) -> MixtureStepper:
+        """What decodes with this layer's weights.
+
+        Raises:
+            StreamingError: the layer cannot stream; the message says why.
+        """
+        from sma.stepping.layer import MixtureStepper
+        from sma.stepping.ordinary import TokenModule
+
+        reason = self.why_not_streaming()
+        if reason is not None:
+            raise StreamingError(f"{type(self).__name__}: cannot stream: {reason}")
+        members = tuple(m.stepper(room) if isinstance(m, Module) else TokenModule(m) for m in self._members)
+        return MixtureStepper(self, members, room)
 
     def forward(
         self,

@@ -8,7 +8,7 @@ a rollback needs.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, Self, TypeVar
 
@@ -44,6 +44,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
+S = TypeVar("S", bound="State")
+
+
 @dataclass(frozen=True)
 class State:
     """Base of every streaming state."""
@@ -72,13 +75,72 @@ class State:
         """Rows ``index (B',)`` of the batch, as beam search asks for; a row may occur several times."""
         return self.map(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
 
+    def select(self, *rows: int) -> Self:
+        """Some rows of the batch, by number: :meth:`reorder` without a tensor."""
+        tensors = self.tensors()
+        device = tensors[0].device if tensors else None
+        return self.reorder(torch.tensor(rows, dtype=torch.int64, device=device))
+
+    def put(self, index: Tensor, other: Self) -> Self:
+        """A new state in which the n rows of ``other`` stand in place of rows ``index (n,)``.
+
+        Raises:
+            StreamingError: the other state is built differently.
+        """
+        theirs = iter(_matching(self, other))
+        return self.map(
+            lambda tensor: tensor.index_copy(0, index.to(tensor.device), next(theirs).to(tensor.device, tensor.dtype))
+        )
+
+    @classmethod
+    def cat(cls, states: Sequence[S]) -> S:
+        """One state of the batches of several, in their order.
+
+        Raises:
+            StreamingError: there are none, or they are built differently.
+
+        Example:
+            >>> from sma import WorkingMemory
+            >>> one, two = (WorkingMemory.empty(batch, 8, torch.zeros(0, 3)) for batch in (1, 2))
+            >>> State.cat([one, two]).count.shape
+            torch.Size([3])
+        """
+        if not states:
+            raise StreamingError("State.cat: needs at least one state, got none")
+        others = [iter(_matching(states[0], state)) for state in states[1:]]
+        return states[0].map(lambda tensor: torch.cat([tensor, *(next(other) for other in others)]))
+
     @property
     def nbytes(self) -> int:
         """Size in bytes, counted over the elements (not over shared or over-allocated storage)."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
 
 
-S = TypeVar("S", bound=State)
+def _matching(one: State, other: State) -> list[Tensor]:
+    """The tensors of ``other``, which are those of ``one`` but for the batch."""
+    ours, theirs = _shapes(one), _shapes(other)
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            raise StreamingError(f"state: {name} must be {ours.get(name)} like the first one, got {theirs.get(name)}")
+    return other.tensors()
+
+
+def _shapes(value: Any, name: str = "") -> dict[str, Any]:
+    """By its place, what each tensor is but for the batch, or the kind of a state."""
+    if isinstance(value, Tensor):
+        return {name: f"(B, {', '.join(map(str, value.shape[1:]))})" if value.dim() > 1 else "(B,)"}
+    if isinstance(value, State):
+        inside = {field.name: getattr(value, field.name) for field in fields(value)}
+        found: dict[str, Any] = {name or "state": type(value).__name__}
+    elif isinstance(value, tuple):
+        inside, found = {str(i): item for i, item in enumerate(value)}, {}
+    elif isinstance(value, dict):
+        inside, found = {str(key): item for key, item in value.items()}, {}
+    else:
+        return {}
+    for key, item in inside.items():
+        found.update(_shapes(item, f"{name}.{key}" if name else key))
+    return found
 
 
 class StateHistory(Generic[S]):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from sma.errors import ConfigError
-from sma_models.heads import LanguageModel, check_tokens, without_padding
-from sma_models.stack import StackState
+from sma_models.decoding import Decoder
+from sma_models.decoding.prefill import check_prompt
+from sma_models.heads import LanguageModel
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -80,7 +81,7 @@ def stream(
     """Yield one new token ``(B,)`` per row, for ever; take as many as you want.
 
     Args:
-        model: in evaluation mode, or dropout will act.
+        model: in evaluation mode.
         prompt: ``(B, L)`` tokens, L at least 1.
         valid: ``(B, L)`` bool, True on real tokens; every row needs one. Pad prompts on either side.
         prefill_chunk: the prompt is read in chunks of this many tokens, so memory does not grow with it.
@@ -90,51 +91,26 @@ def stream(
         generator: see there.
 
     Raises:
-        ConfigError: an option is out of range, the prompt is empty or a row of it is all padding.
+        ConfigError: an option is out of range, the model is in training mode, the prompt is empty or a row of it is all
+            padding.
         ShapeError: the prompt or ``valid`` have the wrong shape or dtype, or a token is not in the vocabulary.
         StreamingError: the model cannot stream.
     """
     check_sampling(temperature, top_k, top_p)
-    if prefill_chunk < 1:
-        raise ConfigError(f"prefill_chunk: must be at least 1, got {prefill_chunk}")
-    prompt = without_padding("prompt", prompt, valid, model.embedding.weight)
-    check_tokens("prompt", prompt, model.vocab_size)
-    if prompt.shape[1] == 0 or (valid is not None and not bool(valid.any(1).all())):
-        raise ConfigError(f"prompt: every row needs at least one real token, got shape {tuple(prompt.shape)}")
-    state = model.initial_state(prompt.shape[0])
+    prompt = check_prompt(model, prompt, valid, prefill_chunk)
+    decoder = Decoder(model, prompt.shape[0], prefill_chunk=prefill_chunk)
     draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-    return _stream(model, prompt, valid, prefill_chunk, state, draw)
+    return _stream(decoder, prompt, valid, draw)
 
 
-@torch.no_grad()
 def _stream(
-    model: LanguageModel,
-    prompt: Tensor,
-    valid: Tensor | None,
-    prefill_chunk: int,
-    state: StackState | None,
-    draw: Callable[[Tensor], Tensor],
+    decoder: Decoder, prompt: Tensor, valid: Tensor | None, draw: Callable[[Tensor], Tensor]
 ) -> Iterator[Tensor]:
-    last = torch.zeros(prompt.shape[0], model.vocab_size, dtype=model.embedding.weight.dtype, device=prompt.device)
-    for start in range(0, prompt.shape[1], prefill_chunk):
-        chunk = slice(start, start + prefill_chunk)
-        mask = None if valid is None else valid[:, chunk]
-        out = model(prompt[:, chunk], state, valid=mask)
-        state, last = out.state, _last_logits(out.logits, mask, last)
+    decoder.join_all(prompt, valid=valid)
     while True:
-        token = draw(last)
+        token = draw(decoder.logits)
         yield token
-        out = model(token[:, None], state)
-        state, last = out.state, out.logits[:, -1]
-
-
-def _last_logits(logits: Tensor, valid: Tensor | None, before: Tensor) -> Tensor:
-    """The logits at the last real token of each row; ``before`` where the chunk holds none."""
-    if valid is None:
-        return logits[:, -1]
-    column = valid.shape[1] - 1 - valid.flip(1).int().argmax(1)
-    found = logits[torch.arange(logits.shape[0], device=logits.device), column].to(before.dtype)
-    return torch.where(valid.any(1, keepdim=True), found, before)
+        decoder.step(token)
 
 
 def generate(model: LanguageModel, prompt: Tensor, max_new_tokens: int, **options: object) -> Tensor:

@@ -165,10 +165,18 @@ class LanguageModel(Model):
         """
         tokens = without_padding("language_model", tokens, valid, self.embedding.weight, lengths)
         check_tokens("language_model", tokens, self.vocab_size)
-        x = self.embedding(tokens.long()) * math.sqrt(self.stack.d_model)
-        out = self.stack(x, state, valid=valid, lengths=lengths, replay=replay)
-        logits = linear(out.x, self.embedding.weight) if self.head is None else self.head(out.x)
-        return ModelOutput(logits, out.state, out.routings, out.losses)
+        out = self.stack(self.embed(tokens), state, valid=valid, lengths=lengths, replay=replay)
+        return ModelOutput(self.logits(out.x), out.state, out.routings, out.losses)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Features ``(..., D)`` of tokens ``(...)``, as the stack takes them."""
+        x: Tensor = self.embedding(tokens.long()) * math.sqrt(self.stack.d_model)
+        return x
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits ``(..., vocab_size)`` of features ``(..., D)``, as the stack gives them."""
+        out: Tensor = linear(features, self.embedding.weight) if self.head is None else self.head(features)
+        return out
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -16,6 +16,8 @@ from sma.layer import ActivatedConfig, MixtureConfig, SparselyActivated, SparseM
 from sma.padding import valid_of
 from sma.routing import Routing
 from sma.state import State
+from sma.stepping import BlockStepper, Decision, Moment, Room, Stepped, Stepper, normalised
+from sma.stepping.layer import MixtureStepper
 from sma_modules.norms import LayerNorm
 
 ROLES = ("mixer", "module", "activate", "mixture")
@@ -89,6 +91,10 @@ class Sublayer(nn.Module):
         state: State | None = getattr(self, self.role).initial_state(batch, like)
         return state
 
+    def stepper(self, room: Room) -> SublayerStepper:
+        """What decodes with this sublayer's weights."""
+        return SublayerStepper(self, room)
+
     def forward(self, x: Tensor, state: Any, lengths: Tensor | None, replay: Routing | None) -> BlockOutput:
         """``x (B, L, D)``, right-padded; the routing is named by the role."""
         y = self.norm(x, lengths=lengths) if self.norm is not None and self.prenorm else x
@@ -107,6 +113,37 @@ class Sublayer(nn.Module):
         if self.norm is not None and not self.prenorm:
             y = self.norm(y, lengths=lengths)
         return BlockOutput(y, state, routings, {f"{self.role}.{name}": loss for name, loss in losses.items()})
+
+
+class SublayerStepper(BlockStepper):
+    """One residual step that decodes."""
+
+    def __init__(self, sublayer: Sublayer, room: Room) -> None:
+        self.sublayer = sublayer
+        self.inner = getattr(sublayer, sublayer.role).stepper(room)
+
+    def parts(self) -> dict[str, Stepper]:
+        return {self.sublayer.role: self.inner}
+
+    def read(self, slots: Tensor, position: Tensor) -> State | None:
+        state: State | None = self.inner.read(slots, position)
+        return state
+
+    def write(self, slots: Tensor, state: State | None, position: Tensor) -> None:
+        self.inner.write(slots, state, position)
+
+    def step(self, x: Tensor, moment: Moment) -> Stepped:
+        sublayer = self.sublayer
+        y = normalised(sublayer.norm, x) if sublayer.prenorm else x
+        decisions: dict[str, Decision] = {}
+        if isinstance(self.inner, MixtureStepper):
+            y, decision = self.inner.step(y, moment)
+            if sublayer.role != "module":
+                decisions[sublayer.role] = decision
+        else:
+            y = self.inner.step(y, moment)
+        y = x + y if sublayer.residual else y
+        return Stepped(y if sublayer.prenorm else normalised(sublayer.norm, y), decisions)
 
 
 @dataclass(frozen=True)
@@ -140,6 +177,9 @@ class Hybrid(Block):
     def initial_state(self, batch: int, like: Tensor) -> HybridState:
         return HybridState(tuple(sublayer.initial_state(batch, like) for sublayer in self.sublayers))  # type: ignore[operator]
 
+    def stepper(self, room: Room) -> HybridStepper:
+        return HybridStepper(self, room)
+
     def forward(
         self,
         x: Tensor,
@@ -160,3 +200,27 @@ class Hybrid(Block):
             routings.update({f"sublayers.{i}.{key}": routing for key, routing in out.routings.items()})
             losses.update({f"sublayers.{i}.{key}": loss for key, loss in out.losses.items()})
         return BlockOutput(x, None if state is None else HybridState(tuple(states)), routings, losses)
+
+
+class HybridStepper(BlockStepper):
+    """A block that decodes: its sublayers, one after the other."""
+
+    def __init__(self, block: Hybrid, room: Room) -> None:
+        self.sublayers = [SublayerStepper(sublayer, room) for sublayer in block.sublayers]  # type: ignore[arg-type]
+
+    def parts(self) -> dict[str, Stepper]:
+        return {f"sublayers.{i}": sublayer for i, sublayer in enumerate(self.sublayers)}
+
+    def read(self, slots: Tensor, position: Tensor) -> HybridState:
+        return HybridState(tuple(sublayer.read(slots, position) for sublayer in self.sublayers))
+
+    def write(self, slots: Tensor, state: Any, position: Tensor) -> None:
+        for sublayer, own in zip(self.sublayers, state.sublayers, strict=True):
+            sublayer.write(slots, own, position)
+
+    def step(self, x: Tensor, moment: Moment) -> Stepped:
+        decisions: dict[str, Decision] = {}
+        for i, sublayer in enumerate(self.sublayers):
+            x, own = sublayer.step(x, moment)
+            decisions.update({f"sublayers.{i}.{name}": decision for name, decision in own.items()})
+        return Stepped(x, decisions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,21 +17,34 @@ from sma.linear import Linear
 from sma.padding import valid_of
 from sma.routing import Packed, Routing
 from sma.state import State
+from sma.stepping import BlockStepper, Moment, Room, Stepped, Stepper, normalised
 from sma_models.hybrid import SublayerConfig, always_on
 from sma_modules.ema import EMA
 from sma_modules.gau import SingleHead
 from sma_modules.local_attention import initialise
 from sma_modules.norms import LayerNorm
+from sma_modules.steppers import SharedStepper
 
 
 class MegaAttention(SingleHead):
     """Takes ``[Z | V]`` as its tokens, ``(K, d_qk + d_v)``, and returns the attention's output, ``(K, d_v)``."""
+
+    def stepper(self, room: Room) -> SharedStepper:
+        return SharedStepper(self, room)
 
     def forward(self, x: Tensor, packed: Packed, state: State | None = None) -> ModuleOutput:
         """One chunk; see :class:`~sma_modules.gau.SingleHead`."""
         self.check(x, packed, state)
         z, v = x.split_with_sizes([self.config.d_qk, self.d_v], dim=-1)
         return ModuleOutput(*self.attend_shared(z, v, packed, state))
+
+
+class Gates(NamedTuple):
+    """What the attention's output is combined with, before any sigmoid: ``u``, ``r`` (already activated) and ``H``."""
+
+    update: Tensor
+    r: Tensor
+    h: Tensor
 
 
 @dataclass(frozen=True)
@@ -96,6 +110,9 @@ class Mega(Block):
         ffn = self.ffn.initial_state(batch, like) if self.ffn is not None else None
         return MegaState(self.mixer.initial_state(batch, like), attention, ffn)
 
+    def stepper(self, room: Room) -> MegaStepper:
+        return MegaStepper(self, room)
+
     def forward(
         self,
         x: Tensor,
@@ -110,14 +127,10 @@ class Mega(Block):
             x = self.norm(x, lengths=lengths)
         dropout = self.dropout.p if self.training else 0.0
         m, mixer_state = self.mixer.activated(x, state.mixer if state else None, lengths=lengths, dropout=dropout)
-        update, zr, h = self.mx_proj(m).split_with_sizes([self.d_model, self.d_qk + self.d_v, self.d_model], -1)
-        z, r = F.silu(zr).split_with_sizes([self.d_qk, self.d_v], -1)
-        tokens = torch.cat([z, F.silu(self.v_proj(x))], -1)
+        tokens, gates = self.inputs(m, x)
         valid = None if lengths is None else valid_of(lengths, x)
         attended = self.attention(tokens, state.attention if state else None, valid=valid)
-        new = self.dropout(F.silu(h + self.h_proj(attended.output * r)))
-        # Under autocast the residual keeps its dtype, and lerp takes no mixture.
-        y = torch.lerp(residual, new.to(residual.dtype), update.sigmoid().to(residual.dtype))
+        y = self.updated(residual, attended.output, gates)
         if not self.prenorm:
             y = self.norm(y, lengths=lengths)
         out = BlockOutput(y)
@@ -127,3 +140,47 @@ class Mega(Block):
         return BlockOutput(
             out.x, after, {}, {name.replace("module", "ffn", 1): loss for name, loss in out.losses.items()}
         )
+
+    def inputs(self, m: Tensor, x: Tensor) -> tuple[Tensor, Gates]:
+        """The tokens ``[Z | V]`` of the attention and the gates, from ``m`` and the normalised input ``(..., D)``."""
+        update, zr, h = self.mx_proj(m).split_with_sizes([self.d_model, self.d_qk + self.d_v, self.d_model], -1)
+        z, r = F.silu(zr).split_with_sizes([self.d_qk, self.d_v], -1)
+        return torch.cat([z, F.silu(self.v_proj(x))], -1), Gates(update, r, h)
+
+    def updated(self, residual: Tensor, attended: Tensor, gates: Gates) -> Tensor:
+        """``residual + u * (new - residual)``."""
+        new = self.dropout(F.silu(gates.h + self.h_proj(attended * gates.r)))
+        # Under autocast the residual keeps its dtype, and lerp takes no mixture.
+        return torch.lerp(residual, new.to(residual.dtype), gates.update.sigmoid().to(residual.dtype))
+
+
+class MegaStepper(BlockStepper):
+    """A layer that decodes."""
+
+    def __init__(self, block: Mega, room: Room) -> None:
+        self.block = block
+        self.mixer = block.mixer.stepper(room)
+        self.attention = block.attention.stepper(room)
+        self.ffn = None if block.ffn is None else block.ffn.stepper(room)
+
+    def parts(self) -> dict[str, Stepper]:
+        ffn: dict[str, Stepper] = {} if self.ffn is None else {"ffn": self.ffn}
+        return {"mixer": self.mixer, "attention": self.attention, **ffn}
+
+    def read(self, slots: Tensor, position: Tensor) -> MegaState:
+        ffn = None if self.ffn is None else self.ffn.read(slots, position)
+        return MegaState(self.mixer.read(slots, position), self.attention.read(slots, position), ffn)
+
+    def write(self, slots: Tensor, state: Any, position: Tensor) -> None:
+        self.mixer.write(slots, state.mixer, position)
+        self.attention.write(slots, state.attention, position)
+        if self.ffn is not None:
+            self.ffn.write(slots, state.ffn, position)
+
+    def step(self, x: Tensor, moment: Moment) -> Stepped:
+        block = self.block
+        n = normalised(block.norm, x) if block.prenorm else x
+        tokens, gates = block.inputs(self.mixer.activated(n, moment), n)
+        y = block.updated(x, self.attention.step(tokens, moment)[0], gates)
+        y = y if block.prenorm else normalised(block.norm, y)
+        return Stepped(y if self.ffn is None else self.ffn.step(y, moment).x, {})

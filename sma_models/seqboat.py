@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from sma.ops import combine, narrow_linear
 from sma.padding import valid_of
 from sma.routing import Routing
 from sma.state import State
+from sma.stepping import BlockStepper, Moment, Room, Stepped, Stepper, normalised
 from sma_modules.ema import EMA
 from sma_modules.gau import GAU
 from sma_modules.norms import LayerNorm
@@ -62,7 +64,10 @@ class SeqBoat(Block):
     def initial_state(self, batch: int, like: Tensor) -> SeqBoatState:
         return SeqBoatState(self.mixer.initial_state(batch, like), self.activate.initial_state(batch, like))
 
-    def _projections(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def stepper(self, room: Room) -> SeqBoatStepper:
+        return SeqBoatStepper(self, room)
+
+    def projections(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Weight and bias of the router, and of the skip path."""
         sizes = (self.n_logits, self.d_model)
         (router, skip), (router_bias, skip_bias) = (
@@ -84,7 +89,7 @@ class SeqBoat(Block):
             x = self.norm(x, lengths=lengths)
         dropout = self.dropout.p if self.training else 0.0
         m, mixer_state = self.mixer.activated(x, state.mixer if state else None, lengths=lengths, dropout=dropout)
-        router, (skip_weight, skip_bias) = self._projections()
+        router, (skip_weight, skip_bias) = self.projections()
         valid = None if lengths is None else valid_of(lengths, m)
         logits, m = narrow_linear(m, *router, valid) if self.n_logits else (None, m)
         parts = self.activate.parts(
@@ -114,3 +119,45 @@ class SeqBoat(Block):
         after = None if parts.state is None else SeqBoatState(mixer_state, parts.state)
         losses = {f"activate.{name}": loss for name, loss in parts.losses.items()}
         return BlockOutput(y, after, {"activate": parts.routing}, losses)
+
+
+class SeqBoatStepper(BlockStepper):
+    """A layer that decodes: average, projections, module and their sum."""
+
+    def __init__(self, block: SeqBoat, room: Room) -> None:
+        self.block = block
+        self.mixer = block.mixer.stepper(room)
+        self.activate = block.activate.stepper(room)
+
+    def parts(self) -> dict[str, Stepper]:
+        return {"mixer": self.mixer, "activate": self.activate}
+
+    def read(self, slots: Tensor, position: Tensor) -> SeqBoatState:
+        return SeqBoatState(self.mixer.read(slots, position), self.activate.read(slots, position))
+
+    def write(self, slots: Tensor, state: Any, position: Tensor) -> None:
+        self.mixer.write(slots, state.mixer, position)
+        self.activate.write(slots, state.activate, position)
+
+    def step(self, x: Tensor, moment: Moment) -> Stepped:
+        block = self.block
+        norm = block.norm.row_norm()
+        if block.prenorm and norm is not None:
+            m = self.mixer.activated(x, moment, norm)
+        else:
+            m = self.mixer.activated(normalised(block.norm, x) if block.prenorm else x, moment)
+        router, skip = block.projections()
+        logits = narrow_linear(m[:, None], *router)[0] if block.n_logits else None
+        decision = self.activate.decide(m, moment, logits)
+        (output,) = self.activate.outputs(m, decision, moment)
+        y = combine(
+            m if output is None else output,
+            self.activate.packed(decision.active[:, 0]),
+            weight=decision.confidence,
+            skip=F.linear(m, *skip)[:, None],
+            residual=x[:, None],
+            activation="silu",
+            norm=None if block.prenorm else norm,
+        )
+        y = y if block.prenorm or norm is not None else block.norm(y)
+        return Stepped(y.squeeze(1), {"activate": decision})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal, TypeGuard
+from typing import TYPE_CHECKING, Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ from sma.routing import Packed
 from sma.state import State
 from sma_modules.local_attention import LocalAttention, initialise
 from sma_modules.ops.rotary import rotary
+
+if TYPE_CHECKING:
+    from sma.stepping import Room
+    from sma_modules.steppers import AttentionMixerStepper, AttentionStepper
 
 
 class Attention(LocalAttention):
@@ -81,6 +85,11 @@ class Attention(LocalAttention):
         """An empty memory; None for a module that does not stream."""
         row = like.new_empty(0, self.n_kv_heads, self.width)
         return self.empty_memory(batch, row, row)
+
+    def stepper(self, room: Room) -> AttentionStepper:
+        from sma_modules.steppers import AttentionStepper
+
+        return AttentionStepper(self, room)
 
     def forward(self, x: Tensor, packed: Packed, state: State | None = None) -> ModuleOutput:
         """One chunk of activated tokens.
@@ -166,6 +175,11 @@ class AttentionMixer(Mixer):
         """
         super().initial_state(batch, like)
         return self.attention.initial_state(batch, like)
+
+    def stepper(self, room: Room) -> AttentionMixerStepper:
+        from sma_modules.steppers import AttentionMixerStepper
+
+        return AttentionMixerStepper(self, room)
 
     def forward(
         self, x: Tensor, state: State | None = None, *, lengths: Tensor | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,10 @@ from torch import Tensor, nn
 from sma.interfaces import Mixer
 from sma.state import State
 from sma_modules.ops.ema import Activation, EMAState, ema, initial_state
+
+if TYPE_CHECKING:
+    from sma.stepping import Room
+    from sma_modules.steppers import EMAStepper
 
 
 class EMA(Mixer):
@@ -89,6 +94,11 @@ class EMA(Mixer):
     ) -> tuple[Tensor, EMAState | None]:
         """``dropout(silu(y))`` and the state, in one operation; see :meth:`forward`."""
         return self._average(x, state, lengths, "silu", dropout)
+
+    def stepper(self, room: Room) -> EMAStepper:
+        from sma_modules.steppers import EMAStepper
+
+        return EMAStepper(self, room)
 
     def _average(
         self, x: Tensor, state: EMAState | None, lengths: Tensor | None, activation: Activation, dropout: float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,10 @@ from sma_modules.local_attention import LocalAttention, initialise
 from sma_modules.ops.gau_inputs import gau_inputs
 from sma_modules.ops.gau_inputs.eager import queries_and_keys
 from sma_modules.ops.window_attention import Bias
+
+if TYPE_CHECKING:
+    from sma.stepping import Room
+    from sma_modules.steppers import GAUStepper
 
 _BIAS: dict[str, Bias] = {"simple": "original", "local": "local"}
 
@@ -66,6 +70,7 @@ class SingleHead(LocalAttention):
         super().__init__(config, d_model=d_model, causal=causal)
         self.config: SingleHead.Config = config
         self.d_v = 2 * d_model if config.d_v is None else config.d_v
+        self.bias: Bias = _BIAS.get(config.positions, "none")
         self.gamma = nn.Parameter(torch.empty(2, config.d_qk))
         self.beta = nn.Parameter(torch.zeros(2, config.d_qk))
         initialise(self.gamma)
@@ -104,7 +109,7 @@ class SingleHead(LocalAttention):
             packed,
             state,
             activation=self.config.activation,
-            bias=_BIAS.get(self.config.positions, "none"),
+            bias=self.bias,
             table=self.position_bias,
             gate=None if gate is None else gate[:, None],
         )
@@ -148,6 +153,11 @@ class GAU(SingleHead):
         self.h_proj = Linear(self.d_v, d_model)
         initialise(self.mx_proj, self.h_proj)
         self.dropout = Dropout(config.hidden_dropout)
+
+    def stepper(self, room: Room) -> GAUStepper:
+        from sma_modules.steppers import GAUStepper
+
+        return GAUStepper(self, room)
 
     def forward(self, x: Tensor, packed: Packed, state: State | None = None) -> ModuleOutput:
         """One chunk of activated tokens.

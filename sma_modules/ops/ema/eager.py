@@ -48,7 +48,7 @@ def ema(
     narrow, dtype = x.dtype, compute_dtype(x)
     x, delta, alpha, beta, gamma, omega = (value.to(dtype) for value in (x, delta, alpha, beta, gamma, omega))
     inner = x if lengths is None else x.masked_fill(_padding(lengths, length)[..., None], 0)
-    decay = _coefficients(delta, alpha, beta, gamma)
+    decay = coefficients(delta, alpha, beta, gamma)
     if state is None and not return_state:
         y, end = _whole(x, inner, decay, omega, bidirectional, truncation), None
     else:
@@ -86,7 +86,7 @@ def _padding(lengths: Tensor, length: int) -> Tensor:
     return torch.arange(length, device=lengths.device) >= lengths[:, None]
 
 
-def _coefficients(delta: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor) -> Decay:
+def coefficients(delta: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor) -> Decay:
     """The recurrence's coefficients; log q keeps its precision for q near 1 and stays finite for q near 0."""
     p = torch.sigmoid(delta)
     loss = p * torch.sigmoid(alpha)

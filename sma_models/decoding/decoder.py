@@ -1,0 +1,298 @@
+"""A running batch of sequences that decode together, each from where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sma.errors import ConfigError, ShapeError, StreamingError
+from sma.stepping import Decision, Moment, Room
+from sma_models.decoding.graph import Graph
+from sma_models.decoding.prefill import prefill
+from sma_models.decoding.steps import ModelStepper, position_of
+from sma_models.heads import LanguageModel
+from sma_models.stack import StackState
+
+
+class Decoder:
+    """Room for a number of sequences on the device of a model, one token of each at a time.
+
+    The memory is allocated once and changes in place. A sequence joins a free *slot* once its prompt was read, in
+    chunks, by the ordinary parallel path, and leaves it when it is done; the others notice neither. A step has the same
+    shapes whoever is there, and on a CUDA device it is captured as a graph at the first call, unless a part of the
+    model says why not (:attr:`uncaptured`). What a step costs does not depend on how long the sequences are.
+
+    A functional :class:`~sma_models.stack.StackState` is what comes in and goes out: :meth:`read` and :meth:`write`.
+
+    Args:
+        model: in evaluation mode. Its weights are used where they lie, and may change in place between steps; then call
+            :meth:`refresh`.
+        slots: how many sequences there is room for.
+        rollback: how many of its last tokens a sequence can take back, for drafts that are rejected.
+        prefill_chunk: prompts are read this many tokens at a time.
+        capture: False never captures a graph.
+
+    Raises:
+        ConfigError: an argument is out of range, or the model is in training mode.
+        StreamingError: the model cannot stream; the message says why.
+
+    Example:
+        >>> import sma
+        >>> model = sma.build("seqboat_small_lm", "d_model=16", "n_layers=2").eval()
+        >>> decoder = Decoder(model, slots=2)
+        >>> slot = decoder.join(torch.tensor([72, 101]))
+        >>> logits = decoder.step({slot: int(decoder.logits[slot].argmax())})
+        >>> logits.shape
+        torch.Size([2, 256])
+        >>> decoder.leave(slot)
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        slots: int,
+        *,
+        rollback: int = 0,
+        prefill_chunk: int = 2048,
+        capture: bool = True,
+    ) -> None:
+        for name, value, least in (("slots", slots, 1), ("rollback", rollback, 0), ("prefill_chunk", prefill_chunk, 1)):
+            if value < least:
+                raise ConfigError(f"{name}: must be at least {least}, got {value}")
+        if model.training:
+            raise ConfigError("model: must be in evaluation mode to decode, call model.eval() first")
+        self.model, self.slots, self.rollback, self.prefill_chunk = model, slots, rollback, prefill_chunk
+        weight = model.embedding.weight
+        with torch.no_grad():
+            self._stepper = ModelStepper(model, Room(slots, rollback, weight.detach()))
+        self._position = torch.zeros(slots, dtype=torch.int64, device=weight.device)
+        self._live = torch.zeros(slots, dtype=torch.bool, device=weight.device)
+        self._tokens = torch.zeros(slots, dtype=torch.int64, device=weight.device)
+        self.logits = torch.zeros(slots, model.vocab_size, dtype=weight.dtype, device=weight.device)
+        self._decisions: dict[str, Decision] = {}
+        self._taken: list[int | None] = [None] * slots  # tokens since the slot was written, None where it is free
+        self._set_live: list[bool] = [False] * slots
+        self._graph = Graph(weight.device) if capture and weight.is_cuda and not self.uncaptured else None
+
+    @property
+    def uncaptured(self) -> dict[str, str]:
+        """Why no CUDA graph can hold a step: by the name of each part that is in the way, the reason."""
+        return self._stepper.why_uncaptured()
+
+    @property
+    def captured(self) -> bool:
+        """Whether steps are replayed from a CUDA graph."""
+        return self._graph is not None and self._graph.ready
+
+    @property
+    def occupied(self) -> list[int]:
+        """The slots that hold a sequence."""
+        return [slot for slot, taken in enumerate(self._taken) if taken is not None]
+
+    @property
+    def free(self) -> int:
+        """How many more sequences there is room for."""
+        return self.slots - len(self.occupied)
+
+    @property
+    def positions(self) -> Tensor:
+        """``(S,)`` int64: tokens that each slot has taken, its prompt included."""
+        return self._position.clone()
+
+    @property
+    def decisions(self) -> Mapping[str, Decision]:
+        """Who was active in the last step, by the name of the layer: ``active`` and ``confidence (S, M)``."""
+        return {name: Decision(*(part.clone() for part in decision)) for name, decision in self._decisions.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the memory of all slots in bytes."""
+        return sum(
+            tensor.numel() * tensor.element_size() for _, part in self._stepper.walk() for tensor in part.memory()
+        )
+
+    def join(self, prompt: Tensor, state: StackState | None = None) -> int:
+        """Read a prompt and give its sequence a slot; ``logits[slot]`` is then what follows it.
+
+        Args:
+            prompt: ``(L,)`` tokens, at least one.
+            state: of one sequence, to go on from.
+
+        Returns:
+            The slot.
+
+        Raises:
+            StreamingError: every slot is taken.
+            ConfigError: the prompt is empty.
+            ShapeError: the prompt is no row of tokens.
+        """
+        if prompt.dim() != 1:
+            raise ShapeError(f"prompt: must be one row of tokens (L,), got {tuple(prompt.shape)}")
+        return self.join_all(prompt[None], state)[0]
+
+    def join_all(self, prompts: Tensor, state: StackState | None = None, *, valid: Tensor | None = None) -> list[int]:
+        """Read several prompts ``(B, L)`` at once, padded on either side with ``valid (B, L)``; see :meth:`join`."""
+        self._check_room(prompts.shape[0])
+        read = prefill(self.model, prompts, state, valid=valid, chunk=self.prefill_chunk)
+        slots = [self.acquire() for _ in range(prompts.shape[0])]
+        self._write(slots, read.state, read.logits)
+        return slots
+
+    def acquire(self) -> int:
+        """Take a free slot, at the beginning of a stream. :meth:`write` puts a state there.
+
+        Raises:
+            StreamingError: every slot is taken.
+        """
+        self._check_room(1)
+        slot = self._taken.index(None)
+        self._taken[slot] = 0
+        self._write([slot], self.model.initial_state(1), None)
+        return slot
+
+    def leave(self, slot: int) -> None:
+        """Free a slot.
+
+        Raises:
+            StreamingError: it holds no sequence.
+        """
+        self._check_occupied(slot)
+        self._taken[slot] = None
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor | Mapping[int, int]) -> Tensor:
+        """One token of every sequence, or of some.
+
+        Args:
+            tokens: ``(S,)`` integers, the next token of every occupied slot (what stands at free ones does not
+                matter), or the tokens of some slots by their number; the others stay where they are.
+
+        Returns:
+            Logits ``(S, vocab_size)`` of the tokens after these: :attr:`logits`, which the next step overwrites. Rows
+            of slots that took no token keep their values.
+
+        Raises:
+            StreamingError: a slot is given that holds no sequence.
+            ShapeError: the tokens have the wrong shape or dtype, or (checked on the CPU) are not in the vocabulary.
+        """
+        slots = self._put_tokens(tokens)
+        if not slots:
+            return self.logits
+        if self._graph is not None:
+            self._decisions = self._graph.run(self._advance)
+        else:
+            self._decisions = self._advance()
+        for slot in slots:
+            taken = self._taken[slot]
+            assert taken is not None
+            self._taken[slot] = taken + 1
+        return self.logits
+
+    def read(self, slot: int) -> StackState:
+        """The state of a sequence, as a value of its own.
+
+        Raises:
+            StreamingError: the slot holds no sequence.
+        """
+        return self.read_all([slot])
+
+    def read_all(self, slots: Sequence[int]) -> StackState:
+        """The states of several sequences as one batch."""
+        for slot in slots:
+            self._check_occupied(slot)
+        index = torch.tensor(slots, dtype=torch.int64, device=self._position.device)
+        return self._stepper.read(index, self._position[index])
+
+    def write(self, slot: int, state: StackState, logits: Tensor | None = None) -> None:
+        """Go on from a state in a slot that was taken.
+
+        Args:
+            slot: from :meth:`acquire` or :meth:`join`; what it held is forgotten.
+            state: of one sequence.
+            logits: ``(V,)`` or ``(1, V)`` of its next token; zeros if None.
+
+        Raises:
+            StreamingError: the slot is free, or the state does not fit the model.
+        """
+        self._check_occupied(slot)
+        self._write([slot], state, logits)
+
+    def take_back(self, slot: int, tokens: int) -> None:
+        """Forget the last tokens of a sequence, as if they had never come. :attr:`logits` are not restored.
+
+        Raises:
+            StreamingError: the slot is free, or the tokens are more than ``rollback`` or than were taken since the slot
+                was written.
+        """
+        self._check_occupied(slot)
+        reach = min(self.rollback, self._taken[slot] or 0)
+        if not 0 <= tokens <= reach:
+            raise StreamingError(f"slot {slot}: can take back up to {reach} tokens, got {tokens}")
+        self._stepper.rolled_back(slot, tokens)
+        self._position[slot] -= tokens
+        # What lies behind the oldest version is gone.
+        self._taken[slot] = reach - tokens
+
+    def refresh(self) -> None:
+        """Take notice of weights that changed in place."""
+        with torch.no_grad():
+            self._stepper.refresh()
+
+    @torch.no_grad()
+    def _write(self, slots: list[int], state: StackState, logits: Tensor | None) -> None:
+        index = torch.tensor(slots, dtype=torch.int64, device=self._position.device)
+        position = position_of(state).to(index.device)
+        if position.shape != index.shape:
+            raise StreamingError(f"state: must be of {len(slots)} sequences, got {position.numel()}")
+        self._stepper.write(index, state, position)
+        self._position[index] = position
+        self.logits[index] = 0 if logits is None else logits.to(self.logits.dtype)
+        for slot in slots:
+            self._taken[slot] = 0
+
+    def _advance(self) -> dict[str, Decision]:
+        """A step, from the tokens where they lie to the logits where they lie."""
+        with torch.autocast(self._tokens.device.type, enabled=False):
+            moment = Moment(self._live, self._position)
+            logits, decisions = self._stepper.step(self._tokens, moment)
+            self.logits.copy_(torch.where(self._live[:, None], logits, self.logits))
+            self._position += self._live
+        return decisions
+
+    def _put_tokens(self, tokens: Tensor | Mapping[int, int]) -> list[int]:
+        """Put the tokens in place; the slots that take one."""
+        if isinstance(tokens, Mapping):
+            slots = sorted(tokens)
+            for slot in slots:
+                self._check_occupied(slot)
+            row = [tokens.get(slot, 0) for slot in range(self.slots)]
+            tokens = torch.tensor(row, dtype=torch.int64)
+        else:
+            slots = self.occupied
+            if tokens.shape != (self.slots,) or tokens.is_floating_point() or tokens.dtype == torch.bool:
+                raise ShapeError(
+                    f"tokens: must be integers of shape ({self.slots},), got {tokens.dtype} {tuple(tokens.shape)}"
+                )
+        live = [slot in set(slots) for slot in range(self.slots)]
+        if tokens.device.type == "cpu":
+            for slot in slots:
+                if not 0 <= int(tokens[slot]) < self.model.vocab_size:
+                    raise ShapeError(
+                        f"tokens[{slot}]: must lie in 0..{self.model.vocab_size - 1}, got {int(tokens[slot])}"
+                    )
+            tokens = tokens.masked_fill(~torch.tensor(live), 0)
+        if live != self._set_live:
+            self._live.copy_(torch.tensor(live), non_blocking=True)
+            self._set_live = live
+        self._tokens.copy_(tokens, non_blocking=True)
+        return slots
+
+    def _check_room(self, sequences: int) -> None:
+        if sequences > self.free:
+            raise StreamingError(f"Decoder: {self.free} of {self.slots} slots are free, got {sequences} sequences")
+
+    def _check_occupied(self, slot: int) -> None:
+        if not 0 <= slot < self.slots or self._taken[slot] is None:
+            raise StreamingError(f"slot {slot}: holds no sequence; those that do are {self.occupied}")

@@ -1,0 +1,86 @@
+"""The stepper of a language model: embedding, blocks, final norm and head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sma.errors import StreamingError
+from sma.interfaces import Block
+from sma.layer import ActivatedState
+from sma.state import State
+from sma.stepping import Decision, Moment, Room, Stepper, normalised
+from sma_models.heads import LanguageModel
+from sma_models.stack import StackState
+
+
+class ModelStepper(Stepper):
+    """A language model that decodes."""
+
+    def __init__(self, model: LanguageModel, room: Room) -> None:
+        self.model = model
+        self.layers = [layer.stepper(room) for layer in model.stack.layers if isinstance(layer, Block)]
+
+    def parts(self) -> dict[str, Stepper]:
+        return {f"layers.{i}": layer for i, layer in enumerate(self.layers)}
+
+    def read(self, slots: Tensor, position: Tensor) -> StackState:
+        return StackState(tuple(layer.read(slots, position) for layer in self.layers))
+
+    def write(self, slots: Tensor, state: State | None, position: Tensor) -> None:
+        if not isinstance(state, StackState) or len(state.layers) != len(self.layers):
+            held = f"of {len(state.layers)} layers" if isinstance(state, StackState) else type(state).__name__
+            raise StreamingError(f"state: must be of a model of {len(self.layers)} layers, got {held}")
+        for i, (layer, own) in enumerate(zip(self.layers, state.layers, strict=True)):
+            try:
+                layer.write(slots, own, position)
+            except (StreamingError, AttributeError) as error:
+                raise StreamingError(f"state.layers[{i}]: does not fit the layer: {error}") from error
+
+    def step(self, tokens: Tensor, moment: Moment) -> tuple[Tensor, dict[str, Decision]]:
+        """Logits ``(S, V)`` for ``tokens (S,)``, and who was active, by the name of the layer."""
+        x = self.model.embed(tokens)
+        decisions: dict[str, Decision] = {}
+        for i, layer in enumerate(self.layers):
+            x, own = layer.step(x, moment)
+            decisions.update({f"layers.{i}.{name}": decision for name, decision in own.items()})
+        return self.model.logits(normalised(self.model.stack.final_norm, x)), decisions
+
+
+def position_of(state: StackState) -> Tensor:
+    """``(B,)`` int64: real tokens that went by, as the layers that decide have counted them.
+
+    Where no layer does, nothing depends on it, and it is zero.
+
+    Raises:
+        StreamingError: the state holds nothing, or two layers disagree.
+    """
+    tensors = state.tensors()
+    if not tensors:
+        raise StreamingError("state: holds no tensor")
+    seen = [each.seen for each in _inside(state) if isinstance(each, ActivatedState)]
+    if not seen:
+        return torch.zeros(tensors[0].shape[0], dtype=torch.int64, device=tensors[0].device)
+    if any(not torch.equal(each, seen[0]) for each in seen[1:]):
+        raise StreamingError(
+            f"state: every layer must have seen as many tokens, got {[each.tolist() for each in seen]}"
+        )
+    return seen[0]
+
+
+def _inside(value: Any) -> Iterator[State]:
+    """The states in a state, itself included."""
+    if isinstance(value, State):
+        yield value
+        for field in fields(value):
+            yield from _inside(getattr(value, field.name))
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _inside(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _inside(item)

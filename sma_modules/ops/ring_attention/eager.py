@@ -1,0 +1,89 @@
+"""Ring attention with PyTorch's own functions, over all rows of the ring, in fixed shapes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sma.stepping import choose
+from sma_modules.ops.ring_attention.ring import Query, Ring
+from sma_modules.ops.window_attention.rule import LAPLACE_DEVIATION, LAPLACE_MEAN, Rule
+
+
+def ring_attention_eager(query: Query, ring: Ring) -> Tensor:
+    """On a CPU the slots that are not active are left out; elsewhere to know them would take an answer."""
+    own = ring.count(query.position)
+    _advance(query, ring, own)
+    q, v = query.q, query.v
+    out = v.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+    if q.device.type == "cpu" and not bool(query.active.all()):
+        rows = query.active.nonzero().squeeze(1)
+        if rows.numel():
+            memory = tuple(each.index_select(0, rows) for each in (ring.keys, ring.values, ring.positions))
+            some = _attention(q[rows], memory, own[rows], query.at[rows], query.table, query.rule)
+            out = out.index_copy(0, rows, some.to(v.dtype))
+    else:
+        memory = (ring.keys, ring.values, ring.positions)
+        every = _attention(q, memory, own, query.at, query.table, query.rule).to(v.dtype)
+        out = every.masked_fill(~query.active[:, None, None], 0)
+    return out if query.gate is None else out * query.gate
+
+
+def _advance(query: Query, ring: Ring, own: Tensor) -> None:
+    """Put the new tokens in, and count them."""
+    slot = torch.arange(own.numel(), device=own.device)
+    place = slot * ring.rows + own % ring.rows
+    for memory, row in ((ring.keys, query.k), (ring.values, query.v), (ring.positions, query.at)):
+        flat = memory.view(-1, *memory.shape[2:])
+        flat.index_copy_(0, place, choose(query.active, row.to(flat.dtype), flat.index_select(0, place)))
+    ring.advance(query.live, query.position, own + query.active)
+
+
+def _attention(
+    q: Tensor, memory: tuple[Tensor, ...], own: Tensor, at: Tensor, table: Tensor | None, rule: Rule
+) -> Tensor:
+    """``(n, H, h)`` in float32 at least for queries ``(n, H, z)``, tokens number ``own (n,)`` of their sequences."""
+    keys, values, positions = memory
+    n, heads, width = q.shape
+    groups = keys.shape[2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    row = torch.arange(keys.shape[1], device=q.device)
+    distance = (own[:, None] - row) % keys.shape[1]  # how many tokens back the one in each row of the ring was
+    seen = distance <= own[:, None]
+    if rule.window is not None:
+        seen = seen & (distance <= rule.window)
+    if rule.chunk is not None:
+        seen = seen & (distance <= (own % rule.chunk)[:, None])
+    grouped = q.view(n, groups, heads // groups, width).to(wide)
+    products = grouped @ keys.permute(0, 2, 3, 1).to(wide)
+    if rule.activation == "softmax":
+        scores = products * width**-0.5
+    else:
+        count = seen.sum(1)[:, None, None, None] if rule.divisor is None else rule.divisor
+        scores = products / count
+    if table is not None:
+        scores = scores + _bias(table, distance, positions, at, rule).to(wide)[:, None, None]
+    weights = _weights(scores, seen[:, None, None], rule)
+    # What lies in rows that are not seen counts zero times: it is of this sequence or zero, and so finite.
+    return (weights @ values.permute(0, 2, 1, 3).to(wide)).view(n, heads, values.shape[3])
+
+
+def _bias(table: Tensor, distance: Tensor, positions: Tensor, at: Tensor, rule: Rule) -> Tensor:
+    """``(n, R)``."""
+    if rule.bias == "original":
+        last = (table.numel() - 1) // 2
+        return table[last + (positions - at[:, None]).clamp(-last, last)]
+    assert rule.window is not None
+    return table[(4 * rule.window - 1 - distance).clamp(min=0)]
+
+
+def _weights(scores: Tensor, seen: Tensor, rule: Rule) -> Tensor:
+    if rule.activation == "softmax":
+        return torch.softmax(scores.masked_fill(~seen, float("-inf")), -1)
+    if rule.activation == "relu2":
+        weights = torch.relu(scores) ** 2
+    else:
+        weights = 0.5 * (1 + torch.erf((scores - LAPLACE_MEAN) / (LAPLACE_DEVIATION * math.sqrt(2))))
+    return weights.masked_fill(~seen, 0)
