@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from sma.errors import ConfigError, ShapeError, StreamingError
+from sma.ops import using
 from sma_models.decoding import Decoder, prefill
 from sma_models.heads import LanguageModel
+from tests.devices import needs_triton
 from tests.models.tiny import SPECS, VOCABULARY, inputs_of, tiny
 
 every_language_model = pytest.mark.parametrize("name", [name for name in SPECS if name.endswith("_lm")])
@@ -250,3 +252,15 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(StreamingError, match="must be of 1 sequences, got 2"):
         decoder.write(0, model.initial_state(2))
     assert decoder.step({0: 3}).isfinite().all()
+
+
+@needs_triton
+def test_with_kernels() -> None:
+    model = tiny("seqboat_lm")
+    tokens = inputs_of(model, batch=2, length=14)
+    expected = whole(model, tokens)
+    decoder = Decoder(model, 2, rollback=1)
+    decoder.join_all(tokens[:, :3])
+    with using("triton"):
+        for t in range(3, 14):
+            torch.testing.assert_close(decoder.step(tokens[:, t]), expected[:, t], rtol=0, atol=1e-5)

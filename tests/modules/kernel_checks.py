@@ -75,4 +75,5 @@ def guarded() -> Iterator[list[Tensor]]:
         patch.setattr(torch.Tensor, "new_empty", new_empty)
         yield walls
     assert walls
-    assert all(bool((wall.isnan() if wall.is_floating_point() else wall == -1).all()) for wall in walls)
+    filled = (wall.isnan() if wall.is_floating_point() else wall == torch.tensor(-1).to(wall) for wall in walls)
+    assert all(bool(wall.all()) for wall in filled)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sma.errors import ShapeError
 from sma.ops.backend import Op
-from sma.ops.row_norm import RowNorm
+from sma.ops.kernel import why_not_triton
+from sma.ops.row_norm import WIDEST, RowNorm
 from sma_modules.ops.ema_step.eager import ema_step_eager
 from sma_modules.ops.ema_step.memory import Averages, Coefficients
 from sma_modules.ops.ema_step.reference import ema_step_reference
@@ -27,6 +28,19 @@ class Step(NamedTuple):
     position: Tensor
     norm: RowNorm | None
     activation: Activation
+
+
+def _why_not_triton(x: Tensor, averages: Averages, coefficients: Coefficients, step: Step) -> str | None:
+    if x.shape[1] > WIDEST and step.norm is not None:
+        return f"the kernel normalises at most {WIDEST} features, got {x.shape[1]}"
+    return "there is nothing to compute" if x.numel() == 0 else why_not_triton(x)
+
+
+@OP.backend("triton", priority=10, applies=_why_not_triton)
+def _triton(x: Tensor, averages: Averages, coefficients: Coefficients, step: Step) -> Tensor:
+    from sma_modules.ops.ema_step.launch import ema_step_triton
+
+    return ema_step_triton(x, averages, coefficients, step)
 
 
 OP.backend("eager", priority=50)(ema_step_eager)

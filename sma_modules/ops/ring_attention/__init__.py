@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sma.errors import ConfigError, ShapeError
 from sma.ops.backend import Op
+from sma.ops.kernel import why_not_triton
 from sma_modules.ops.ring_attention.eager import ring_attention_eager
 from sma_modules.ops.ring_attention.reference import ring_attention_reference
 from sma_modules.ops.ring_attention.ring import Query, Ring
@@ -17,6 +18,24 @@ __all__ = ["OP", "Ring", "ring_attention"]
 OP = Op("ring_attention")
 WIDEST_KEY = 256
 """Most features of a key: the kernel holds a block of keys in registers."""
+
+
+def _why_not_triton(query: Query, ring: Ring) -> str | None:
+    reason = why_not_triton(query.q)
+    if reason is not None:
+        return reason
+    if query.q.shape[2] > WIDEST_KEY:
+        return f"the kernel takes keys of at most {WIDEST_KEY} features, got {query.q.shape[2]}"
+    if query.q.numel() == 0 or query.v.numel() == 0:
+        return "there is nothing to compute"
+    return None
+
+
+@OP.backend("triton", priority=10, applies=_why_not_triton)
+def _triton(query: Query, ring: Ring) -> Tensor:
+    from sma_modules.ops.ring_attention.launch import ring_attention_triton
+
+    return ring_attention_triton(query, ring)
 
 
 OP.backend("eager", priority=50)(ring_attention_eager)

@@ -1,0 +1,89 @@
+"""The kernel as an operator."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from sma.ops.kernel import kernel
+from sma.ops.row_norm.triton_kernel import stride
+from sma_modules.ops.ema_step import triton_kernel as kernels
+
+if TYPE_CHECKING:
+    from sma_modules.ops.ema_step import Averages, Coefficients, Step
+
+CHANNELS, WARPS = 32, 4
+"""Channels of a program."""
+
+
+def _fake(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@kernel("ema_step", fake=_fake, mutates=("hidden", "fresh", "count", "history"))
+def step(
+    x: Tensor,
+    hidden: Tensor,
+    fresh: Tensor | None,
+    count: Tensor | None,
+    history: Tensor | None,
+    loss: Tensor,
+    drive: Tensor,
+    read: Tensor,
+    leaving: Tensor | None,
+    omega: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    live: Tensor,
+    position: Tensor,
+    taps: int,
+    norm: bool,
+    centred: bool,
+    eps: float,
+    silu: bool,
+) -> Tensor:
+    """The output ``(S, D)``; the memory changes in place."""
+    x = x.contiguous()
+    out = x.new_empty(x.shape)
+    slots, dim = x.shape
+    n_state = loss.shape[1]
+    kernels.step_kernel[(slots, -(-dim // CHANNELS))](
+        x, hidden, fresh, count, history, loss, drive, read, leaving, omega, norm_weight, norm_bias, live, position,
+        out, slots, eps,
+        D=dim, N=n_state, VERSIONS=hidden.shape[0], TAPS=taps, ROWS=0 if history is None else history.shape[1],
+        NORM=norm, CENTRED=centred, WEIGHT_STRIDE=stride(norm_weight), HAS_BIAS=norm_bias is not None, SILU=silu,
+        WIDTH=_power_of_two(dim), BD=CHANNELS, BN=_power_of_two(n_state), num_warps=WARPS,
+    )  # fmt: skip
+    return out
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def ema_step_triton(x: Tensor, averages: Averages, coefficients: Coefficients, step_: Step) -> Tensor:
+    """See :func:`sma_modules.ops.ema_step.ema_step`."""
+    norm = step_.norm
+    out: Tensor = step(
+        x,
+        averages.hidden,
+        averages.fresh,
+        averages.count,
+        averages.history,
+        coefficients.loss,
+        coefficients.drive,
+        coefficients.read,
+        coefficients.leaving,
+        coefficients.omega,
+        None if norm is None else norm.weight,
+        None if norm is None else norm.bias,
+        step_.live,
+        step_.position,
+        averages.truncation or 0,
+        norm is not None,
+        norm is not None and norm.centred,
+        0.0 if norm is None else norm.eps,
+        step_.activation == "silu",
+    )
+    return out
