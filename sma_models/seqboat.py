@@ -21,6 +21,7 @@ from sma.stepping import BlockStepper, Moment, Room, Stepped, Stepper, normalise
 from sma_modules.ema import EMA
 from sma_modules.gau import GAU
 from sma_modules.norms import LayerNorm
+from sma_modules.steppers import GAUStepper
 
 
 @dataclass(frozen=True)
@@ -147,17 +148,18 @@ class SeqBoatStepper(BlockStepper):
         else:
             m = self.mixer.activated(normalised(block.norm, x) if block.prenorm else x, moment)
         router, skip = block.projections()
-        logits = narrow_linear(m[:, None], *router)[0] if block.n_logits else None
-        decision = self.activate.decide(m, moment, logits)
-        (output,) = self.activate.outputs(m, decision, moment)
-        y = combine(
-            m if output is None else output,
-            self.activate.packed(decision.active[:, 0]),
-            weight=decision.confidence,
-            skip=F.linear(m, *skip)[:, None],
-            residual=x[:, None],
-            activation="silu",
-            norm=None if block.prenorm else norm,
-        )
-        y = y if block.prenorm or norm is not None else block.norm(y)
-        return Stepped(y.squeeze(1), {"activate": decision})
+        decision = self.activate.decide(m, moment, router if block.n_logits else None)
+        (member,) = self.activate.members
+        if isinstance(member, GAUStepper) and member.is_plain:
+            y = member.between(m, skip, x, decision, moment)
+        else:
+            (output,) = self.activate.outputs(m, decision, moment)
+            y = combine(
+                m if output is None else output,
+                self.activate.packed(decision.active[:, 0]),
+                weight=decision.confidence,
+                skip=F.linear(m, *skip)[:, None],
+                residual=x[:, None],
+                activation="silu",
+            ).squeeze(1)
+        return Stepped(y if block.prenorm else normalised(block.norm, y), {"activate": decision})

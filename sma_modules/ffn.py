@@ -64,7 +64,7 @@ class FFN(Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x (K, D)``, or any leading shape, to the same shape."""
         up, gate, down = self.up, self.gate, self.down
-        plain = _is_plain(up) and _is_plain(down) and (gate is None or _is_plain(gate))
+        plain = is_plain(up) and is_plain(down) and (gate is None or is_plain(gate))
         if plain and not (self.training and self.dropout.p):
             dtype = compute_dtype(x)
             rows = x.to(dtype) if x.dim() == 2 else x.to(dtype).reshape(-1, x.shape[-1])
@@ -83,7 +83,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _is_plain(linear: nn.Module) -> bool:
+def is_plain(linear: nn.Module) -> bool:
     """Whether a projection is nothing but its weights: not replaced, not parametrised, watched by no hook."""
     return type(linear) is nn.Linear and not (
         linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks

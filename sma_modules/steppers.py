@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from sma.errors import StreamingError
 from sma.ops.row_norm import RowNorm
 from sma.state import State
-from sma.stepping import MixerStepper, ModuleStepper, Moment, Room, Stepper
+from sma.stepping import Decision, MixerStepper, ModuleStepper, Moment, Room, Stepper
+from sma_modules.ffn import is_plain
 from sma_modules.ops.ema_step import Averages, Coefficients, ema_step
 from sma_modules.ops.gau_inputs import gau_inputs
 from sma_modules.ops.gau_inputs.eager import queries_and_keys
+from sma_modules.ops.gau_output import gau_output
+from sma_modules.ops.gau_projections import gau_projections
 from sma_modules.ops.ring_attention import Ring, ring_attention
 from sma_modules.ops.rotary import rotary
 
@@ -119,6 +123,48 @@ class GAUStepper(SingleHeadStepper):
     """A gated attention unit."""
 
     module: GAU
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the unit's projections are nothing but their weights."""
+        return is_plain(self.module.mx_proj) and is_plain(self.module.h_proj)
+
+    def between(
+        self, m: Tensor, skip: tuple[Tensor, Tensor], residual: Tensor, decision: Decision, moment: Moment
+    ) -> Tensor:
+        """``silu(W_skip m + b_skip + confidence * gau(m) + residual)``, the layer of SeqBoat, in few passes.
+
+        Args:
+            m: ``(S, D)`` what the unit is activated on.
+            skip: weight and bias of the skip path.
+            residual: ``(S, D)``.
+            decision: who is active, of one module.
+            moment: where the slots stand.
+        """
+        module, active = self.module, decision.active[:, 0]
+        if m.device.type == "cpu" and not bool(active.any()):
+            self.idle(moment)
+            return F.silu(F.linear(m, *skip) + residual)
+        path, q, k, v, r = gau_projections(
+            m,
+            skip,
+            (module.mx_proj.weight, module.mx_proj.bias),
+            gamma=module.gamma,
+            beta=module.beta,
+            active=active,
+            position=moment.position if module.config.positions == "rotary" else None,
+            theta=module.config.rotary_theta,
+        )
+        attended = self.attend(q, k, v, r, active, moment)
+        return gau_output(
+            attended,
+            module.h_proj.weight,
+            module.h_proj.bias,
+            active=active,
+            confidence=decision.confidence[:, 0],
+            skip=path,
+            residual=residual,
+        )
 
     def step(self, x: Tensor, active: Tensor, moment: Moment) -> Tensor:
         module = self.module

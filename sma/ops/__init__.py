@@ -8,6 +8,7 @@ from sma.ops.narrow_linear import narrow_linear
 from sma.ops.pack import pack
 from sma.ops.row_norm import RowNorm, row_norm
 from sma.ops.segment_sum import segment_sum
+from sma.ops.tempered_decision import tempered_decision
 
 __all__ = [
     "Op",
@@ -20,5 +21,6 @@ __all__ = [
     "pack",
     "row_norm",
     "segment_sum",
+    "tempered_decision",
     "using",
 ]

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sma.configurators import TemperedSoftmax
 from sma.errors import StreamingError
-from sma.ops import narrow_linear
+from sma.ops import narrow_linear, tempered_decision
 from sma.routing import Packed
 from sma.stepping import Decision, ModuleStepper, Moment, Room, Stepper
 
@@ -35,13 +36,15 @@ class MixtureStepper(Stepper):
             return {"module": self.members[0]}
         return {f"members.{m}": member for m, member in enumerate(self.members)}
 
-    def decide(self, x: Tensor, moment: Moment, logits: Tensor | None = None) -> Decision:
-        """Who is active for ``x (S, D)``; ``logits (S, M * C)`` instead of those of the layer's own router."""
-        configurator, router = self.layer.configurator, self.layer.router
-        if logits is None and router is not None:
-            logits = narrow_linear(x[:, None], router.weight, router.bias)[0]
+    def decide(self, x: Tensor, moment: Moment, router: tuple[Tensor, Tensor] | None = None) -> Decision:
+        """Who is active for ``x (S, D)``; ``router`` is a weight and a bias instead of those of the layer itself."""
+        configurator, own = self.layer.configurator, self.layer.router
+        if router is None and own is not None:
+            router = own.weight, own.bias
+        if router is not None and type(configurator) is TemperedSoftmax:
+            return Decision(*tempered_decision(x, *router, configurator.balance, configurator.temp, moment.live))
         shape = (x.shape[0], 1, configurator.n_modules, configurator.logits_per_module)
-        logits = x.new_empty(shape) if logits is None else logits.reshape(shape)
+        logits = x.new_empty(shape) if router is None else narrow_linear(x[:, None], *router)[0].reshape(shape)
         position = moment.position[:, None]
         score = configurator.score(logits, position)
         active = configurator.decide(score, position, moment.live[:, None])[:, 0] & moment.live[:, None]
@@ -58,9 +61,9 @@ class MixtureStepper(Stepper):
             outputs.append(None if idle else member.step(x, active, moment))
         return outputs
 
-    def step(self, x: Tensor, moment: Moment, logits: Tensor | None = None) -> tuple[Tensor, Decision]:
+    def step(self, x: Tensor, moment: Moment) -> tuple[Tensor, Decision]:
         """``sum_m confidence * f_m(x)`` over the active modules ``(S, D)``, and who was active."""
-        decision = self.decide(x, moment, logits)
+        decision = self.decide(x, moment)
         total: Tensor | None = None
         for m, output in enumerate(self.outputs(x, decision, moment)):
             if output is None:

@@ -74,12 +74,17 @@ class Decoder:
         self._decisions: dict[str, Decision] = {}
         self._taken: list[int | None] = [None] * slots  # tokens since the slot was written, None where it is free
         self._set_live: list[bool] = [False] * slots
-        self._graph = Graph(weight.device) if capture and weight.is_cuda and not self.uncaptured else None
+        able = capture and weight.is_cuda and not self._stepper.why_uncaptured()
+        self._graph = Graph(weight.device) if able else None
 
     @property
     def uncaptured(self) -> dict[str, str]:
-        """Why no CUDA graph can hold a step: by the name of each part that is in the way, the reason."""
-        return self._stepper.why_uncaptured()
+        """Why no CUDA graph can hold a step: by the name of each part that is in the way, the reason.
+
+        Where a capture was tried and failed, what CUDA said is the reason, under the name of the whole, ``""``.
+        """
+        failed = None if self._graph is None else self._graph.failure
+        return self._stepper.why_uncaptured() | ({} if failed is None else {"": failed})
 
     @property
     def captured(self) -> bool:
@@ -109,9 +114,8 @@ class Decoder:
     @property
     def nbytes(self) -> int:
         """Size of the memory of all slots in bytes."""
-        return sum(
-            tensor.numel() * tensor.element_size() for _, part in self._stepper.walk() for tensor in part.memory()
-        )
+        tensors = [tensor for _, part in self._stepper.walk() for tensor in part.memory()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def join(self, prompt: Tensor, state: StackState | None = None) -> int:
         """Read a prompt and give its sequence a slot; ``logits[slot]`` is then what follows it.
@@ -137,7 +141,7 @@ class Decoder:
         self._check_room(prompts.shape[0])
         read = prefill(self.model, prompts, state, valid=valid, chunk=self.prefill_chunk)
         slots = [self.acquire() for _ in range(prompts.shape[0])]
-        self._write(slots, read.state, read.logits)
+        self.write_all(slots, read.state, read.logits)
         return slots
 
     def acquire(self) -> int:
@@ -180,10 +184,7 @@ class Decoder:
         slots = self._put_tokens(tokens)
         if not slots:
             return self.logits
-        if self._graph is not None:
-            self._decisions = self._graph.run(self._advance)
-        else:
-            self._decisions = self._advance()
+        self._decisions = self._advance() if self._graph is None else self._graph.run(self._advance)
         for slot in slots:
             taken = self._taken[slot]
             assert taken is not None
@@ -216,8 +217,13 @@ class Decoder:
         Raises:
             StreamingError: the slot is free, or the state does not fit the model.
         """
-        self._check_occupied(slot)
-        self._write([slot], state, logits)
+        self.write_all([slot], state, logits)
+
+    def write_all(self, slots: Sequence[int], state: StackState, logits: Tensor | None = None) -> None:
+        """The same for several slots and a state of as many sequences; logits ``(n, V)``."""
+        for slot in slots:
+            self._check_occupied(slot)
+        self._write(list(slots), state, logits)
 
     def take_back(self, slot: int, tokens: int) -> None:
         """Forget the last tokens of a sequence, as if they had never come. :attr:`logits` are not restored.
@@ -256,7 +262,8 @@ class Decoder:
         """A step, from the tokens where they lie to the logits where they lie."""
         with torch.autocast(self._tokens.device.type, enabled=False):
             moment = Moment(self._live, self._position)
-            logits, decisions = self._stepper.step(self._tokens, moment)
+            tokens = self._tokens.masked_fill(~self._live, 0)  # elsewhere may stand anything
+            logits, decisions = self._stepper.step(tokens, moment)
             self.logits.copy_(torch.where(self._live[:, None], logits, self.logits))
             self._position += self._live
         return decisions
@@ -282,7 +289,6 @@ class Decoder:
                     raise ShapeError(
                         f"tokens[{slot}]: must lie in 0..{self.model.vocab_size - 1}, got {int(tokens[slot])}"
                     )
-            tokens = tokens.masked_fill(~torch.tensor(live), 0)
         if live != self._set_live:
             self._live.copy_(torch.tensor(live), non_blocking=True)
             self._set_live = live

@@ -15,8 +15,14 @@ WARMUP = 2
 class Graph:
     """Runs a function of no arguments plainly a few times, then captures it and replays what was captured.
 
-    The function reads and writes tensors that stay where they are, and returns tensors that a replay fills anew.
+    The function reads and writes tensors that stay where they are, and returns tensors that a replay fills anew. One
+    that cannot be captured (it waits for the device somewhere) goes on being run plainly.
+
+    Attributes:
+        failure: why the capture failed, None if it did not.
     """
+
+    failure: str | None = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -32,14 +38,23 @@ class Graph:
     def run(self, function: Callable[[], dict[str, Decision]]) -> dict[str, Decision]:
         """One run; what it returns is overwritten by the next."""
         with torch.cuda.device(self.device):
-            if self._graph is None and self._runs < WARMUP:
+            if self._graph is None and self.failure is None and self._runs == WARMUP:
+                self._capture(function)
+            if self._graph is None:
                 self._runs += 1
                 return function()
-            if self._graph is None:
-                graph = torch.cuda.CUDAGraph()
-                torch.cuda.synchronize(self.device)
-                with torch.cuda.graph(graph):
-                    self._returned = function()
-                self._graph = graph
             self._graph.replay()
             return self._returned
+
+    def _capture(self, function: Callable[[], dict[str, Decision]]) -> None:
+        """Record the function, which does not run meanwhile."""
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self.device)
+        try:
+            with torch.cuda.graph(graph):
+                self._returned = function()
+        except RuntimeError as error:
+            self.failure = str(error).partition("\n")[0]
+            torch.cuda.synchronize(self.device)
+        else:
+            self._graph = graph
