@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -126,9 +126,17 @@ def _check_convolution(conv: nn.Conv1d) -> None:
 
 
 def call_module(
-    module: nn.Module, layout: Layout, h: Tensor, packed: Packed, state: State | None, causal: bool
+    module: nn.Module,
+    layout: Layout,
+    h: Tensor,
+    packed: Packed,
+    state: State | None,
+    causal: bool,
+    window: int | None = None,
 ) -> ModuleOutput:
     """Run ``module`` on the active tokens ``h (K, D)``.
+
+    A ``window`` is how far back a stock attention of layout "padded" may look, see :mod:`sma.windows`.
 
     Returns:
         Output ``(K, D')``, new state and auxiliary losses.
@@ -141,7 +149,7 @@ def call_module(
     elif layout == "tokens":
         result = _as_output(module, module(h))
     else:
-        result = _call_padded(module, h, packed, causal)
+        result = _call_padded(module, h, packed, causal, window)
     if result.output.dim() != 2 or result.output.shape[0] != h.shape[0]:
         raise ShapeError(
             f"{type(module).__name__}: must return one row for each of {h.shape[0]} active tokens, "
@@ -169,7 +177,7 @@ def _describe(result: Any) -> str:
     return type(result).__name__
 
 
-def _call_padded(module: nn.Module, h: Tensor, packed: Packed, causal: bool) -> ModuleOutput:
+def _call_padded(module: nn.Module, h: Tensor, packed: Packed, causal: bool, window: int | None = None) -> ModuleOutput:
     if _is_chain(module):
         # Part by part, so that a part that works token by token (a batch norm, say) sees tokens and never padding.
         losses: dict[str, Tensor] = {}
@@ -188,7 +196,7 @@ def _call_padded(module: nn.Module, h: Tensor, packed: Packed, causal: bool) -> 
     row_of = torch.zeros_like(lengths).index_fill(0, rows, 1).cumsum(0) - 1
     flat = row_of[packed.sequence] * width + packed.rank
     padded = h.new_zeros(rows.numel() * width, h.shape[1]).index_copy(0, flat, h).view(rows.numel(), width, h.shape[1])
-    out = _call_rows(module, padded, lengths[rows], causal)
+    out = _call_rows(module, padded, lengths[rows], causal, window)
     if out.dim() != 3 or out.shape[:2] != padded.shape[:2]:
         raise ShapeError(
             f"{type(module).__name__}: must keep (B, L) = {tuple(padded.shape[:2])}, got {tuple(out.shape)}"
@@ -196,11 +204,12 @@ def _call_padded(module: nn.Module, h: Tensor, packed: Packed, causal: bool) -> 
     return ModuleOutput(out.flatten(0, 1).index_select(0, flat))
 
 
-def _call_rows(module: nn.Module, x: Tensor, lengths: Tensor, causal: bool) -> Tensor:
+def _call_rows(module: nn.Module, x: Tensor, lengths: Tensor, causal: bool, window: int | None = None) -> Tensor:
     """Run on right-padded rows ``(B', K', D)`` of which none is empty."""
+    mask = _causal_mask(x, window) if causal else None
     for kind, call in _CALLS.items():
         if isinstance(module, kind):
-            return call(module, x, lengths, causal)
+            return call(module, x, lengths, mask)
     return _custom(module, x, lengths)
 
 
@@ -209,11 +218,21 @@ def _padding_mask(x: Tensor, lengths: Tensor) -> Tensor | None:
     return mask if mask.any() else None
 
 
-def _causal_mask(x: Tensor) -> Tensor:
-    return torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+class _Mask(NamedTuple):
+    """What a token must not look at, ``(K', K')``, and whether that is the future and nothing else."""
+
+    hidden: Tensor
+    only_future: bool
 
 
-def _attention(module: nn.Module, x: Tensor, lengths: Tensor, causal: bool) -> Tensor:
+def _causal_mask(x: Tensor, window: int | None) -> _Mask:
+    everything = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
+    if window is None or window >= x.shape[1]:
+        return _Mask(everything.triu(1), True)
+    return _Mask(everything.triu(1) | everything.tril(-window - 1), False)
+
+
+def _attention(module: nn.Module, x: Tensor, lengths: Tensor, mask: _Mask | None) -> Tensor:
     assert isinstance(module, nn.MultiheadAttention)
     seq = x if module.batch_first else x.transpose(0, 1)
     out: Tensor = module(
@@ -222,29 +241,31 @@ def _attention(module: nn.Module, x: Tensor, lengths: Tensor, causal: bool) -> T
         seq,
         key_padding_mask=_padding_mask(x, lengths),
         need_weights=False,
-        attn_mask=_causal_mask(x) if causal else None,
-        is_causal=causal,
+        attn_mask=mask and mask.hidden,
+        is_causal=mask is not None and mask.only_future,
     )[0]
     return out if module.batch_first else out.transpose(0, 1)
 
 
-def _encoder(module: nn.Module, x: Tensor, lengths: Tensor, causal: bool) -> Tensor:
+def _encoder(module: nn.Module, x: Tensor, lengths: Tensor, mask: _Mask | None) -> Tensor:
     layer = module.layers[0] if isinstance(module, nn.TransformerEncoder) else module
     batch_first = layer.self_attn.batch_first  # type: ignore[union-attr]
     seq = x if batch_first else x.transpose(0, 1)
-    mask = _causal_mask(x) if causal else None
-    out: Tensor = module(seq, mask, src_key_padding_mask=_padding_mask(x, lengths), is_causal=causal)
+    only_future = mask is not None and mask.only_future
+    out: Tensor = module(
+        seq, mask and mask.hidden, src_key_padding_mask=_padding_mask(x, lengths), is_causal=only_future
+    )
     return out if batch_first else out.transpose(0, 1)
 
 
-def _recurrent(module: nn.Module, x: Tensor, lengths: Tensor, causal: bool) -> Tensor:
+def _recurrent(module: nn.Module, x: Tensor, lengths: Tensor, mask: _Mask | None) -> Tensor:
     assert isinstance(module, nn.RNNBase)
     sequences = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
     out, _ = nn.utils.rnn.pad_packed_sequence(module(sequences)[0], batch_first=True, total_length=x.shape[1])
     return out
 
 
-def _convolution(module: nn.Module, x: Tensor, lengths: Tensor, causal: bool) -> Tensor:
+def _convolution(module: nn.Module, x: Tensor, lengths: Tensor, mask: _Mask | None) -> Tensor:
     # Zero padding to the right is what the convolution itself would add at the end of each row.
     out: Tensor = module(x.transpose(1, 2))
     return out.transpose(1, 2)
@@ -268,7 +289,7 @@ def _tensor(module: nn.Module, out: Any) -> Tensor:
     return out
 
 
-_CALLS: dict[type[nn.Module], Callable[[nn.Module, Tensor, Tensor, bool], Tensor]] = {
+_CALLS: dict[type[nn.Module], Callable[[nn.Module, Tensor, Tensor, _Mask | None], Tensor]] = {
     nn.MultiheadAttention: _attention,
     nn.TransformerEncoderLayer: _encoder,
     nn.TransformerEncoder: _encoder,

@@ -22,13 +22,15 @@ from sma.configurators.budget import RateController, RateLoss
 from sma.configurators.tempered_softmax import TemperedSoftmax
 from sma.errors import ConfigError, RoutingError, ShapeError, StreamingError
 from sma.interfaces import Configurator, Layout, Module
+from sma.memory import WorkingMemory
 from sma.ops import combine, narrow_linear
 from sma.ops.compress import compress_through
 from sma.routing import Packed, Routing
 from sma.state import State
+from sma.windows import call_windowed
 
 if TYPE_CHECKING:
-    from sma.stepping import Room
+    from sma.stepping import ModuleStepper, Room
     from sma.stepping.layer import MixtureStepper
 
 
@@ -168,6 +170,7 @@ class SparseMixture(nn.Module):
         self.d_model = d_model or next((width for width in map(infer_width, modules) if width), None)
         self._width_known = False
         self.capacity: float | None = None
+        self.window: int | None = None
         self.router = self._make_router() if router and self.configurator.logits_per_module else None
         if self.d_model is not None:
             self._know_width(self.d_model)
@@ -207,6 +210,32 @@ class SparseMixture(nn.Module):
         if reason is not None:
             raise ConfigError(f"{type(self).__name__}: capacity must be None, got {share}: {reason}")
         self.capacity = share
+        return self
+
+    def with_window(self, window: int | None) -> Self:
+        """Give modules of layout "padded" a working memory: what comes out at a token is what the module gives at the
+        end of the last ``window`` activated tokens and this one. Such a layer streams.
+
+        Args:
+            window: activated tokens before the own one, at least 1; None for all of them.
+
+        Raises:
+            ConfigError: the window is out of range, the layer is not causal, or no module is of that layout.
+
+        Example:
+            >>> encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            >>> layer = SparselyActivated(encoder, causal=True).with_window(4).eval()
+            >>> layer(torch.randn(2, 1, 8), layer.initial_state(2, torch.zeros(()))).output.shape
+            torch.Size([2, 1, 8])
+        """
+        name = type(self).__name__
+        if window is not None and window < 1:
+            raise ConfigError(f"{name}: window must be at least 1 or None, got {window}")
+        if window is not None and not self.causal:
+            raise ConfigError(f"{name}: window must be None in a layer that is not causal, got {window}")
+        if window is not None and "padded" not in self.layouts:
+            raise ConfigError(f"{name}: window is for modules of layout 'padded', the layouts are {self.layouts}")
+        self.window = window
         return self
 
     def _why_no_capacity(self) -> str | None:
@@ -255,7 +284,9 @@ class SparseMixture(nn.Module):
             return f"configurator {type(self.configurator).__name__} looks ahead"
         for module, layout in zip(self._members, self.layouts, strict=True):
             name = type(module).__name__
-            if layout == "padded" or (layout == "packed" and not isinstance(module, Module)):
+            if layout == "padded" and self.window is None:
+                return f"{name} keeps no bounded working memory (layout 'padded'; with_window gives it one)"
+            if layout == "packed" and not isinstance(module, Module):
                 return f"{name} keeps no bounded working memory (it is no sma.Module, layout {layout!r})"
             if isinstance(module, Module) and layout == "packed" and not (module.causal and module.streams):
                 return f"{name} {'has no bounded memory' if module.causal else 'looks ahead'}"
@@ -274,8 +305,16 @@ class SparseMixture(nn.Module):
         reason = self.why_not_streaming()
         if reason is not None:
             raise StreamingError(f"{type(self).__name__}: cannot stream: {reason}")
-        members = tuple(m.initial_state(batch, like) if isinstance(m, Module) else None for m in self._members)
+        members = tuple(self._empty(*each, batch, like) for each in zip(self._members, self.layouts, strict=True))
         return ActivatedState(torch.zeros(batch, dtype=torch.int64, device=like.device), members)
+
+    def _empty(self, module: nn.Module, layout: Layout, batch: int, like: Tensor) -> State | None:
+        """The state of a module before the first token."""
+        if layout == "padded" and self.window is not None:
+            if self.d_model is None:
+                raise StreamingError(f"{type(self).__name__}: cannot stream before the width of the tokens is known")
+            return WorkingMemory.empty(batch, self.window, like.new_empty(0, self.d_model))
+        return module.initial_state(batch, like) if isinstance(module, Module) else None
 
     def stepper(self, room: Room) -> MixtureStepper:
         """What decodes with this layer's weights.
@@ -284,13 +323,19 @@ class SparseMixture(nn.Module):
             StreamingError: the layer cannot stream; the message says why.
         """
         from sma.stepping.layer import MixtureStepper
-        from sma.stepping.ordinary import TokenModule
 
         reason = self.why_not_streaming()
         if reason is not None:
             raise StreamingError(f"{type(self).__name__}: cannot stream: {reason}")
-        members = tuple(m.stepper(room) if isinstance(m, Module) else TokenModule(m) for m in self._members)
+        members = tuple(self._stepper(*each, room) for each in zip(self._members, self.layouts, strict=True))
         return MixtureStepper(self, members, room)
+
+    def _stepper(self, module: nn.Module, layout: Layout, room: Room) -> ModuleStepper:
+        from sma.stepping.ordinary import TokenModule, WindowedModule
+
+        if layout == "padded" and self.window is not None:
+            return WindowedModule(module, self.window, self._empty(module, layout, room.slots, room.like), room)
+        return module.stepper(room) if isinstance(module, Module) else TokenModule(module)
 
     def forward(
         self,
@@ -348,7 +393,10 @@ class SparseMixture(nn.Module):
         for m, (module, layout) in enumerate(zip(self._members, self.layouts, strict=True)):
             before = state.members[m] if state is not None else None
             tokens, x = compress_through(x, routing.packed[m])
-            result = call_module(module, layout, tokens, routing.packed[m], before, self.causal)
+            if layout == "padded" and self.window is not None:
+                result = call_windowed(module, tokens, routing.packed[m], before, self.window)
+            else:
+                result = call_module(module, layout, tokens, routing.packed[m], before, self.causal)
             members.append(Part(result.output, routing.packed[m], routing.confidence[..., m]))
             states.append(result.state)
             prefix = f"{m}." if len(self._members) > 1 else ""

@@ -77,6 +77,7 @@ class RingStepper(ModuleStepper):
             bound = "has no bounded memory" if module.causal else "looks ahead"
             raise StreamingError(f"{type(module).__name__}: cannot stream: it {bound}")
         self.ring = Ring.empty(room, reach, heads, d_key, d_value)
+        self.d_out = module.d_model
 
     def memory(self) -> tuple[Tensor, ...]:
         return self.ring.tensors()
@@ -179,6 +180,10 @@ class GAUStepper(SingleHeadStepper):
 
 class SharedStepper(SingleHeadStepper):
     """Takes ``[Z | V]`` as its tokens: the attention of MEGA."""
+
+    def __init__(self, module: SingleHead, room: Room) -> None:
+        super().__init__(module, room)
+        self.d_out = module.d_v
 
     def step(self, x: Tensor, active: Tensor, moment: Moment) -> Tensor:
         module = self.module

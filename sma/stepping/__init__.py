@@ -119,7 +119,13 @@ class MixerStepper(Stepper):
 
 
 class ModuleStepper(Stepper):
-    """An activatable module that decodes."""
+    """An activatable module that decodes.
+
+    Attributes:
+        d_out: width of the outputs, of a stepper that has an :meth:`idle`; None for one that always steps.
+    """
+
+    d_out: int | None = None
 
     @abstractmethod
     def step(self, x: Tensor, active: Tensor, moment: Moment) -> Tensor:

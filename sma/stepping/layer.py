@@ -55,10 +55,12 @@ class MixtureStepper(Stepper):
         outputs: list[Tensor | None] = []
         for m, member in enumerate(self.members):
             active = decision.active[:, m]
-            idle = x.device.type == "cpu" and not bool(active.any())  # elsewhere the answer would be waited for
-            if idle:
+            # On other devices the answer would be waited for.
+            if member.d_out is not None and x.device.type == "cpu" and not bool(active.any()):
                 member.idle(moment)
-            outputs.append(None if idle else member.step(x, active, moment))
+                outputs.append(None)
+            else:
+                outputs.append(member.step(x, active, moment))
         return outputs
 
     def step(self, x: Tensor, moment: Moment) -> tuple[Tensor, Decision]:
@@ -71,7 +73,9 @@ class MixtureStepper(Stepper):
             weighted = output * decision.confidence[:, m, None].to(output.dtype)
             weighted = weighted.masked_fill(~decision.active[:, m, None], 0)
             total = weighted if total is None else total + weighted
-        return torch.zeros_like(x) if total is None else total, decision
+        if total is None:  # nobody had anything to do
+            total = x.new_zeros(x.shape[0], self.members[0].d_out or x.shape[1])
+        return total, decision
 
     def packed(self, active: Tensor) -> Packed:
         """Rows ``(S,)`` of which those of ``active (S,)`` count, for :func:`~sma.ops.combine.combine`."""

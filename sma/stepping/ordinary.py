@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from sma.routing import Packed
 from sma.state import State
 from sma.stepping import BlockStepper, Decision, MixerStepper, ModuleStepper, Moment, Room, Stepped, Stepper, choose
+from sma.windows import call_windowed
 
 
 class Kept(Stepper):
     """A state of all slots as a value, with those that came before it."""
 
-    def __init__(self, module: nn.Module, room: Room) -> None:
+    def __init__(self, module: nn.Module, room: Room, initial: State | None = None) -> None:
         self.module = module
         self.uncaptured = f"{type(module).__name__} has no step of its own and runs its ordinary forward"
-        initial: State | None = module.initial_state(room.slots, room.like)  # type: ignore[operator]
+        if initial is None:
+            initial = module.initial_state(room.slots, room.like)  # type: ignore[operator]
         self._states: deque[State | None] = deque([initial] * (room.rollback + 1), maxlen=room.rollback + 1)
 
     @property
@@ -82,15 +84,28 @@ class OrdinaryMixer(Kept, MixerStepper):
 class OrdinaryModule(Kept, ModuleStepper):
     """The ``forward`` of a module of layout "packed", on the tokens that are active."""
 
+    def call(self, x: Tensor, packed: Packed) -> tuple[Tensor, State | None]:
+        """Outputs ``(K, D)`` and the state after them."""
+        result = self.module(x, packed, self.state)
+        return result[0], result[1]
+
     def step(self, x: Tensor, active: Tensor, moment: Moment) -> Tensor:
         packed = Packed.from_mask(active[:, None], moment.position[:, None])
-        result = self.module(x.index_select(0, packed.index), packed, self.state)
-        output, state = result[0], result[1]
+        output, state = self.call(x.index_select(0, packed.index), packed)
         self.push(state, moment.live)
         return torch.zeros_like(x, dtype=output.dtype).index_copy(0, packed.index, output)
 
-    def idle(self, moment: Moment) -> None:
-        self.push(self.state, moment.live)
+
+class WindowedModule(OrdinaryModule):
+    """A module of layout "padded" over its working memory, see :mod:`sma.windows`."""
+
+    def __init__(self, module: nn.Module, window: int, initial: State | None, room: Room) -> None:
+        super().__init__(module, room, initial)
+        self.window = window
+
+    def call(self, x: Tensor, packed: Packed) -> tuple[Tensor, State | None]:
+        result = call_windowed(self.module, x, packed, self.state, self.window)
+        return result.output, result.state
 
 
 class TokenModule(ModuleStepper):

@@ -82,6 +82,7 @@ class SequenceSuite(Suite):
         d_model: width of the tokens.
         causal: whether the component is built to be causal.
         streams: whether it can run chunk by chunk.
+        in_place: whether what streams has a stepper.
         routes: whether it takes decisions, that is, whether ``Result.routings`` is not empty.
         sides: where padding may lie: ``right``, ``left``, ``scattered``.
         per_token: False when the output is one vector for each sequence.
@@ -104,15 +105,18 @@ class SequenceSuite(Suite):
     tolerance: ClassVar[float] = 1e-9
     perturbation: ClassVar[float] = 0.1
     refuses_to_stream: ClassVar[bool] = True
+    in_place: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         cls.refuses_to_stream = not cls.streams
         cls.real_and_causal = cls.causal and cls.real_input and cls.per_token
         cls.tokens_are_causal = cls.causal and cls.per_token
+        cls.decodes = cls.streams and cls.in_place
         super().__init_subclass__(**kwargs)
 
     real_and_causal: ClassVar[bool] = False
     tokens_are_causal: ClassVar[bool] = False
+    decodes: ClassVar[bool] = False
 
     # What an author may override.
 

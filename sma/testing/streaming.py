@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sma.errors import StreamingError
 from sma.state import State, StateHistory
+from sma.stepping import Moment, Room
 from sma.testing.base import SIDES, Result, SequenceSuite, cuts, few, law
 
 
@@ -74,6 +75,34 @@ class StreamingLaws(SequenceSuite):
         module = self.module()
         with pytest.raises(StreamingError):
             self.start(module, 2, self.inputs(2, 1))
+
+    @law("parallel = chunks = steps", when="decodes")
+    def test_steps_in_place(self) -> None:
+        """Slots that go on at different speeds, take tokens back, and begin and end as a state."""
+        module, length, begun = self.module(), 2 * self.memory, 3
+        rows = torch.stack(self.rows([length + 1] * 2))
+        whole = self.call(module, rows).y
+        slots, at = torch.arange(2), [begun] * 2
+        stepper = module.stepper(Room(2, 1, rows))
+        stepper.write(slots, self._warm(module, rows[:, :begun]), torch.tensor(at))
+        generator = torch.Generator().manual_seed(0)
+        while max(at) < length:
+            live = torch.rand(2, generator=generator) < 0.7
+            for wrong in (True, False):  # a draft that is taken back, and then the token
+                x = torch.stack([rows[b, at[b]] for b in range(2)])
+                with torch.no_grad():
+                    out = stepper.step(self.garbage(x) if wrong else x, Moment(live, torch.tensor(at)))
+                for b in slots[live].tolist() if wrong else []:
+                    stepper.rolled_back(b, 1)
+            y = out if isinstance(out, Tensor) else out[0]
+            for b in slots[live].tolist():
+                self.assert_close(y[b], whole[b, at[b]], f"row {b}, token {at[b]}")
+                at[b] += 1
+        state = stepper.read(slots, torch.tensor(at))
+        last = torch.stack([rows[b, at[b]] for b in range(2)])[:, None]
+        after = self._after(module, last, state)
+        for b in range(2):
+            self.assert_close(after.y[b, 0], whole[b, at[b]], f"row {b}, after it was read")
 
     @law("bounded state", when="streams")
     def test_size_of_the_state(self) -> None:

@@ -65,6 +65,8 @@ class ModuleSuite(_LayerSuite):
 
     Attributes:
         config: what to build. :meth:`create` can be overridden instead.
+        layout: where it should not be inferred.
+        window: working memory of a module of layout "padded".
 
     Example:
         >>> class TestGate(ModuleSuite):                          # doctest: +SKIP
@@ -74,6 +76,7 @@ class ModuleSuite(_LayerSuite):
 
     config: ClassVar[Module.Config]
     layout: ClassVar[Layout | None] = None
+    window: ClassVar[int | None] = None
 
     def create(self) -> nn.Module:
         """A new module."""
@@ -85,9 +88,12 @@ class ModuleSuite(_LayerSuite):
         return TemperedSoftmax(TemperedSoftmax.Config())
 
     def build(self) -> nn.Module:
-        return SparselyActivated(
-            self.create(), self.configurator(), d_model=self.d_model, causal=self.causal, layout=self.layout
-        )
+        return self.around(self.create(), self.configurator())
+
+    def around(self, module: nn.Module, configurator: Configurator) -> SparselyActivated:
+        """The layer that activates a module."""
+        layer = SparselyActivated(module, configurator, d_model=self.d_model, causal=self.causal, layout=self.layout)
+        return layer if self.window is None else layer.with_window(self.window)
 
     def plain(self, module: nn.Module, x: Tensor, position: Tensor) -> Tensor:
         """The module by itself on the tokens ``x (n, D)`` of one sequence, which had ``position (n,)`` in the input."""
@@ -119,9 +125,7 @@ class ModuleSuite(_LayerSuite):
     @given(lengths=lengths_of_rows)
     def test_always_on(self, lengths: list[int]) -> None:
         module = self.module().module
-        layer = SparselyActivated(
-            module, Always(Always.Config()), d_model=self.d_model, causal=self.causal, layout=self.layout
-        ).eval()
+        layer = self.around(module, Always(Always.Config())).eval()
         rows = self.rows(lengths)
         x, valid = self.pad(rows, "left", extra=1)
         y = layer(x, valid=valid).output
@@ -132,9 +136,7 @@ class ModuleSuite(_LayerSuite):
     @law("always on = plain module")
     def test_gradients_of_always_on(self) -> None:
         module, x = self.module().module, self.inputs(1, 5)
-        layer = SparselyActivated(
-            module, Always(Always.Config()), d_model=self.d_model, causal=self.causal, layout=self.layout
-        ).eval()
+        layer = self.around(module, Always(Always.Config())).eval()
         sparse = torch.autograd.grad(layer(x).output.square().sum(), list(module.parameters()), allow_unused=True)
         plain = self.plain(module, x[0], torch.arange(5)).square().sum()
         dense = torch.autograd.grad(plain, list(module.parameters()), allow_unused=True)
@@ -276,6 +278,7 @@ class ModelSuite(WorldLaws, StreamingLaws, RoutingLaws, NumericLaws):
     config: ClassVar[Model.Config]
     vocab_size: ClassVar[int | None] = 11
     real_input = False
+    in_place = False
 
     def build(self) -> nn.Module:
         model: nn.Module = self.config.build()

@@ -222,3 +222,65 @@ class TestUserClassThatIsCausal(StockSuite):
 
     def create(self) -> nn.Module:
         return CausalConvolution()
+
+
+class _Windowed(StockSuite):
+    """With a working memory of the last inputs: these stream."""
+
+    causal = True
+    streams = True
+    window = 3
+
+    def native(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The definition: each output from a call of its own."""
+        rows = [
+            self.whole(module, x[:, max(0, t - self.window) : t + 1])[:, -1] for t in range(x.shape[1])
+        ]  # the windows
+        return torch.stack(rows, 1) if rows else x
+
+    def whole(self, module: nn.Module, x: Tensor) -> Tensor:
+        """One sequence ``(1, n, D)``."""
+        y: Tensor = module(x, _future(x))
+        return y
+
+
+def _future(x: Tensor) -> Tensor:
+    return nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype)
+
+
+class TestEncoderLayerWithWindow(_Windowed):
+    def create(self) -> nn.Module:
+        return nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.1, batch_first=True)
+
+
+class TestAttentionWithWindow(_Windowed):
+    def create(self) -> nn.Module:
+        return nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+
+    def whole(self, module: nn.Module, x: Tensor) -> Tensor:
+        y: Tensor = module(x, x, x, attn_mask=_future(x))[0]
+        return y
+
+
+class TestEncoderWithWindow(_Windowed):
+    def create(self) -> nn.Module:
+        layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True)
+        return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+class TestGRUWithWindow(_Windowed):
+    def create(self) -> nn.Module:
+        return nn.GRU(WIDTH, WIDTH, batch_first=True)
+
+    def whole(self, module: nn.Module, x: Tensor) -> Tensor:
+        y: Tensor = module(x)[0]
+        return y
+
+
+class TestUserClassWithWindow(_Windowed):
+    def create(self) -> nn.Module:
+        return CausalConvolution()
+
+    def whole(self, module: nn.Module, x: Tensor) -> Tensor:
+        y: Tensor = module(x)
+        return y
