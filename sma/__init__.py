@@ -22,6 +22,7 @@ from sma.spec import build
 from sma.spec import dump as dump_spec
 from sma.spec import load as load_spec
 from sma.state import State, StateHistory
+from sma.state_files import load_state, save_state
 from sma.weights import load, load_into, save
 
 __all__ = [
@@ -54,10 +55,12 @@ __all__ = [
     "load",
     "load_into",
     "load_spec",
+    "load_state",
     "ops",
     "plugins",
     "register",
     "save",
+    "save_state",
     "spec",
     "statistics",
 ]

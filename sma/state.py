@@ -8,7 +8,7 @@ a rollback needs.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, Self, TypeVar
 
@@ -30,18 +30,21 @@ def _map(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Tensor | str]]:
+    """By their place, the tensors, and what kind of state each state is."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, State):
-        for field in fields(value):
-            yield from _tensors(getattr(value, field.name))
+        yield name, value
+        return
+    inside: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, State):
+        yield name, type(value).__name__
+        inside = ((field.name, getattr(value, field.name)) for field in fields(value))
     elif isinstance(value, tuple):
-        for item in value:
-            yield from _tensors(item)
+        inside = enumerate(value)
     elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
+        inside = value.items()
+    for key, item in inside:
+        yield from _leaves(item, f"{name}.{key}" if name else str(key))
 
 
 S = TypeVar("S", bound="State")
@@ -57,7 +60,15 @@ class State:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the state, in the order of the fields."""
-        return list(_tensors(self))
+        return list(self.named_tensors().values())
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """The same, by their place: ``layers.0.activate.seen``, for instance."""
+        return {name: leaf for name, leaf in _leaves(self, "") if isinstance(leaf, Tensor)}
+
+    def kinds(self) -> dict[str, str]:
+        """By its place the class of every state inside; of this one under ``""``."""
+        return {name: leaf for name, leaf in _leaves(self, "") if isinstance(leaf, str)}
 
     def clone(self) -> Self:
         """A copy that shares no memory."""
@@ -118,29 +129,31 @@ class State:
 
 def _matching(one: State, other: State) -> list[Tensor]:
     """The tensors of ``other``, which are those of ``one`` but for the batch."""
-    ours, theirs = _shapes(one), _shapes(other)
-    for name in [*ours, *theirs]:
-        if ours.get(name) != theirs.get(name):
-            raise StreamingError(f"state: {name} must be {ours.get(name)} like the first one, got {theirs.get(name)}")
+    problem = difference(one, other.kinds(), other.named_tensors())
+    if problem is not None:
+        raise StreamingError(f"state: {problem}")
     return other.tensors()
 
 
-def _shapes(value: Any, name: str = "") -> dict[str, Any]:
-    """By its place, what each tensor is but for the batch, or the kind of a state."""
-    if isinstance(value, Tensor):
-        return {name: f"(B, {', '.join(map(str, value.shape[1:]))})" if value.dim() > 1 else "(B,)"}
-    if isinstance(value, State):
-        inside = {field.name: getattr(value, field.name) for field in fields(value)}
-        found: dict[str, Any] = {name or "state": type(value).__name__}
-    elif isinstance(value, tuple):
-        inside, found = {str(i): item for i, item in enumerate(value)}, {}
-    elif isinstance(value, dict):
-        inside, found = {str(key): item for key, item in value.items()}, {}
-    else:
-        return {}
-    for key, item in inside.items():
-        found.update(_shapes(item, f"{name}.{key}" if name else key))
-    return found
+def difference(one: State, kinds: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str | None:
+    """What keeps these states and tensors, by their places, from being those of ``one`` but for the batch, or None."""
+    ours: dict[str, Any] = {
+        **one.kinds(),
+        **{name: tuple(each.shape[1:]) for name, each in one.named_tensors().items()},
+    }
+    theirs: dict[str, Any] = {**kinds, **{name: tuple(each.shape[1:]) for name, each in tensors.items()}}
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            place = name or "the whole"
+            return f"{place} must be {_described(ours.get(name))}, got {_described(theirs.get(name))}"
+    batches = {each.shape[0] for each in tensors.values()}
+    return f"every tensor must be of one batch, got {sorted(batches)}" if len(batches) > 1 else None
+
+
+def _described(what: tuple[int, ...] | str | None) -> str:
+    if isinstance(what, tuple):
+        return f"(B, {', '.join(map(str, what))})" if what else "(B,)"
+    return what or "absent"
 
 
 class StateHistory(Generic[S]):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from sma.errors import StreamingError
+from sma import load_state, save_state
+from sma.errors import CheckpointError, StreamingError
 from sma.state import State, StateHistory
+from sma.weights import write_tensors
 
 
 @dataclass(frozen=True)
@@ -78,3 +81,71 @@ def test_the_history_is_bounded() -> None:
         history.rollback(-1)
     with pytest.raises(StreamingError, match="limit must be at least 1, got 0"):
         StateHistory(limit=0)
+
+
+def test_rows_of_several_states() -> None:
+    one, other = nested(), nested()
+    both = State.cat([one, other])
+    assert [tensor.shape[0] for tensor in both.tensors()] == [6] * 4
+    for tensor, first, second in zip(both.tensors(), one.tensors(), other.tensors(), strict=True):
+        assert torch.equal(tensor, torch.cat([first, second]))
+    assert torch.equal(both.select(4, 1).layers[0].keys, torch.stack([other.layers[0].keys[1], one.layers[0].keys[1]]))
+    put = one.put(torch.tensor([2, 0]), other.select(0, 1))
+    assert torch.equal(
+        put.layers[0].keys, torch.stack([other.layers[0].keys[1], one.layers[0].keys[1], other.layers[0].keys[0]])
+    )
+    assert one.more["x"].shape == (3, 1)
+
+
+def test_states_that_do_not_fit_each_other() -> None:
+    one = nested()
+    with pytest.raises(StreamingError, match="needs at least one state"):
+        State.cat([])
+    with pytest.raises(StreamingError, match=r"state: layers.2.keys must be \(B, 4\), got \(B, 5\)"):
+        State.cat([one, replace(one, layers=(one.layers[0], None, Inner(torch.zeros(3, 5))))])
+    with pytest.raises(StreamingError, match=r"state: layers.2 must be Inner, got absent"):
+        State.cat([one, replace(one, layers=one.layers[:2])])
+    with pytest.raises(StreamingError, match=r"state: layers.1 must be absent, got Inner"):
+        one.put(
+            torch.tensor([0]),
+            replace(one.select(0), layers=(one.select(0).layers[0],) * 2 + (one.select(0).layers[2],)),
+        )
+    with pytest.raises(StreamingError, match="the whole must be Outer, got Inner"):
+        State.cat([one, Inner(torch.zeros(3, 2))])
+    with pytest.raises(StreamingError, match=r"every tensor must be of one batch, got \[2, 3\]"):
+        State.cat([one, replace(one, count=torch.arange(2))])
+
+
+def test_files(tmp_path: Path) -> None:
+    state, path = nested().detach(), tmp_path / "state.safetensors"
+    save_state(state, path)
+    back = load_state(path, nested().select(1))
+    assert back.layers[2].name == "inner" or back.layers[2].name == "other"
+    for tensor, same in zip(back.tensors(), state.tensors(), strict=True):
+        assert tensor.dtype == same.dtype
+        assert torch.equal(tensor, same)
+    half = load_state(path, nested().to(dtype=torch.bfloat16))
+    assert [tensor.dtype for tensor in half.tensors()] == [torch.int64] + [torch.bfloat16] * 3
+
+
+def test_files_that_are_no_state(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_state(path, nested())
+    save_state(nested().detach(), path)
+    with pytest.raises(CheckpointError, match=r"does not fit the model: the whole must be Inner, got Outer"):
+        load_state(path, Inner(torch.zeros(1, 2)))
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
+        load_state(path, nested())
+    write_tensors({"count": torch.zeros(3)}, path)
+    with pytest.raises(CheckpointError, match="holds no state"):
+        load_state(path, nested())
+    for said, message in (("{", "cannot be read"), ("[]", "must be a mapping, got list")):
+        write_tensors({"count": torch.zeros(3)}, path, {"sma_state": said})
+        with pytest.raises(CheckpointError, match=message):
+            load_state(path, nested())
+    state = nested().detach()
+    save_state(replace(state, count=state.count.float()), path)
+    with pytest.raises(CheckpointError, match="count must be torch.int64, got torch.float32"):
+        load_state(path, nested())
