@@ -147,5 +147,5 @@ def test_files_that_are_no_state(tmp_path: Path) -> None:
             load_state(path, nested())
     state = nested().detach()
     save_state(replace(state, count=state.count.float()), path)
-    with pytest.raises(CheckpointError, match="count must be torch.int64, got torch.float32"):
+    with pytest.raises(CheckpointError, match=r"count must be torch\.int64, got torch\.float32"):
         load_state(path, nested())
