@@ -254,6 +254,43 @@ def test_bad_input_is_refused() -> None:
     assert decoder.step({0: 3}).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_greedy_text_is_the_same_bits_whoever_else_is_there(dtype: torch.dtype) -> None:
+    model = deepcopy(tiny("seqboat_small_lm")).to(dtype)
+    prompts = inputs_of(model, length=9)
+
+    def text(slots: list[int], size: int) -> Tensor:
+        decoder = Decoder(model, size)
+        at = {row: decoder.join(prompts[row]) for row in slots}
+        drawn = []
+        for _ in range(24):
+            drawn.append(decoder.logits.argmax(-1))
+            decoder.step(drawn[-1])
+        return torch.stack(drawn, 1)[[at[row] for row in sorted(at)]]
+
+    assert torch.equal(text([0, 1, 2], 3), text([2, 0, 1], 3))
+    assert torch.equal(text([0, 1, 2], 3), text([0, 1, 2], 3))
+
+
+@pytest.mark.parametrize("name", ["seqboat_small_lm", "seqboat_lm"])
+def test_at_a_hundred_thousand_tokens(name: str) -> None:
+    """Parallel, in chunks, and step by step from points along the stream."""
+    model, length, steps = tiny(name), 100_000, 12
+    tokens = inputs_of(model, batch=1, length=length)
+    expected = whole(model, tokens)[0]
+    decoder, state, read = Decoder(model, 1), model.initial_state(1), 0
+    for point in (5_000, 60_000, length - steps):
+        there = prefill(model, tokens[:, read:point], state, chunk=8192)
+        state, read = there.state, point
+        torch.testing.assert_close(there.logits[0], expected[point - 1], rtol=0, atol=1e-5)
+        slot = decoder.acquire()
+        decoder.write(slot, state)
+        for t in range(point, point + steps):
+            logits = decoder.step({slot: int(tokens[0, t])})
+            torch.testing.assert_close(logits[slot], expected[t], rtol=0, atol=1e-5)
+        decoder.leave(slot)
+
+
 @needs_triton
 def test_with_kernels() -> None:
     model = tiny("seqboat_lm")

@@ -189,12 +189,46 @@ def test_streams_in_any_split(splits: tuple[int, ...]) -> None:
     torch.testing.assert_close(state.hidden.double(), last.hidden, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("truncation", [1, 5, 20, 50])
+def test_a_truncated_stream(truncation: int) -> None:
+    """Chunks longer and shorter than the window, rows that end and rows without a token."""
+    weights = parameters(2, 3, False)
+    narrow = [weight.float() for weight in weights]
+    x = torch.randn(3, 70, 2, dtype=torch.float64, device=DEVICE)
+    counts = [(25, 3, 0), (20, 0, 0), (25, 30, 20)]
+    columns: list[list[Tensor]] = [[], [], []]
+    state, at = None, [0, 0, 0]
+    for count in counts:
+        chunk = torch.full((3, max(count), 2), 100.0, dtype=torch.float64, device=DEVICE)
+        for row, taken in enumerate(count):
+            chunk[row, :taken] = x[row, at[row] : at[row] + taken]
+            at[row] += taken
+        with using("triton"):
+            y, state = ema(
+                chunk.float(), *narrow, bidirectional=False, truncation=truncation, state=state, return_state=True,
+                lengths=torch.tensor(count, device=DEVICE),
+                activation="silu",
+            )  # fmt: skip
+        for row, taken in enumerate(count):
+            columns[row].append(y[row, :taken])
+    assert state is not None
+    for row, end in enumerate(at):
+        exact, last = ema(
+            x[row : row + 1, :end], *weights, bidirectional=False, truncation=truncation, return_state=True,
+            activation="silu",
+        )  # fmt: skip
+        torch.testing.assert_close(torch.cat(columns[row]).double(), exact[0], rtol=0, atol=5e-6)
+        assert last is not None
+        assert last.history is not None
+        assert state.history is not None
+        torch.testing.assert_close(state.hidden[row].double(), last.hidden[0], rtol=0, atol=5e-6)
+        torch.testing.assert_close(state.history[row].double(), last.history[0], rtol=0, atol=1e-6)
+
+
 def test_what_it_leaves_to_others() -> None:
     weights = [weight.float() for weight in parameters(2, 2, False)]
     x = torch.randn(1, 4, 2, device=DEVICE)
     with using("triton"):
-        with pytest.raises(BackendError, match="no carried state with truncation"):
-            ema(x, *weights, bidirectional=False, truncation=3, return_state=True)
         with pytest.raises(BackendError, match="no gradient through a carried state"):
             ema(x.requires_grad_(), *weights, bidirectional=False, return_state=True)
         with pytest.raises(BackendError, match="got torch"):

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sma.errors import ConfigError, ShapeError, StreamingError
-from sma.ops.backend import Op, without_autocast
+from sma.ops.backend import Op, forced_backend, without_autocast
 from sma.ops.kernel import FLOATS, why_not_triton
 from sma_modules.ops.ema.state import EMAState, compute_dtype, initial_state
 
@@ -26,6 +26,8 @@ __all__ = ["OP", "Activation", "EMAState", "compute_dtype", "ema", "initial_stat
 
 Activation = Literal["none", "silu"]
 OP = Op("ema")
+STEP_LENGTH = 16
+"""Up to this many tokens the recurrence is faster than setting up anything else."""
 MAXIMUM_STATES = 16
 """More than these of one channel do not fit into the registers of a thread."""
 
@@ -196,8 +198,8 @@ def _why_not_triton(
         return f"the kernel takes parameters in float32 or less, got {wrong[0]}"
     if not (return_state or state is not None):
         return None
-    if truncation is not None:
-        return "the kernel has no carried state with truncation"
+    if truncation is not None and x.shape[1] <= STEP_LENGTH and forced_backend() != "triton":
+        return f"the recurrence is faster for up to {STEP_LENGTH} tokens of a truncated stream, got {x.shape[1]}"
     carried = () if state is None else (state.hidden,)
     if torch.is_grad_enabled() and any(value.requires_grad for value in (x, *parameters, *carried)):
         return "the kernel has no gradient through a carried state"
@@ -218,6 +220,19 @@ def _triton(
 ) -> tuple[Tensor, EMAState | None]:
     from sma_modules.ops.ema import fused
 
+    if truncation is not None and (return_state or state is not None):
+        from sma_modules.ops.ema.windowed import windowed
+
+        y, end = windowed(
+            x,
+            parameters,
+            truncation=truncation,
+            lengths=lengths,
+            state=state,
+            activation=activation,
+            dropout=dropout,
+        )
+        return y, end if return_state else None
     y, hidden = fused.ema(
         x,
         parameters,

@@ -8,13 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sma_modules.ops.ema import OP
+from sma_modules.ops.ema import OP, STEP_LENGTH
 from sma_modules.ops.ema.chunked import chunked
 from sma_modules.ops.ema.convolution import convolve
 from sma_modules.ops.ema.state import EMAState, compute_dtype, finished, initial_state
-
-STEP_LENGTH = 16
-"""Up to this many tokens the recurrence is faster than setting up a convolution."""
 
 
 class Decay(NamedTuple):
@@ -136,7 +133,7 @@ def _faded(hidden: Tensor, decay: Decay, length: int) -> Tensor:
     return out.reshape(dim, batch, -1)[..., :length].permute(1, 2, 0)
 
 
-def _latest(x: Tensor, lengths: Tensor | None, count: int, offset: int = 0) -> Tensor:
+def latest(x: Tensor, lengths: Tensor | None, count: int, offset: int = 0) -> Tensor:
     """``(B, count, D)``: the last ``count`` real inputs of each row, newest last, zeros where there are none.
 
     ``offset`` is how many columns, all real, come before the ``lengths`` counted ones.
@@ -153,7 +150,7 @@ def _chunk(x: Tensor, decay: Decay, lengths: Tensor | None, start: EMAState, beg
     """A chunk without truncation: convolution, plus what the state still gives."""
     length = x.shape[1]
     y = convolve(x, _kernel(decay, length))
-    hidden = _summed(_latest(x, lengths, length), decay)
+    hidden = _summed(latest(x, lengths, length), decay)
     if not begins:
         y = y + _faded(start.hidden, decay, length)
         steps = x.new_tensor(length) if lengths is None else lengths[:, None, None].to(x.dtype)
@@ -170,11 +167,18 @@ def _truncated_chunk(
         taps, past = min(truncation, x.shape[1]), 0
     inputs = x if begins or start.history is None else torch.cat([start.history, x], dim=1)
     y = convolve(inputs, _kernel(decay, taps))[:, past:]
-    window = _latest(inputs, lengths, taps, offset=past)
-    history = torch.nn.functional.pad(window, (0, 0, truncation - taps, 0))
-    zeros = initial_state(x.shape[0], x.shape[2], decay.loss.shape[1], 1, like=x)
+    return y, after_window(latest(inputs, lengths, taps, offset=past), decay, truncation, lengths, start)
+
+
+def after_window(window: Tensor, decay: Decay, truncation: int, lengths: Tensor | None, start: EMAState) -> EMAState:
+    """The state of a truncated average after its last inputs ``window (B, taps, D)``, summed anew.
+
+    Rows that took nothing, by their ``lengths``, keep the state they had at the ``start``.
+    """
+    history = torch.nn.functional.pad(window, (0, 0, truncation - window.shape[1], 0))
+    zeros = initial_state(window.shape[0], window.shape[2], decay.loss.shape[1], 1, like=window)
     end = EMAState(_summed(window, decay), zeros.fresh, zeros.count, history)
-    return y, end if lengths is None else _keep(start, end, lengths == 0)
+    return end if lengths is None else _keep(start, end, lengths == 0)
 
 
 def _keep(old: EMAState, new: EMAState, rows: Tensor) -> EMAState:
@@ -205,5 +209,5 @@ def _steps(
         outputs.append((hidden * decay.read).sum(-1))
         now = EMAState(hidden, fresh, count)
         end = now if lengths is None else _keep(end, now, lengths <= t)
-    history = None if truncation is None else _latest(inputs, lengths, truncation, offset=truncation)
+    history = None if truncation is None else latest(inputs, lengths, truncation, offset=truncation)
     return torch.stack(outputs, dim=1), replace(end, history=history)
