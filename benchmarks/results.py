@@ -88,7 +88,7 @@ def environment(device: torch.device, dtype: torch.dtype, scale: str) -> dict[st
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if on_gpu else None,
-        **{name: _version(name) for name in ("triton", "flash-linear-attention", "scattermoe")},
+        **{name: _version(name) for name in ("triton", "transformers", "flash-linear-attention", "scattermoe")},
         "sma": sma.__version__,
         "commit": _commit(),
     }

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks import peers
+from benchmarks import decoding, peers
 from benchmarks.modules import dense_ffn, ema, experts, mixture, published_ema, sparse_ffn
 from benchmarks.rows import (
     BYTES,
@@ -145,6 +145,12 @@ def _prefill(length: int) -> Workload:
     return Workload(title, 1, length, prefills(length), "ours r=0.3", FLASH, train="forward pass only")
 
 
+def _decoding(batch: int, context: int) -> Workload:
+    title = f"A decoding step at batch {batch} after {context:,} tokens, language models of about 40M parameters"
+    peer = "Llama, static cache, graph"
+    return Workload(title, batch, context, decoding.rows(), "ours r=0.3, graph", peer, train="forward pass only")
+
+
 def _cpu_text() -> Workload:
     spec, share = "seqboat_text", 0.15
     rows = (model("ours r=0.15", spec, share=share), published(spec, share), transformer(BYTES, 4, 256, 4, 1024))
@@ -171,6 +177,7 @@ WORKLOADS: dict[str, Workload] = {
     "ffn": _ffn(),
     "experts": _experts(),
     **{f"prefill-{length}k": _prefill(1024 * length) for length in (8, 64, 256)},
+    **{f"decode-{b}-{length}k": _decoding(b, 1024 * length) for b, length in ((1, 1), (1, 64), (32, 1), (32, 48))},
     "cpu-text": _cpu_text(),
     "cpu-lm": _cpu_lm(),
 }

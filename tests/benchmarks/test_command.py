@@ -68,6 +68,30 @@ def test_every_row_is_there(record: dict[str, Any]) -> None:
     assert graph["error"].startswith("not available: ")
 
 
+def test_decoding_steps_are_timed(tmp_path: Path) -> None:
+    path = tmp_path / "decode.json"
+    main(["decode-1-1k", "--rows", "ours,Llama", *SMALL, "--json", str(path)])
+    rows = {row["model"]: row for row in json.loads(path.read_text())["rows"]}
+    assert len(rows) == 4
+    assert rows["ours r=0.3"]["error"] is None
+    assert len(rows["ours r=0.3"]["forward_ms"]) == 2
+    assert rows["ours r=0.3"]["train_ms"] is None
+    assert 0 < rows["ours r=0.3"]["share"] < 1
+    assert rows["ours r=0.3"]["backends"]["ring_attention"] == "eager"
+    assert rows["ours r=0.3, graph"]["error"].startswith("not available: ")
+    llama = rows["Llama, static cache"]  # transformers is an extra
+    assert (llama["error"] or "").startswith("not available: ") or len(llama["forward_ms"]) == 2
+
+
+def test_steps_that_are_wrong_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import decoding
+
+    monkeypatch.setattr(decoding, "TOLERANCE", -1.0)
+    setting = Setting(torch.device("cpu"), torch.float32, batch=1, length=40).small()
+    with pytest.raises(RuntimeError, match="not timed, its results are wrong: steps are"):
+        decoding.ours("ours", captured=False).build(setting)
+
+
 def test_the_table_compares_with_ours_and_the_peer(record: dict[str, Any]) -> None:
     rows = [row for row in record["rows"] if row["workload"] == "cpu-lm"]
     cells = {line[0]: line for line in workload_cells(rows, record["workloads"]["cpu-lm"])}
