@@ -158,7 +158,7 @@ class SeqBoatStepper(BlockStepper):
                 m if output is None else output,
                 self.activate.packed(decision.active[:, 0]),
                 weight=decision.confidence,
-                skip=F.linear(m, *skip)[:, None],
+                skip=linear(m, *skip)[:, None],
                 residual=x[:, None],
                 activation="silu",
             ).squeeze(1)

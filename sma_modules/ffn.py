@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sma.dropout import Dropout
 from sma.interfaces import Module
+from sma.linear import Linear as FastLinear
 from sma_modules.ops.feed_forward import Activation, Linear, feed_forward
 from sma_modules.ops.feed_forward.eager import ACTIVATIONS
 
@@ -85,7 +86,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def is_plain(linear: nn.Module) -> bool:
     """Whether a projection is nothing but its weights: not replaced, not parametrised, watched by no hook."""
-    return type(linear) is nn.Linear and not (
+    return type(linear) in (nn.Linear, FastLinear) and not (
         linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
     )
 

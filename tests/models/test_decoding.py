@@ -13,6 +13,7 @@ from sma.errors import ConfigError, ShapeError, StreamingError
 from sma.ops import using
 from sma_models.decoding import Decoder, prefill
 from sma_models.heads import LanguageModel
+from sma_modules.steppers import GAUStepper
 from tests.devices import needs_triton
 from tests.models.tiny import SPECS, VOCABULARY, inputs_of, tiny
 
@@ -177,6 +178,22 @@ def test_memory_is_fixed(name: str) -> None:
         decoder.step(tokens[:, t])
     assert decoder.nbytes == size > 0
     assert [tensor.data_ptr() for _, part in decoder._stepper.walk() for tensor in part.memory()] == before
+
+
+def test_the_unit_of_a_layer_takes_the_short_way() -> None:
+    """Unless somebody watches or changes its projections."""
+    model = double()
+    expected = whole(model, tokens := inputs_of(model, batch=1, length=8))
+    for watched in (False, True):
+        if watched:
+            model.stack.layers[0].activate.module.h_proj.register_forward_hook(lambda module, args, out: out)
+        decoder = Decoder(model, 1)
+        unit = dict(decoder._stepper.walk())["layers.0.activate.module"]
+        assert isinstance(unit, GAUStepper)
+        assert unit.is_plain is not watched
+        decoder.join(tokens[0, :5])
+        for t in range(5, 8):
+            close(decoder.step(tokens[:, t]), expected[:, t])
 
 
 def test_who_was_active() -> None:
