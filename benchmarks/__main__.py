@@ -6,6 +6,7 @@
     python -m benchmarks run --device cpu --scale small     # everything in moments, to see that it runs
     python -m benchmarks sweep rate width --json FILE       # activation rates, lengths, widths
     python -m benchmarks profile text-4k --json FILE        # where the time of a training step goes
+    python -m benchmarks stream --json FILE                 # ten million tokens read and decoded from, along the way
     python -m benchmarks draw                               # figures of the documentation, from benchmarks/results
 
 A row is timed only if a small case of it is right. All rows of a workload take turns, round after round, so that the
@@ -27,7 +28,7 @@ from benchmarks.tables import HEAD, remarks, text_table, workload_cells
 from benchmarks.timing import Clock
 from benchmarks.workloads import WORKLOADS
 
-COMMANDS = ("run", "sweep", "profile", "draw")
+COMMANDS = ("run", "sweep", "profile", "stream", "draw")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         ("run", run, "time the workloads"),
         ("sweep", sweep, "time modules over a range of rates, lengths or widths"),
         ("profile", profile, "split a training step into its parts, against what the device could do"),
+        ("stream", stream, "read a long stream and decode at points along it; NAME is a number of tokens"),
     ):
         each = commands.add_parser(name, help=meaning)
         each.set_defaults(command=command)
@@ -109,6 +111,21 @@ def profile(options: argparse.Namespace) -> None:
         record.profiles.append(profile_of(name, size, limits))
         record.write(options.json)
         print(show(record.profiles[-1]), flush=True)
+
+
+def stream(options: argparse.Namespace) -> None:
+    """Read a long stream."""
+    from benchmarks.streaming import TOKENS, show, stream
+
+    if not all(name.isdecimal() and int(name) for name in options.names):
+        sys.exit(f"a stream is as long as a number says, got {' '.join(options.names)}")
+    setting, record, clock = _start(options)
+    small = options.scale == "small"
+    for tokens in [int(name) for name in options.names] or [1000 if small else TOKENS]:
+        result = stream(setting.small() if small else setting, tokens, options.rounds, clock)
+        record.streams.append(result)
+        record.write(options.json)
+        print(show(result), flush=True)
 
 
 def draw_figures(options: argparse.Namespace) -> None:

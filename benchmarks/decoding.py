@@ -43,7 +43,7 @@ def ours(label: str, captured: bool = True) -> Row:
     def build(setting: Setting) -> Subject:
         if captured and setting.device.type != "cuda":
             raise RuntimeError("not available: CUDA graphs need a CUDA device")
-        _check(setting)
+        check_steps(setting)
         body: Any = load(SPEC, setting).build()
         model: LanguageModel = body.to(setting.device).eval()
         tokens, _ = LM.draw(replace(setting, batch=1))
@@ -66,7 +66,7 @@ def ours(label: str, captured: bool = True) -> Row:
     return Row(label, build, lambda setting: model_case(SPEC, setting))
 
 
-def _check(setting: Setting) -> None:
+def check_steps(setting: Setting) -> None:
     """Steps say what the whole sequence says, on this device.
 
     Raises:

@@ -7,22 +7,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.pages import TEXT, latest_sweeps, read
+from benchmarks.pages import TEXT, latest_streams, latest_sweeps, read
 from benchmarks.timing import Spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = {"sparse": "#0072B2", "dense": "#D55E00", "Transformer, flash": "#009E73"}
 """Okabe and Ito 2008: told apart with any colour vision."""
 
 
 def draw(files: Sequence[Path], out: Path) -> list[Path]:
-    """One SVG for each sweep name, a panel for each of its lines; returns the files that were written."""
+    """One SVG for each sweep name, a panel for each of its lines, and one of the streams; returns the files that were
+    written.
+    """
+    records = [read(file) for file in files]
     named: dict[str, list[dict[str, Any]]] = {}
-    for sweep in latest_sweeps([read(file) for file in files]):
+    for sweep in latest_sweeps(records):
         named.setdefault(sweep["sweep"], []).append(sweep)
-    return [_draw(name, sweeps, out / figure_name(name)) for name, sweeps in named.items()]
+    drawn = [_draw(name, sweeps, out / figure_name(name)) for name, sweeps in named.items()]
+    streams = latest_streams(records)
+    return [*drawn, _draw_stream(streams[-1], out / figure_name("stream"))] if streams else drawn
 
 
 def draw_text_run(out: Path) -> Path:
@@ -39,12 +45,46 @@ def figure_name(sweep: str) -> str:
 
 
 def _draw(name: str, sweeps: Sequence[dict[str, Any]], path: Path) -> Path:
-    import matplotlib
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(sweeps), 3.6), facecolor="white", layout="constrained")
     for axes, sweep in zip(figure.subplots(1, len(sweeps), squeeze=False)[0], sweeps, strict=True):
         _panel(axes, sweep)
+    return _saved(figure, path)
+
+
+def _draw_stream(stream: dict[str, Any], path: Path) -> Path:
+    """Times on the left, memory on the right, over the tokens that went by."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6), facecolor="white", layout="constrained")
+    times, memory = figure.subplots(1, 2)
+    points = stream["points"]
+    steps = [Spread.of(point["step_ms"]) for point in points]
+    lines = [
+        (times, "decoding step", [step.median if step else float("nan") for step in steps], "#0072B2"),
+        (times, "reading 1,000 tokens", [point["read_ms"] for point in points], "#D55E00"),
+        (memory, "state", [point["state_mib"] for point in points], "#0072B2"),
+    ]
+    if points[0]["allocated_mib"] is not None:
+        allocated = [point["allocated_mib"] for point in points]
+        lines.append((memory, "all that is allocated", allocated, "#009E73"))
+    for axes, label, values, colour in lines:
+        tokens = [point["tokens"] for point in points]
+        axes.plot(tokens, values, marker="o", markersize=3, color=colour, label=label)
+    for axes, unit in ((times, "ms"), (memory, "MiB")):
+        axes.set_xscale("log")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("tokens read before")
+        axes.set_ylabel(unit)
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    return _saved(figure, path)
+
+
+def _saved(figure: Figure, path: Path) -> Path:
+    import matplotlib
+
     path.parent.mkdir(parents=True, exist_ok=True)
     # The same results give the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "sma"}):

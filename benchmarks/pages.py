@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import HEAD, PROFILE_HEAD, markdown_table, profile_cells, remarks, workload_cells
+from benchmarks.tables import (
+    HEAD,
+    PROFILE_HEAD,
+    STREAM_HEAD,
+    markdown_table,
+    profile_cells,
+    remarks,
+    stream_cells,
+    workload_cells,
+)
 
 RESULTS = Path(__file__).parent / "results"
 STATIC = Path(__file__).parent.parent / "docs" / "_static"
@@ -44,6 +53,25 @@ def latest_sweeps(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for sweep in record.get("sweeps", []):
             found[sweep["sweep"], sweep["title"]] = sweep | {"environment": record["environment"]}
     return list(found.values())
+
+
+def latest_streams(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The streams of all files, the latest last."""
+    known = sorted(filter(None, records), key=_order)
+    return [stream | {"environment": record["environment"]} for record in known for stream in record.get("streams", [])]
+
+
+def streams(folder: Path = RESULTS) -> str:
+    """The table of the latest stream, and its figure."""
+    from benchmarks.figures import figure_name
+
+    found = latest_streams(_records(folder))
+    if not found:
+        return NOTHING
+    parts = [f"{found[-1]['title']}. {_environment(found[-1]['environment'])}"]
+    if (STATIC / figure_name("stream")).exists():
+        parts.append(f"![Times and memory along a stream](../_static/{figure_name('stream')})")
+    return "\n\n".join([*parts, markdown_table(STREAM_HEAD, stream_cells(found[-1]))])
 
 
 def workloads(folder: Path = RESULTS) -> str:
@@ -155,5 +183,6 @@ PARTS = {
     "benchmark_workloads": workloads,
     "benchmark_sweeps": sweeps,
     "benchmark_profiles": profiles,
+    "benchmark_streams": streams,
 }
 """What the documentation fills in, by the name of its mark."""

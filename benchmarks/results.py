@@ -60,6 +60,7 @@ class Record:
         rows: what was measured of the workloads.
         sweeps: what :mod:`benchmarks.sweeps` measured.
         profiles: what :mod:`benchmarks.profiles` measured.
+        streams: what :mod:`benchmarks.streaming` measured.
     """
 
     environment: dict[str, Any]
@@ -67,6 +68,7 @@ class Record:
     rows: list[Result] = field(default_factory=list)
     sweeps: list[dict[str, Any]] = field(default_factory=list)
     profiles: list[dict[str, Any]] = field(default_factory=list)
+    streams: list[dict[str, Any]] = field(default_factory=list)
 
     def write(self, path: Path | None) -> None:
         """Write everything so far, so that an interrupted run keeps what it has; no path, no file."""

@@ -96,3 +96,24 @@ def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table of the documentation."""
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in rows)
+
+
+STREAM_HEAD = ("tokens", "read, ms per 1,000", "step ms", "min..max", "state MiB", "allocated MiB")
+
+
+def stream_cells(stream: Mapping[str, Any]) -> list[list[str]]:
+    """A line for each point of a stream."""
+    lines = []
+    for point in stream["points"]:
+        step, allocated = Spread.of(point["step_ms"]), point["allocated_mib"]
+        lines.append(
+            [
+                f"{point['tokens']:,}",
+                milliseconds(point["read_ms"]),
+                milliseconds(step.median) if step else "-",
+                f"{milliseconds(step.low)}..{milliseconds(step.high)}" if step else "-",
+                f"{point['state_mib']:.2f}",
+                "-" if allocated is None else f"{allocated:,.0f}",
+            ]
+        )
+    return lines

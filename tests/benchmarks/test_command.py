@@ -235,3 +235,21 @@ def test_a_captured_training_step_is_replayed() -> None:
     subject.module.eval()
     subject.forward()
     subject.forward()
+
+
+def test_a_stream_is_read_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "stream.json"
+    main(["stream", *SMALL, "--json", str(path)])
+    assert "state MiB" in capsys.readouterr().out
+    record = json.loads(path.read_text())
+    points = record["streams"][0]["points"]
+    assert [point["tokens"] for point in points] == [125, 250, 625, 1000]
+    assert len({point["state_mib"] for point in points}) == 1
+    assert all(len(point["step_ms"]) == 2 and min(point["step_ms"]) > 0 for point in points)
+    assert draw([path], tmp_path) == [tmp_path / "speed_stream.svg"]
+    assert pages.streams(tmp_path) == pages.NOTHING  # it was not at full size
+    record["environment"]["scale"] = "full"
+    path.write_text(json.dumps(record))
+    assert "| 1,000 |" in pages.streams(tmp_path)
+    with pytest.raises(SystemExit, match="as long as a number says, got ten"):
+        main(["stream", "ten", *SMALL])

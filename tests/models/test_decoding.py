@@ -36,7 +36,7 @@ def close(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("prompt", [1, 9, 17, 40])
+@pytest.mark.parametrize("prompt", [1, 18])
 @every_language_model
 def test_every_step_is_that_of_the_parallel_model(name: str, prompt: int) -> None:
     model = double(name)

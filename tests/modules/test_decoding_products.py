@@ -151,6 +151,45 @@ def test_rows_do_not_depend_on_each_other() -> None:
 
 
 @needs_triton
+def test_operators_are_sound() -> None:
+    """What they say of themselves to a compiler: shapes, and what they write to."""
+    from sma.ops.tempered_decision import triton_kernel as decision
+    from sma_modules.ops.ema_step import launch as ema_step
+    from sma_modules.ops.gau_output import launch as output
+    from sma_modules.ops.gau_projections import launch as projections
+    from sma_modules.ops.ring_attention import launch as ring
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype, device=DEVICE)
+
+    given = inputs(2, 6, 4, 3, torch.float32)
+    m, (skip, skip_bias), (mx, mx_bias) = given["m"], given["skip"], given["mx"]
+    live, position, counts = given["active"], zeros(2, dtype=torch.int64), zeros(2, 2, dtype=torch.int64)
+    coefficients = (*(zeros(6, 3) for _ in range(4)), zeros(6))
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (decision.decide, (m, skip[:2], skip_bias[:2], zeros(1), zeros(1), live)),
+        (projections.run, (m, skip, skip_bias, mx, mx_bias, given["gamma"], given["beta"], position, 100.0, live)),
+        (output.run, (zeros(2, 3), zeros(6, 3), zeros(6), live, zeros(2), m, m)),
+        (
+            ema_step.step,
+            (
+                m, zeros(1, 2, 6, 3), zeros(1, 2, 6, 3), zeros(2, 2, dtype=torch.int64), zeros(2, 4, 6), *coefficients,
+                None, None, live, position, 4, True, True, 1e-5, True,
+            ),
+        ),
+        (
+            ring.run,
+            (
+                zeros(2, 1, 4), zeros(2, 1, 4), zeros(2, 1, 3), None, None, zeros(2, 71, 1, 4), zeros(2, 71, 1, 3),
+                zeros(2, 71, dtype=torch.int64), counts, live, live, position, position, 70, 70, 0, 0, 0,
+            ),
+        ),
+    ]  # fmt: skip
+    for call, arguments in calls:
+        torch.library.opcheck(call.operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@needs_triton
 def test_kernels_write_nowhere_else() -> None:
     given = inputs(3, 6, 4, 3, torch.float32)
     with guarded(), using("triton"):
