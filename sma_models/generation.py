@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sma.errors import ConfigError
 from sma_models.decoding import Decoder
-from sma_models.decoding.prefill import check_prompt
+from sma_models.decoding.prompts import check_prompt
 from sma_models.heads import LanguageModel
 
 

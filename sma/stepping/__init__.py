@@ -13,7 +13,6 @@ Every part has a stepper. Where a class brings none of its own, its ordinary ``f
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -60,7 +59,7 @@ class Decision(NamedTuple):
     confidence: Tensor
 
 
-class Stepper(ABC):
+class Stepper:
     """The memory of S sequences in one part of a model.
 
     Attributes:
@@ -87,13 +86,13 @@ class Stepper(ABC):
         for own, part in self.parts().items():
             yield from part.walk(f"{name}.{own}" if name else own)
 
-    @abstractmethod
     def read(self, slots: Tensor, position: Tensor) -> State | None:
         """The state of ``slots (n,)``, as ``forward`` takes it; ``position (n,)`` tokens of each went by."""
+        raise NotImplementedError
 
-    @abstractmethod
     def write(self, slots: Tensor, state: State | None, position: Tensor) -> None:
         """Make the n sequences of ``state`` those of ``slots (n,)``, from ``position (n,)`` on."""
+        raise NotImplementedError
 
     def rolled_back(self, slot: int, tokens: int) -> None:
         """Told that the last ``tokens`` of a slot were taken back. What is kept by position has nothing to do."""
@@ -109,9 +108,9 @@ class Stepper(ABC):
 class MixerStepper(Stepper):
     """A mixer that decodes."""
 
-    @abstractmethod
     def step(self, x: Tensor, moment: Moment) -> Tensor:
         """``x (S, D)``, a token of every slot, to ``(S, D)``."""
+        raise NotImplementedError
 
     def activated(self, x: Tensor, moment: Moment, norm: RowNorm | None = None) -> Tensor:
         """``SiLU(step(norm(x)))``. A mixer that can do it in one pass overrides this."""
@@ -122,17 +121,17 @@ class ModuleStepper(Stepper):
     """An activatable module that decodes.
 
     Attributes:
-        d_out: width of the outputs, of a stepper that has an :meth:`idle`; None for one that always steps.
+        d_out: width of the outputs, of a stepper that has an ``idle``; None for one that always steps.
     """
 
     d_out: int | None = None
 
-    @abstractmethod
     def step(self, x: Tensor, active: Tensor, moment: Moment) -> Tensor:
         """Outputs ``(S, D)`` for ``x (S, D)``; rows that are not ``active (S,)`` hold anything finite."""
+        raise NotImplementedError
 
     def idle(self, moment: Moment) -> None:
-        """Instead of :meth:`step` where no slot is known to be active: for what is kept by position."""
+        """Instead of ``step`` where no slot is known to be active: for what is kept by position."""
 
 
 class Stepped(NamedTuple):
@@ -145,9 +144,9 @@ class Stepped(NamedTuple):
 class BlockStepper(Stepper):
     """A block that decodes."""
 
-    @abstractmethod
     def step(self, x: Tensor, moment: Moment) -> Stepped:
         """``x (S, D)``, a token of every slot, through the block."""
+        raise NotImplementedError
 
 
 def normalised(norm: nn.Module | None, x: Tensor) -> Tensor:

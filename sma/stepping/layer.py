@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sma.configurators import TemperedSoftmax
 from sma.errors import StreamingError
+from sma.layer import ActivatedState, SparseMixture
 from sma.ops import narrow_linear, tempered_decision
 from sma.routing import Packed
 from sma.stepping import Decision, ModuleStepper, Moment, Room, Stepper
-
-if TYPE_CHECKING:
-    from sma.layer import ActivatedState, SparseMixture
 
 
 class MixtureStepper(Stepper):
@@ -85,8 +83,6 @@ class MixtureStepper(Stepper):
         return Packed(index, self._bounds, self._order, 1, (slots, 1), row, self._overflow)
 
     def read(self, slots: Tensor, position: Tensor) -> ActivatedState:
-        from sma.layer import ActivatedState
-
         return ActivatedState(position.clone(), tuple(member.read(slots, position) for member in self.members))
 
     def write(self, slots: Tensor, state: Any, position: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from sma.errors import ConfigError, ShapeError, StreamingError
 from sma.stepping import Decision, Moment, Room
 from sma_models.decoding.graph import Graph
-from sma_models.decoding.prefill import prefill
+from sma_models.decoding.prompts import prefill
 from sma_models.decoding.steps import ModelStepper, position_of
 from sma_models.heads import LanguageModel
 from sma_models.stack import StackState
@@ -33,6 +33,9 @@ class Decoder:
         rollback: how many of its last tokens a sequence can take back, for drafts that are rejected.
         prefill_chunk: prompts are read this many tokens at a time.
         capture: False never captures a graph.
+
+    Attributes:
+        logits: ``(S, vocab_size)`` of the token after the last one of every slot; written in place.
 
     Raises:
         ConfigError: an argument is out of range, or the model is in training mode.
@@ -79,7 +82,7 @@ class Decoder:
 
     @property
     def uncaptured(self) -> dict[str, str]:
-        """Why no CUDA graph can hold a step: by the name of each part that is in the way, the reason.
+        """Why no CUDA graph can hold a step, by the name of each part that is in the way.
 
         Where a capture was tried and failed, what CUDA said is the reason, under the name of the whole, ``""``.
         """
@@ -108,7 +111,7 @@ class Decoder:
 
     @property
     def decisions(self) -> Mapping[str, Decision]:
-        """Who was active in the last step, by the name of the layer: ``active`` and ``confidence (S, M)``."""
+        """Who was active in the last step, and with which confidence, by the name of the layer."""
         return {name: Decision(*(part.clone() for part in decision)) for name, decision in self._decisions.items()}
 
     @property
@@ -174,7 +177,7 @@ class Decoder:
                 matter), or the tokens of some slots by their number; the others stay where they are.
 
         Returns:
-            Logits ``(S, vocab_size)`` of the tokens after these: :attr:`logits`, which the next step overwrites. Rows
+            Logits ``(S, vocab_size)`` of the tokens after these: ``logits``, which the next step overwrites. Rows
             of slots that took no token keep their values.
 
         Raises:
@@ -226,7 +229,7 @@ class Decoder:
         self._write(list(slots), state, logits)
 
     def take_back(self, slot: int, tokens: int) -> None:
-        """Forget the last tokens of a sequence, as if they had never come. :attr:`logits` are not restored.
+        """Forget the last tokens of a sequence, as if they had never come. ``logits`` are not restored.
 
         Raises:
             StreamingError: the slot is free, or the tokens are more than ``rollback`` or than were taken since the slot

@@ -9,7 +9,7 @@ import torch
 from sma.stepping import Decision
 
 WARMUP = 2
-"""Runs before the capture: kernels are compiled and libraries set up in the first, and the second must need neither."""
+"""Runs before the capture. In the first, kernels are compiled and libraries set up; the second must need neither."""
 
 
 class Graph:
