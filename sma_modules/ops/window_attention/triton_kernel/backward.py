@@ -11,24 +11,23 @@ from sma_modules.ops.window_attention.triton_kernel.scores import (
     ORIGINAL,
     SOFTMAX,
     UNSPECIALISED,
+    _bias,
     _chunk_of,
     _dot,
     _dot_add,
     _dot_slopes,
-    _entry,
     _interval,
     _kept,
+    _moment,
     _place,
     _put,
-    _scores,
     _share,
-    _since,
     _slopes,
     _statistics,
     _tile,
     _weights,
 )
-from sma_modules.ops.window_attention.triton_kernel.tables import _diagonals, _exponent
+from sma_modules.ops.window_attention.triton_kernel.tables import _count, _diagonals, _exponent
 
 
 @triton.jit(do_not_specialize=["n_queries"])
@@ -71,7 +70,7 @@ def d_keys_kernel(
     TILES: tl.constexpr, DELTAS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     ACTIVATION: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, COUNTED: tl.constexpr,
     PRECISION: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BH: tl.constexpr,
+    BN: tl.constexpr, BH: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """A block of keys: the gradient of the keys (DK), of a tile of the value features (DV), or both if one tile is all.
 
@@ -105,72 +104,95 @@ def d_keys_kernel(
     if SPLIT:
         first_query, end_query = _share(first_query, end_query, BM)
 
-    keys = _tile(k + kv_head * KH, rows, own, KR, 0, Z, ZP)
+    until = tl.zeros_like(j) + k_len  # the query behind the last one that sees a key
+    if WINDOW:
+        until = tl.minimum(until, j + window + 1)
+    if CHUNK:
+        until = tl.minimum(until, _chunk_of(j, start, chunk) + chunk)
+    seen = own & (until > shift)
+    keys = _tile(k + kv_head * KH, rows, seen, KR, 0, Z, ZP)
     v += kv_head * VH
+    base = tile * (BH + BR)
     if DK and not LOOPED:
-        values = _tile(v, rows, own, VR, 0, WIDTH, BH)
+        values = _tile(v, rows, seen, VR, 0, WIDTH, BH)
+        if BR > 0:
+            more_values = _tile(v, rows, seen, VR, BH, WIDTH, BR)
     factor = scale * LOG2E if ACTIVATION == SOFTMAX else scale
     t_j = j
-    reference = start * 0
     if BIAS == ORIGINAL:
-        reference = tl.load(k_position + k_first + n0)
-        t_j = _since(k_position, rows, own, reference)
+        t_j = _moment(k_position, k_first + tl.minimum(j, k_len - 1))
     if DROPOUT:
         seed_value = tl.load(seed)
-    highest = n0 * 0
+    highest = tl.zeros((BM,), tl.int32)
     d_keys = tl.zeros((BN, ZP), tl.float32)
     d_values = tl.zeros((BN, BH), tl.float32)
+    if BR > 0:
+        d_more = tl.zeros((BN, BR), tl.float32)
     for member in range(GROUP):
         head = kv_head * GROUP + member
+        upstream = d_attended + head * WIDTH
         for m0 in range(first_query - shift, end_query - shift, BM):
             m = m0 + tl.arange(0, BM)
             q_rows = q_first + m
-            i0 = m0 + shift
             i = m + shift
-            low, high = _interval(i, m < q_len, k_len, start, window, chunk, CAUSAL, WINDOW, CHUNK)
-            sees = (low <= high) & (high >= n0) & (low <= last)
+            sees = i < end_query  # at least one key of the block, as the loop begins with the first that does
+            low, high = _interval(i, sees, k_len, start, window, chunk, CAUSAL, WINDOW, CHUNK)
             if LOOPED:  # before there are scores, which would have to be kept in registers meanwhile
                 d_weights = tl.zeros((BM, BN), tl.float32)
-                for h0 in range(0, WIDTH, BH):
-                    grads = _tile(d_attended + head * WIDTH, q_rows, sees, HEADS * WIDTH, h0, WIDTH, BH)
-                    values = _tile(v, rows, own, VR, h0, WIDTH, BH)
+                for h0 in range(0, WIDTH, BH + BR):
+                    grads = _tile(upstream, q_rows, sees, HEADS * WIDTH, h0, WIDTH, BH)
+                    values = _tile(v, rows, seen, VR, h0, WIDTH, BH)
                     d_weights = _dot_add(grads, tl.trans(values), d_weights, PRECISION)
+                    if BR > 0:
+                        grads = _tile(upstream, q_rows, sees, HEADS * WIDTH, h0 + BH, WIDTH, BR)
+                        values = _tile(v, rows, seen, VR, h0 + BH, WIDTH, BR)
+                        d_weights = _dot_add(grads, tl.trans(values), d_weights, PRECISION)
             queries = _tile(q + head * QH, q_rows, sees, QR, 0, Z, ZP)
             products = _dot(queries, tl.trans(keys), PRECISION)
             visible = (j[None, :] >= low[:, None]) & (j[None, :] <= high[:, None])
-            t_i = i
-            if BIAS == ORIGINAL:
-                t_i = _since(q_position, q_rows, sees, reference)
-            index = _entry(distance, n0 - i0, t_i[:, None], t_j[None, :], entries, window, BIAS)
             multiplier = factor
             if COUNTED:
                 multiplier = (1.0 / tl.maximum(high - low + 1, 1).to(tl.float32))[:, None]
-            scores = _scores(products, multiplier, index, visible, table, m0 < q_len, BIAS, ACTIVATION)
+            scores = products * multiplier
+            if BIAS != 0:
+                t_i = i
+                if BIAS == ORIGINAL:
+                    t_i = _moment(q_position, q_first + tl.minimum(m, q_len - 1))
+                bias, _ = _bias(table, distance, n0 - (m0 + shift), t_i[:, None], t_j[None, :], entries, window, BIAS)
+                scores += bias * LOG2E if ACTIVATION == SOFTMAX else bias
+            scores = tl.where(visible, scores, float("-inf"))
             largest = tl.zeros((BM,), tl.float32)
             share = largest
             if ACTIVATION == SOFTMAX:
                 largest, share = _statistics(statistics, q_rows, sees, head, n_queries, HEADS)
-            weights = _weights(scores, visible, largest[:, None], share[:, None], ACTIVATION)
+            weights = _weights(scores, largest[:, None], share[:, None], ACTIVATION)
             if DROPOUT:
                 kept = _kept(seed_value, q_rows[:, None], head, j[None, :], dropout)
             if not LOOPED:
-                grads = _tile(d_attended + head * WIDTH, q_rows, sees, HEADS * WIDTH, tile * BH, WIDTH, BH)
+                grads = _tile(upstream, q_rows, sees, HEADS * WIDTH, base, WIDTH, BH)
+                if BR > 0:
+                    more = _tile(upstream, q_rows, sees, HEADS * WIDTH, base + BH, WIDTH, BR)
             if DV:
                 dropped = weights
                 if DROPOUT:
                     dropped = tl.where(kept, weights / (1.0 - dropout), 0.0)
-                d_values = _dot_add(tl.trans(dropped.to(grads.dtype)), grads, d_values, PRECISION)
+                dropped = tl.trans(dropped.to(grads.dtype))
+                d_values = _dot_add(dropped, grads, d_values, PRECISION)
+                if BR > 0:
+                    d_more = _dot_add(dropped, more, d_more, PRECISION)
             if DK:
                 if not LOOPED:
                     d_weights = _dot(grads, tl.trans(values), PRECISION)
+                    if BR > 0:
+                        d_weights = _dot_add(more, tl.trans(more_values), d_weights, PRECISION)
                 if DROPOUT:
                     d_weights = tl.where(kept, d_weights / (1.0 - dropout), 0.0)
                 part = tl.zeros((BM,), tl.float32)
                 if ACTIVATION == SOFTMAX:
                     part = _deltas(delta, q_rows, sees, head, n_queries, HEADS, DELTAS)
-                slopes = _slopes(scores, weights, d_weights, visible, part[:, None], ACTIVATION)
+                slopes = _slopes(scores, weights, d_weights, part[:, None], ACTIVATION)
                 if BIAS == ORIGINAL:
-                    highest = tl.maximum(highest, tl.max(tl.max(tl.abs(slopes).to(tl.int32, bitcast=True), 1), 0))
+                    highest = tl.maximum(highest, tl.max(tl.abs(slopes).to(tl.int32, bitcast=True), 1))
                 if COUNTED:
                     slopes *= multiplier
                 d_keys += _dot_slopes(tl.trans(slopes), queries, PRECISION)
@@ -181,9 +203,11 @@ def d_keys_kernel(
             d_keys *= scale
         _put(dk + kv_head * Z, d_keys, rows, own, HEADS // GROUP * Z, 0, Z, ZP)
         if BIAS == ORIGINAL:
-            tl.atomic_max(peak, highest, sem="relaxed")
+            tl.atomic_max(peak, tl.max(highest, 0), sem="relaxed")
     if DV:
-        _put(dv + kv_head * WIDTH, d_values, rows, own, HEADS // GROUP * WIDTH, tile * BH, WIDTH, BH)
+        _put(dv + kv_head * WIDTH, d_values, rows, own, HEADS // GROUP * WIDTH, base, WIDTH, BH)
+        if BR > 0:
+            _put(dv + kv_head * WIDTH, d_more, rows, own, HEADS // GROUP * WIDTH, base + BH, WIDTH, BR)
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALISED, "room"])
@@ -195,7 +219,7 @@ def d_queries_kernel(
     TILES: tl.constexpr, DELTAS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     ACTIVATION: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, COUNTED: tl.constexpr,
     PRECISION: tl.constexpr, OFFSETS: tl.constexpr, COPIES: tl.constexpr, SPAN: tl.constexpr, SPLIT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """A block of queries: their gradient, and what they add to the gradient of the table.
 
@@ -236,16 +260,16 @@ def d_queries_kernel(
     d_attended += head * WIDTH
     if TILES == 1:
         grads = _tile(d_attended, rows, sees, HEADS * WIDTH, 0, WIDTH, BH)
+        if BR > 0:
+            more_grads = _tile(d_attended, rows, sees, HEADS * WIDTH, BH, WIDTH, BR)
     part = tl.zeros((BM,), tl.float32)
     largest, share = part, part
     if ACTIVATION == SOFTMAX:
         largest, share = _statistics(statistics, rows, sees, head, n_queries, HEADS)
         part = _deltas(delta, rows, sees, head, n_queries, HEADS, DELTAS)
     t_i = i
-    reference = start * 0
     if BIAS == ORIGINAL:
-        reference = tl.load(q_position + q_first + m0)
-        t_i = _since(q_position, rows, own, reference)
+        t_i = _moment(q_position, q_first + tl.minimum(m, q_len - 1))
         exponent, _ = _exponent(peak, room)
         units = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
         partial += (program % COPIES) * entries
@@ -262,32 +286,41 @@ def d_queries_kernel(
         seen = (j >= block_low) & (j <= block_high)
         if TILES > 1:
             d_weights = tl.zeros((BM, BN), tl.float32)
-            for h0 in range(0, WIDTH, BH):
+            for h0 in range(0, WIDTH, BH + BR):
                 grads = _tile(d_attended, rows, sees, HEADS * WIDTH, h0, WIDTH, BH)
                 values = _tile(v, k_first + j, seen, VR, h0, WIDTH, BH)
                 d_weights = _dot_add(grads, tl.trans(values), d_weights, PRECISION)
+                if BR > 0:
+                    grads = _tile(d_attended, rows, sees, HEADS * WIDTH, h0 + BH, WIDTH, BR)
+                    values = _tile(v, k_first + j, seen, VR, h0 + BH, WIDTH, BR)
+                    d_weights = _dot_add(grads, tl.trans(values), d_weights, PRECISION)
         keys = _tile(k, k_first + j, seen, KR, 0, Z, ZP)
         products = _dot(queries, tl.trans(keys), PRECISION)
         visible = (j[None, :] >= low[:, None]) & (j[None, :] <= high[:, None])
-        t_j = j
-        if BIAS == ORIGINAL:
-            t_j = _since(k_position, k_first + j, seen, reference)
-        index = _entry(distance, n0 - i0, t_i[:, None], t_j[None, :], entries, window, BIAS)
-        scores = _scores(products, factor, index, visible, table, n0 <= block_high, BIAS, ACTIVATION)
-        weights = _weights(scores, visible, largest[:, None], share[:, None], ACTIVATION)
+        scores = products * factor
+        if BIAS != 0:
+            t_j = j
+            if BIAS == ORIGINAL:
+                t_j = _moment(k_position, k_first + tl.minimum(tl.maximum(j, block_low), block_high))
+            bias, index = _bias(table, distance, n0 - i0, t_i[:, None], t_j[None, :], entries, window, BIAS)
+            scores += bias * LOG2E if ACTIVATION == SOFTMAX else bias
+        scores = tl.where(visible, scores, float("-inf"))
+        weights = _weights(scores, largest[:, None], share[:, None], ACTIVATION)
         if TILES == 1:
             values = _tile(v, k_first + j, seen, VR, 0, WIDTH, BH)
             d_weights = _dot(grads, tl.trans(values), PRECISION)
+            if BR > 0:
+                values = _tile(v, k_first + j, seen, VR, BH, WIDTH, BR)
+                d_weights = _dot_add(more_grads, tl.trans(values), d_weights, PRECISION)
         if DROPOUT:
             kept = _kept(seed_value, rows[:, None], head, j[None, :], dropout)
             d_weights = tl.where(kept, d_weights / (1.0 - dropout), 0.0)
-        slopes = _slopes(scores, weights, d_weights, visible, part[:, None], ACTIVATION)
+        slopes = _slopes(scores, weights, d_weights, part[:, None], ACTIVATION)
         if BIAS == LOCAL:
             sums = _diagonals(slopes, BM, BN, SPAN)
             tl.store(partial + (n0 - base) // BN * SPAN + tl.arange(0, SPAN), sums)
         if BIAS == ORIGINAL:
-            whole = tl.where(tl.abs(slopes) < float("inf"), slopes * units, 0.0).to(tl.int64)
-            tl.atomic_add(partial + index, whole, mask=visible & (whole != 0), sem="relaxed")
+            _count(partial, index, slopes * units)
         if COUNTED:
             slopes *= factor
         d_queries += _dot_slopes(slopes, keys, PRECISION)

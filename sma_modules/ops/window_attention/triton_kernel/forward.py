@@ -10,15 +10,14 @@ from sma_modules.ops.window_attention.triton_kernel.scores import (
     ORIGINAL,
     SOFTMAX,
     UNSPECIALISED,
+    _bias,
     _dot,
     _dot_add,
-    _entry,
     _interval,
     _kept,
+    _moment,
     _place,
     _put,
-    _scores,
-    _since,
     _tile,
     _weights,
 )
@@ -32,10 +31,11 @@ def attend_kernel(
     GR: tl.constexpr, GH: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, Z: tl.constexpr, ZP: tl.constexpr,
     WIDTH: tl.constexpr, TILES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     ACTIVATION: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, COUNTED: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """A block of queries and a tile of the value features: the output, gated if there is a gate, and the
-    ``statistics (2, H, Q)`` of the softmax. ``attended``, if given, receives what is gated.
+    """A block of queries and a tile of BH + BR value features (two powers of two, or one and 0): the output, gated if
+    there is a gate, and the ``statistics (2, H, Q)`` of the softmax. ``attended``, if given, receives what is
+    gated.
     """
     program = tl.program_id(0)
     if CAUSAL:  # the longest first
@@ -63,55 +63,80 @@ def attend_kernel(
     k += (head // GROUP) * KH
     v += (head // GROUP) * VH
     t_i = i
-    reference = start * 0
     if BIAS == ORIGINAL:
-        reference = tl.load(q_position + q_first + m0)
-        t_i = _since(q_position, rows, own, reference)
+        t_i = _moment(q_position, q_first + tl.minimum(m, q_len - 1))
     if DROPOUT:
         seed_value = tl.load(seed)
 
     largest = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     sums = tl.zeros((BM, BH), tl.float32)
+    if BR > 0:
+        rest = tl.zeros((BM, BR), tl.float32)
     for n0 in range(block_low, block_high + 1, BN):
         j = n0 + tl.arange(0, BN)
         seen = j <= block_high
         keys = _tile(k, k_first + j, seen, KR, 0, Z, ZP)
         products = _dot(queries, tl.trans(keys), PRECISION)
         visible = (j[None, :] >= low[:, None]) & (j[None, :] <= high[:, None])
-        t_j = j
-        if BIAS == ORIGINAL:
-            t_j = _since(k_position, k_first + j, seen, reference)
-        index = _entry(distance, n0 - i0, t_i[:, None], t_j[None, :], entries, window, BIAS)
-        scores = _scores(products, factor, index, visible, table, n0 <= block_high, BIAS, ACTIVATION)
+        scores = products * factor
+        if BIAS != 0:
+            t_j = j
+            if BIAS == ORIGINAL:
+                t_j = _moment(k_position, k_first + tl.minimum(j, block_high))
+            bias, _ = _bias(table, distance, n0 - i0, t_i[:, None], t_j[None, :], entries, window, BIAS)
+            scores += bias * LOG2E if ACTIVATION == SOFTMAX else bias
+        scores = tl.where(visible, scores, float("-inf"))
         if ACTIVATION == SOFTMAX:
-            scores = tl.where(visible, scores, float("-inf"))
             higher = tl.maximum(largest, tl.max(scores, 1))
             shift = tl.where(higher == float("-inf"), 0.0, higher)
             weights = tl.exp2(scores - shift[:, None])
             rescale = tl.exp2(largest - shift)
             total = total * rescale + tl.sum(weights, 1)
             sums *= rescale[:, None]
+            if BR > 0:
+                rest *= rescale[:, None]
             largest = higher
         else:
-            weights = _weights(scores, visible, 0.0, 0.0, ACTIVATION)
+            weights = _weights(scores, 0.0, 0.0, ACTIVATION)
         if DROPOUT:
             kept = _kept(seed_value, rows[:, None], head, j[None, :], dropout)
             weights = tl.where(kept, weights, 0.0)
-        values = _tile(v, k_first + j, seen, VR, tile * BH, WIDTH, BH)
+        values = _tile(v, k_first + j, seen, VR, tile * (BH + BR), WIDTH, BH)
         sums = _dot_add(weights.to(values.dtype), values, sums, PRECISION)
+        if BR > 0:
+            values = _tile(v, k_first + j, seen, VR, tile * (BH + BR) + BH, WIDTH, BR)
+            rest = _dot_add(weights.to(values.dtype), values, rest, PRECISION)
 
     if ACTIVATION == SOFTMAX:
         share = tl.where(total == 0.0, 0.0, 1.0 / total)
-        sums = sums * share[:, None]
         if tile == 0:
             at = statistics + head.to(tl.int64) * n_queries + rows
             tl.store(at, tl.where(total == 0.0, 0.0, largest), mask=own)
             tl.store(at + n_queries.to(tl.int64) * HEADS, share, mask=own)
+    else:
+        share = tl.full((BM,), 1.0, tl.float32)
     if DROPOUT:
-        sums = sums / (1.0 - dropout)
+        share = share / (1.0 - dropout)
+    _emit(
+        out, attended, gate, sums * share[:, None], rows, own, head, tile * (BH + BR),
+        GR=GR, GH=GH, HEADS=HEADS, WIDTH=WIDTH, BLOCK=BH,
+    )  # fmt: skip
+    if BR > 0:
+        _emit(
+            out, attended, gate, rest * share[:, None], rows, own, head, tile * (BH + BR) + BH,
+            GR=GR, GH=GH, HEADS=HEADS, WIDTH=WIDTH, BLOCK=BR,
+        )  # fmt: skip
+
+
+@triton.jit
+def _emit(
+    out, attended, gate, sums, rows, own, head, first,
+    GR: tl.constexpr, GH: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write some features of the output, and of what is gated if that is wanted."""
     if attended is not None:
-        _put(attended + head * WIDTH, sums, rows, own, HEADS * WIDTH, tile * BH, WIDTH, BH)
+        _put(attended + head * WIDTH, sums, rows, own, HEADS * WIDTH, first, WIDTH, BLOCK)
     if gate is not None:
-        sums = sums * _tile(gate + head * GH, rows, own, GR, tile * BH, WIDTH, BH).to(tl.float32)
-    _put(out + head * WIDTH, sums, rows, own, HEADS * WIDTH, tile * BH, WIDTH, BH)
+        sums = sums * _tile(gate + head * GH, rows, own, GR, first, WIDTH, BLOCK).to(tl.float32)
+    _put(out + head * WIDTH, sums, rows, own, HEADS * WIDTH, first, WIDTH, BLOCK)

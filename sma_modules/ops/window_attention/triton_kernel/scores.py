@@ -8,8 +8,11 @@ are enough for its rows, and those that have none left stop. Rows behind the las
 The keys that a query sees are one interval ``low .. high``, whatever the window, the chunk and causality.
 """
 
+import torch
 import triton
 import triton.language as tl
+
+from sma.ops.kernel import INTERPRETING
 
 SOFTMAX = tl.constexpr(0)
 RELU2 = tl.constexpr(1)
@@ -25,6 +28,9 @@ SQRT_2PI = tl.constexpr(2.5066282746310002)
 FAR = tl.constexpr(1 << 30)
 """More than any index inside a sequence, and twice of it is still an int32."""
 INFINITY_BITS = tl.constexpr(0x7F800000)
+
+PTX = tl.constexpr(not INTERPRETING and torch.version.hip is None)
+"""Whether the assembler of NVIDIA's GPUs is understood."""
 
 UNSPECIALISED = ["n_queries", "n_keys", "batch", "window", "chunk", "entries"]
 
@@ -108,23 +114,46 @@ def _put(x, values, rows, keep, row_stride, first, width: tl.constexpr, BLOCK: t
 
 
 @triton.jit
-def _since(position, rows, keep, reference):
-    """Original positions counted from ``reference``; those of tokens that attend to each other lie within 2^30."""
-    distance = tl.load(position + rows, mask=keep, other=0) - reference
-    return tl.minimum(tl.maximum(distance, -FAR), FAR).to(tl.int32)
+def _number(table, index):
+    """Numbers of a table of float32 at places that must all exist.
+
+    ``tl.load`` has threads read what lies side by side and then hands it to those who need it, by way of shared memory.
+    What is looked up here and there is read by who needs it.
+    """
+    if PTX:
+        code: tl.constexpr = "{ .reg .b64 at; mad.wide.s32 at, $2, 4, $1; ld.global.nc.f32 $0, [at]; }"
+        found = tl.inline_asm_elementwise(code, "=f,l,r", [table, index], tl.float32, is_pure=True, pack=1)
+    else:
+        found = tl.load(table + index)
+    return found
 
 
 @triton.jit
-def _entry(distance, offset, t_i, t_j, entries, window, BIAS: tl.constexpr):
-    """Where in the table the bias of a query and a key stands; garbage where the key is not visible.
+def _moment(position, rows):
+    """Original positions (int64) of tokens that must all exist, or rather the lower 32 bits of them: that is enough for
+    the differences between tokens that attend to each other.
+    """
+    if PTX:
+        code: tl.constexpr = "{ .reg .b64 at; mad.wide.s32 at, $2, 8, $1; ld.global.nc.b32 $0, [at]; }"
+        found = tl.inline_asm_elementwise(code, "=r,l,r", [position, rows], tl.int32, is_pure=True, pack=1)
+    else:
+        found = tl.load(position + rows).to(tl.int32)
+    return found
 
-    The key minus the query is ``distance + offset``, one the same for all tiles, the other for the whole tile: then
-    addresses differ by constants.
+
+@triton.jit
+def _bias(table, distance, offset, t_i, t_j, entries, window, BIAS: tl.constexpr):
+    """Biases of queries and keys, and where in the table they stand; any entry where the key is not visible.
+
+    ``t_i`` and ``t_j`` are original positions, whose differences are int32. The key minus the query is ``distance +
+    offset``, one the same for all tiles, the other for the whole tile: then addresses differ by constants.
     """
     if BIAS == ORIGINAL:
         last = (entries - 1) // 2
-        return tl.minimum(tl.maximum(t_j - t_i, -last), last) + last
-    return distance + (offset + (4 * window - 1))
+        index = tl.minimum(tl.maximum(t_j - t_i, -last), last) + last
+    else:
+        index = tl.minimum(tl.maximum(distance + (offset + (4 * window - 1)), 0), entries - 1)
+    return _number(table, index), index
 
 
 @triton.jit
@@ -136,20 +165,6 @@ def _kept(seed, row, head, j, dropout):
 
 
 @triton.jit
-def _scores(products, factor, index, visible, table, present, BIAS: tl.constexpr, ACTIVATION: tl.constexpr):
-    """For softmax in units of log 2."""
-    scores = products * factor
-    if BIAS != 0:
-        # Inside a branch, which is always taken, the compiler leaves out copying these single numbers ahead of time to
-        # shared memory, whose addresses would fill the registers.
-        bias = tl.zeros(products.shape, tl.float32)
-        if present:
-            bias = tl.load(table + index, mask=visible, other=0.0).to(tl.float32)
-        scores += bias * LOG2E if ACTIVATION == SOFTMAX else bias
-    return scores
-
-
-@triton.jit
 def _statistics(statistics, rows, keep, head, n_queries, HEADS: tl.constexpr):
     """Of the softmax of some queries: the largest score, and one over the denominator; 0 where there is none."""
     at = statistics + head.to(tl.int64) * n_queries + rows
@@ -158,7 +173,8 @@ def _statistics(statistics, rows, keep, head, n_queries, HEADS: tl.constexpr):
 
 
 @triton.jit
-def _weights(scores, visible, largest, share, ACTIVATION: tl.constexpr):
+def _weights(scores, largest, share, ACTIVATION: tl.constexpr):
+    """Nothing where the score is minus infinity, which is what hidden keys get."""
     if ACTIVATION == SOFTMAX:
         weights = tl.exp2(scores - largest) * share
     elif ACTIVATION == RELU2:
@@ -166,12 +182,12 @@ def _weights(scores, visible, largest, share, ACTIVATION: tl.constexpr):
         weights = positive * positive
     else:
         weights = 0.5 * (1.0 + tl.erf((scores - MEAN) / (DEVIATION * SQRT_2)))
-    return tl.where(visible, weights, 0.0)
+    return weights
 
 
 @triton.jit
-def _slopes(scores, weights, d_weights, visible, delta, ACTIVATION: tl.constexpr):
-    """Gradient of the scores (natural units) from the one of the weights."""
+def _slopes(scores, weights, d_weights, delta, ACTIVATION: tl.constexpr):
+    """Gradient of the scores (natural units) from the one of the weights; nothing where keys are hidden."""
     if ACTIVATION == SOFTMAX:
         slopes = weights * (d_weights - delta)
     elif ACTIVATION == RELU2:
@@ -179,7 +195,7 @@ def _slopes(scores, weights, d_weights, visible, delta, ACTIVATION: tl.constexpr
     else:
         away = (scores - MEAN) / DEVIATION
         slopes = d_weights * tl.exp2(-0.5 * LOG2E * away * away) / (DEVIATION * SQRT_2PI)
-    return tl.where(visible, slopes, 0.0)
+    return slopes
 
 
 @triton.jit

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from sma_modules.ops.window_attention.triton_kernel.scores import INFINITY_BITS
+from sma_modules.ops.window_attention.triton_kernel.scores import INFINITY_BITS, PTX
 
 
 @triton.jit
@@ -12,6 +12,27 @@ def _exponent(peak, room):
     """Power of two that makes an integer of ``room`` bits of the largest gradient, given by its bits as a float."""
     bits = tl.load(peak)
     return tl.minimum(tl.maximum(room - ((bits >> 23) - 126), -126), 126), bits
+
+
+@triton.jit
+def _count(table, index, x):
+    """Add numbers, rounded to 32 bits, to the integers of 64 in a table; anything for those that are not finite."""
+    if PTX:  # by the threads that have the numbers, see _number
+        code: tl.constexpr = """{
+            .reg .pred some;
+            .reg .b32 number;
+            .reg .b64 at, whole;
+            cvt.rni.s32.f32 number, $3;
+            setp.ne.s32 some, number, 0;
+            cvt.s64.s32 whole, number;
+            mad.wide.s32 at, $2, 8, $1;
+            @some red.relaxed.gpu.global.add.u64 [at], whole;
+            mov.b32 $0, 0;
+        }"""
+        tl.inline_asm_elementwise(code, "=r,l,r,f", [table.to(tl.int64), index, x], tl.int32, is_pure=False, pack=1)
+    else:
+        whole = (tl.where(tl.abs(x) < 2.0**31, x, 0.0) + tl.where(x < 0, -0.5, 0.5)).to(tl.int64)
+        tl.atomic_add(table + index, whole, mask=whole != 0, sem="relaxed")
 
 
 @triton.jit
