@@ -44,6 +44,14 @@ class Blocks(NamedTuple):
         """A power of two that holds the diagonals of a tile of scores."""
         return padded(self.queries + self.keys)
 
+    @property
+    def once(self) -> bool:
+        """Whether no two threads hold the same score: every warp has 16 queries of its own.
+
+        The compiler may have eight warps work on 64 rows twice.
+        """
+        return self.queries >= 16 * self.warps and self.keys >= 16
+
     def tiles(self, width: int) -> int:
         """How many tiles hold ``width`` features."""
         return -(-width // (self.features + self.rest))

@@ -293,6 +293,7 @@ def _d_queries(
         **_shared(q, k, v, rule),
         TILES=tile.tiles(v.shape[2]), DELTAS=1 if delta is None else delta.shape[0],
         OFFSETS=offsets, COPIES=blocks.TABLE_COPIES, SPAN=tile.diagonals, SPLIT=splits > 1,
+        ONCE=tile.once,
         **_tile(tile),
     )  # fmt: skip
     _add(dq_parts, dq)

@@ -219,6 +219,7 @@ def d_queries_kernel(
     TILES: tl.constexpr, DELTAS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     ACTIVATION: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, COUNTED: tl.constexpr,
     PRECISION: tl.constexpr, OFFSETS: tl.constexpr, COPIES: tl.constexpr, SPAN: tl.constexpr, SPLIT: tl.constexpr,
+    ONCE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """A block of queries: their gradient, and what they add to the gradient of the table.
@@ -320,7 +321,7 @@ def d_queries_kernel(
             sums = _diagonals(slopes, BM, BN, SPAN)
             tl.store(partial + (n0 - base) // BN * SPAN + tl.arange(0, SPAN), sums)
         if BIAS == ORIGINAL:
-            _count(partial, index, slopes * units)
+            _count(partial, index, slopes * units, ONCE)
         if COUNTED:
             slopes *= factor
         d_queries += _dot_slopes(slopes, keys, PRECISION)

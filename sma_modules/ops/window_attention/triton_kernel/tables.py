@@ -15,9 +15,12 @@ def _exponent(peak, room):
 
 
 @triton.jit
-def _count(table, index, x):
-    """Add numbers, rounded to 32 bits, to the integers of 64 in a table; anything for those that are not finite."""
-    if PTX:  # by the threads that have the numbers, see _number
+def _count(table, index, x, ONCE: tl.constexpr):
+    """Add numbers, rounded to 32 bits, to the integers of 64 in a table; anything for those that are not finite.
+
+    ONCE: no two threads hold the same number. Then those that have them add them, see ``_number``.
+    """
+    if PTX and ONCE:
         code: tl.constexpr = """{
             .reg .pred some;
             .reg .b32 number;
