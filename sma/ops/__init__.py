@@ -6,10 +6,12 @@ from sma.ops.compress import compress
 from sma.ops.extract import extract
 from sma.ops.narrow_linear import narrow_linear
 from sma.ops.pack import pack
+from sma.ops.router import Gate, router
 from sma.ops.row_norm import RowNorm, row_norm
 from sma.ops.segment_sum import segment_sum
 
 __all__ = [
+    "Gate",
     "Op",
     "RowNorm",
     "combine",
@@ -18,6 +20,7 @@ __all__ = [
     "narrow_linear",
     "operations",
     "pack",
+    "router",
     "row_norm",
     "segment_sum",
     "using",

@@ -16,7 +16,7 @@ from benchmarks.modules import ema, experts, mixture, sparse_ffn
 from benchmarks.rows import Row, model, model_case
 from benchmarks.subjects import Setting
 from benchmarks.timing import Clock
-from sma.ops import using
+from sma.ops import Gate, using
 from sma.ops.extract import OP
 from sma.routing import Packed
 
@@ -65,15 +65,13 @@ def test_a_small_error_is_found(slightly_wrong: None) -> None:
 
 
 def test_decisions_that_differ_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sma.configurators.tempered_softmax import TemperedSoftmax
+    decide = Gate.decide
 
-    decide = TemperedSoftmax.decide
-
-    def other(self: TemperedSoftmax, score: Tensor, *rest: Any) -> Tensor:
-        chosen = decide(self, score, *rest)
+    def other(self: Gate, score: Tensor) -> Tensor:
+        chosen = decide(self, score)
         return chosen if score.dtype == torch.float64 else ~chosen
 
-    monkeypatch.setattr(TemperedSoftmax, "decide", other)
+    monkeypatch.setattr(Gate, "decide", other)
     wrong = gate.check(model_case("seqboat_text", SETTING, "d_model=32"), SETTING)
     assert wrong == "100.0% of the decisions differ in float32"
 
