@@ -15,6 +15,7 @@ from sma.dropout import Dropout
 from sma.errors import RoutingError, ShapeError
 from sma.interfaces import Model
 from sma.linear import Linear, linear
+from sma.ops.embedding import embedding
 from sma.padding import check_lengths, check_valid, valid_of
 from sma.routing import Routing
 from sma_models.stack import Stack, StackConfig, StackState
@@ -77,6 +78,16 @@ def check_tokens(name: str, tokens: Tensor, vocab_size: int) -> None:
             raise ShapeError(f"{name}: tokens must lie in 0..{vocab_size - 1}, got {low if low < 0 else high}")
 
 
+class TokenEmbedding(nn.Embedding):
+    """``nn.Embedding`` by :func:`sma.ops.embedding.embedding`."""
+
+    def forward(self, input: Tensor, scale: float = 1.0, rounded: bool = True) -> Tensor:
+        """``(B, L)`` to ``(B, L, D)``, times ``scale``; unless ``rounded`` is False, in the dtype of autocast."""
+        device = input.device.type
+        narrow = rounded and torch.is_autocast_enabled(device)
+        return embedding(input, self.weight, scale=scale, dtype=torch.get_autocast_dtype(device) if narrow else None)
+
+
 class ValueEmbedding(nn.Module):
     """``x_t * w + b`` for a real number ``x_t``: pixels, samples of sound. ``w`` ~ N(0, 1), ``b`` ~ N(0, 0.1)."""
 
@@ -88,6 +99,13 @@ class ValueEmbedding(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """``(B, L)`` to ``(B, L, D)``."""
         return values.to(self.weight.dtype).unsqueeze(-1) * self.weight + self.bias
+
+
+def _embedded(table: nn.Module, tokens: Tensor, scale: float = 1.0, rounded: bool = True) -> Tensor:
+    """Tokens by our table, or by one that somebody put in its place."""
+    if isinstance(table, TokenEmbedding):
+        return table(tokens, scale, rounded)  # type: ignore[no-any-return]
+    return table(tokens.long()) * scale  # type: ignore[no-any-return]
 
 
 class SinusoidalPositions(nn.Module):
@@ -125,7 +143,7 @@ class LanguageModel(Model):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.vocab_size = config.vocab_size
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = TokenEmbedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, 0.0, config.d_model**-0.5)
         self.stack = Stack(config, causal=True)
         self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, bias=False)
@@ -165,7 +183,7 @@ class LanguageModel(Model):
         """
         tokens = without_padding("language_model", tokens, valid, self.embedding.weight, lengths)
         check_tokens("language_model", tokens, self.vocab_size)
-        x = self.embedding(tokens.long()) * math.sqrt(self.stack.d_model)
+        x = _embedded(self.embedding, tokens, scale=math.sqrt(self.stack.d_model))
         out = self.stack(x, state, valid=valid, lengths=lengths, replay=replay)
         logits = linear(out.x, self.embedding.weight) if self.head is None else self.head(out.x)
         return ModelOutput(logits, out.state, out.routings, out.losses)
@@ -216,7 +234,7 @@ class _Encoder(Model):
         if config.vocab_size is None:
             self.embedding: nn.Module = ValueEmbedding(config.d_model)
         else:
-            self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+            self.embedding = TokenEmbedding(config.vocab_size, config.d_model)
             nn.init.normal_(self.embedding.weight, 0.0, config.d_model**-0.5)
         self.positions = SinusoidalPositions(config.d_model) if config.positions == "sinusoidal" else None
         self.stack = Stack(config, causal=config.causal)
@@ -236,7 +254,10 @@ class _Encoder(Model):
         assert isinstance(weight, Tensor)
         inputs = without_padding(type(self).__name__, inputs, valid, weight, lengths)
         self._check(inputs)
-        x = self.embedding(inputs if self.vocab_size is None else inputs.long())
+        if self.vocab_size is None:
+            x = self.embedding(inputs)
+        else:
+            x = _embedded(self.embedding, inputs, rounded=self.positions is None)  # once, behind the sum
         if self.positions is not None:
             column = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape)
             position = column if valid is None else (valid.cumsum(1) - 1).clamp(min=0)

@@ -3,6 +3,7 @@
 from sma.ops.backend import Op, operations, using
 from sma.ops.combine import combine
 from sma.ops.compress import compress
+from sma.ops.embedding import embedding
 from sma.ops.extract import extract
 from sma.ops.narrow_linear import narrow_linear
 from sma.ops.pack import pack
@@ -16,6 +17,7 @@ __all__ = [
     "RowNorm",
     "combine",
     "compress",
+    "embedding",
     "extract",
     "narrow_linear",
     "operations",
