@@ -17,8 +17,7 @@ from benchmarks.rows import Row, model, model_case
 from benchmarks.subjects import Setting
 from benchmarks.timing import Clock
 from sma.ops import Gate, using
-from sma.ops.extract import OP
-from sma.routing import Packed
+from sma.ops.combine import OP
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SETTING = Setting(DEVICE, torch.float32).of(2, 64).small()
@@ -32,12 +31,12 @@ ROWS = [
 
 @pytest.fixture
 def slightly_wrong() -> Iterator[None]:
-    """An extract that the library would prefer, and that is off by a thousandth."""
+    """A combine that the library would prefer, and that is off by a thousandth."""
 
     @OP.backend("slightly_wrong", priority=1)
-    def run(h: Tensor, packed: Packed) -> Any:
+    def run(*args: Any) -> Any:
         with using("eager"):
-            return OP(h, packed) * 1.001
+            return OP(*args) * 1.001
 
     yield
     del OP.backends["slightly_wrong"]
