@@ -228,7 +228,7 @@ def named_operations() -> Iterator[None]:
 def _kernel_name(function: Any) -> str:
     """``sma::<operation>::<kernel>`` for ours, which lie in a folder that is called like the operation."""
     place = str(function.fn.__module__).split(".")
-    operation = place[-2] if place[0].startswith("sma") and len(place) > 1 else place[-1]
+    operation = place[place.index("triton_kernel") - 1] if "triton_kernel" in place else place[-1]
     return f"{OURS if place[0].startswith('sma') else ''}{operation}::{function.fn.__name__}"
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from sma.configurable import BaseConfig, Configurable
 from sma.errors import ConfigError, StreamingError
+from sma.ops.router import Gate
 from sma.ops.row_norm import RowNorm
 from sma.routing import Routing
 from sma.state import State
@@ -97,6 +98,12 @@ class Configurator(Part):
         self.n_modules = n_modules
         self.register_buffer("balance", torch.zeros(n_modules))
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if "gate" not in own and any(step in own for step in ("score", "decide", "weigh")):
+            cls.gate = Configurator.gate  # type: ignore[method-assign]  # what a base said of its steps is not true of these
+
     def reset(self, d_model: int) -> None:
         """Initialise what depends on the width of the tokens; called once the width is known."""
 
@@ -116,6 +123,14 @@ class Configurator(Part):
     def weigh(self, score: Tensor, active: Tensor) -> Tensor:
         """Confidence ``(B, L, M)`` of the decision ``active (B, L, M)``. By default the score itself."""
         return score
+
+    def gate(self) -> Gate | None:
+        """What the three steps amount to, so that they can be fused with the router; None when they do more.
+
+        A layer takes it in place of ``score`` and ``decide`` where it can, and the confidence is the score then. It is
+        not asked when a subclass, or an instance, has one of the three steps anew.
+        """
+        return None
 
 
 class Module(Part):

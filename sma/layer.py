@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import ceil, isfinite, prod
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
@@ -16,15 +15,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sma.adapters import call_module, check_supported, infer_layout, infer_width
-from sma.checkpointing import mark_decision
 from sma.configurable import BaseConfig
 from sma.configurators.budget import RateController, RateLoss
 from sma.configurators.tempered_softmax import TemperedSoftmax
-from sma.errors import ConfigError, RoutingError, ShapeError, StreamingError
+from sma.decision import Weights, route_tokens, score_tokens, weights_of
+from sma.errors import ConfigError, ShapeError, StreamingError
 from sma.interfaces import Configurator, Layout, Module
 from sma.memory import WorkingMemory
-from sma.ops import combine, narrow_linear
+from sma.ops import combine
 from sma.ops.compress import compress_through
+from sma.padding import check_lengths
 from sma.routing import Packed, Routing
 from sma.state import State
 from sma.windows import call_windowed
@@ -373,21 +373,31 @@ class SparseMixture(nn.Module):
         state: ActivatedState | None = None,
         *,
         valid: Tensor | None = None,
+        lengths: Tensor | None = None,
         logits: Tensor | None = None,
+        router: Weights | None = None,
         replay: Routing | None = None,
     ) -> Parts:
-        """The same up to the modules' outputs, for a block that does the rest by :func:`~sma.ops.combine.combine`."""
-        self._check(x, valid, state)
-        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
-        if valid is None:
-            position = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-        else:
-            position = (valid.cumsum(1) - 1).clamp(min=0)
-        if state is not None:
-            position = position + state.seen[:, None]
-        logits, x = self._logits(x, logits, valid)
+        """The same up to the modules' outputs, for a block that does the rest by :func:`~sma.ops.combine.combine`.
+
+        Args:
+            x: as for :meth:`forward`, like the others that are not listed here.
+            state: see there.
+            valid: see there.
+            lengths: ``(B,)`` int64 real tokens of each row, instead of ``valid`` where all padding is on the right.
+            logits: see :meth:`forward`.
+            router: weight ``(M * logits_per_module, D)`` and bias, instead of the layer's own router.
+            replay: see :meth:`forward`.
+        """
+        self._check(x, valid, lengths, state)
+        self._know_width(x.shape[-1])
+        seen = None if state is None else state.seen
+        weights = router if router is not None or logits is not None else self._weights(x)
+        scored = score_tokens(type(self).__name__, self.configurator, x, weights, logits, valid, lengths, seen)
         capacity = self.capacity if state is None and replay is None else None
-        routing, losses = self._route(logits, real, position, replay, capacity)
+        routing = route_tokens(self.configurator, scored, replay=replay, capacity=capacity)
+        losses = {} if self.rate_loss is None else {"rate": self.rate_loss(scored.score, routing.active, scored.valid)}
+        x, confidence = scored.x, weights_of(routing.confidence)
         members: list[Part] = []
         states: list[State | None] = []
         for m, (module, layout) in enumerate(zip(self._members, self.layouts, strict=True)):
@@ -397,14 +407,14 @@ class SparseMixture(nn.Module):
                 result = call_windowed(module, tokens, routing.packed[m], before, self.window)
             else:
                 result = call_module(module, layout, tokens, routing.packed[m], before, self.causal)
-            members.append(Part(result.output, routing.packed[m], routing.confidence[..., m]))
+            members.append(Part(result.output, routing.packed[m], confidence[m]))
             states.append(result.state)
             prefix = f"{m}." if len(self._members) > 1 else ""
             losses.update({prefix + name: loss for name, loss in result.losses.items()})
-        after = None if state is None else ActivatedState(state.seen + real.sum(1), tuple(states))
+        after = None if state is None else ActivatedState(state.seen + scored.valid.sum(1), tuple(states))
         return Parts(tuple(members), x, after, routing, losses)
 
-    def _check(self, x: Tensor, valid: Tensor | None, state: ActivatedState | None) -> None:
+    def _check(self, x: Tensor, valid: Tensor | None, lengths: Tensor | None, state: ActivatedState | None) -> None:
         name = type(self).__name__
         if x.dim() != 3 or not x.is_floating_point():
             raise ShapeError(f"{name}: x must be floating point with shape (B, L, D), got {x.dtype} {tuple(x.shape)}")
@@ -417,6 +427,7 @@ class SparseMixture(nn.Module):
             )
         if valid is not None and valid.device != x.device:
             raise ShapeError(f"{name}: valid must be on the device of x, {x.device}, got {valid.device}")
+        check_lengths(lengths, valid, (x.shape[0], x.shape[1]), x.device)
         if state is not None:
             reason = self.why_not_streaming()
             if reason is not None:
@@ -434,62 +445,13 @@ class SparseMixture(nn.Module):
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ShapeError(f"{name}: x must be {weight.dtype} like the layer, got {x.dtype}")
 
-    def _logits(self, x: Tensor, logits: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logits ``(B, L, M, C)``, those given or the router's, and ``x`` to go on with."""
-        configurator = self.configurator
-        self._know_width(x.shape[-1])
-        shape = (*x.shape[:2], configurator.n_modules, configurator.logits_per_module)
-        if logits is None and configurator.logits_per_module:
-            if self.router is None:
-                raise ShapeError(f"{type(self).__name__}: has no router of its own, logits must be given")
-            if isinstance(self.router, _LazyRouter):
-                self.router(x[:0])
-            logits, x = narrow_linear(x, self.router.weight, self.router.bias, valid)
-        elif logits is None:
-            logits = x.new_empty(shape)
-        if logits.shape[:2] != shape[:2] or prod(logits.shape[2:]) != shape[2] * shape[3]:
-            raise ShapeError(
-                f"{type(self).__name__}: logits must hold (B, L, M, C) = {shape}, got {tuple(logits.shape)}"
-            )
-        self._check_finite(logits if configurator.logits_per_module else x, valid)
-        return logits.reshape(shape), x
-
-    def _route(
-        self, logits: Tensor, valid: Tensor, position: Tensor, replay: Routing | None, capacity: float | None
-    ) -> tuple[Routing, dict[str, Tensor]]:
-        configurator = self.configurator
-        score = configurator.score(logits, position)
-        if replay is None:
-            active = mark_decision(configurator.decide(score.detach(), position, valid) & valid[..., None])
-        else:
-            active = self._replayed(replay, valid)
-        rows = None if capacity is None or not valid.numel() else max(1, ceil(capacity * valid.numel()))
-        packed = tuple(Packed.from_mask(active[..., m], position, capacity=rows) for m in range(configurator.n_modules))
-        overflow = None
-        if rows is not None:
-            active = torch.stack([each.row.view(valid.shape) >= 0 for each in packed], -1)
-            overflow = torch.stack([each.overflow for each in packed if each.overflow is not None])
-        losses = {} if self.rate_loss is None else {"rate": self.rate_loss(score, active, valid)}
-        routing = Routing(active, configurator.weigh(score, active), valid, position, overflow)
-        routing.__dict__["packed"] = packed  # what the cached property would make, but for the capacity
-        return routing, losses
-
-    def _check_finite(self, values: Tensor, valid: Tensor | None) -> None:
-        # Only on the CPU: elsewhere the answer would have to be waited for.
-        if values.device.type != "cpu" or torch.compiler.is_compiling():
-            return
-        real = values.detach() if valid is None else values.detach()[valid]
-        # A sum is quicker, and is finite only if all of its terms are; where it is not, it may have overflowed.
-        if not isfinite(float(real.sum())) and not bool(real.isfinite().all()):
-            raise ShapeError(
-                f"{type(self).__name__}: x must be finite, it (or its logits) hold NaN or Inf at real tokens"
-            )
-
-    def _replayed(self, replay: Routing, valid: Tensor) -> Tensor:
-        expected = (*valid.shape, self.configurator.n_modules)
-        if replay.active.shape != expected:
-            raise RoutingError(f"replay: must be of shape (B, L, M) = {expected}, got {tuple(replay.active.shape)}")
-        return replay.active & valid[..., None]
+    def _weights(self, x: Tensor) -> Weights | None:
+        """Those of the layer's own router, if it has one."""
+        if self.router is None:
+            return None
+        if isinstance(self.router, _LazyRouter):
+            self.router(x[:0])
+        return self.router.weight, self.router.bias
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, layouts={self.layouts}, causal={self.causal}"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sma.errors import RoutingError
+
+if TYPE_CHECKING:
+    from sma.ops.pack import PackedRows
 
 
 @dataclass(frozen=True)
@@ -79,16 +83,18 @@ class Packed:
         """
         from sma.ops.pack import pack  # here, as the operations know what is packed
 
-        batch, length = mask.shape
-        rows = pack(mask, position, capacity=capacity)
-        cu_seqlens, count = rows.cu_seqlens, rows.tokens.numel()
-        if capacity is not None:
-            cu_seqlens = torch.cat([cu_seqlens, cu_seqlens.new_full((1,), capacity)])
-        elif mask.device.type == "cpu" and not torch.compiler.is_compiling():
-            count = int(cu_seqlens.diff().max()) if batch else 0
+        return Packed.from_rows(pack(mask, position, capacity=capacity), (mask.shape[0], mask.shape[1]))
+
+    @staticmethod
+    def from_rows(rows: PackedRows, shape: tuple[int, int]) -> Packed:
+        """The view of what :func:`sma.ops.pack.pack` made of a mask of ``(B, L) = shape``."""
+        (batch, length), count = shape, rows.tokens.numel()
+        fixed = rows.overflow is not None
+        if not fixed and rows.tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+            count = int(rows.cu_seqlens.diff().max()) if batch else 0
         # Elsewhere the longest sequence would have to be waited for, and a bound is enough.
-        max_length = count if capacity is not None else min(count, length)
-        return Packed(rows.tokens, cu_seqlens, rows.position, max_length, (batch, length), rows.row, rows.overflow)
+        max_length = count if fixed else min(count, length)
+        return Packed(rows.tokens, rows.cu_seqlens, rows.position, max_length, shape, rows.row, rows.overflow)
 
 
 @dataclass(frozen=True)

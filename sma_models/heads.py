@@ -15,6 +15,7 @@ from sma.dropout import Dropout
 from sma.errors import RoutingError, ShapeError
 from sma.interfaces import Model
 from sma.linear import Linear, linear
+from sma.ops.embedding import embedding
 from sma.padding import check_lengths, check_valid, valid_of
 from sma.routing import Routing
 from sma_models.stack import Stack, StackConfig, StackState
@@ -77,6 +78,16 @@ def check_tokens(name: str, tokens: Tensor, vocab_size: int) -> None:
             raise ShapeError(f"{name}: tokens must lie in 0..{vocab_size - 1}, got {low if low < 0 else high}")
 
 
+class TokenEmbedding(nn.Embedding):
+    """``nn.Embedding`` by :func:`sma.ops.embedding.embedding`."""
+
+    def forward(self, input: Tensor, scale: float = 1.0, rounded: bool = True) -> Tensor:
+        """``(B, L)`` to ``(B, L, D)``, times ``scale``; unless ``rounded`` is False, in the dtype of autocast."""
+        device = input.device.type
+        narrow = rounded and torch.is_autocast_enabled(device)
+        return embedding(input, self.weight, scale=scale, dtype=torch.get_autocast_dtype(device) if narrow else None)
+
+
 class ValueEmbedding(nn.Module):
     """``x_t * w + b`` for a real number ``x_t``: pixels, samples of sound. ``w`` ~ N(0, 1), ``b`` ~ N(0, 0.1)."""
 
@@ -88,6 +99,13 @@ class ValueEmbedding(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """``(B, L)`` to ``(B, L, D)``."""
         return values.to(self.weight.dtype).unsqueeze(-1) * self.weight + self.bias
+
+
+def _embedded(table: nn.Module, tokens: Tensor, scale: float = 1.0, rounded: bool = True) -> Tensor:
+    """Tokens by our table, or by one that somebody put in its place."""
+    if isinstance(table, TokenEmbedding):
+        return table(tokens, scale, rounded)  # type: ignore[no-any-return]
+    return table(tokens.long()) * scale  # type: ignore[no-any-return]
 
 
 class SinusoidalPositions(nn.Module):
@@ -125,7 +143,7 @@ class LanguageModel(Model):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.vocab_size = config.vocab_size
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = TokenEmbedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, 0.0, config.d_model**-0.5)
         self.stack = Stack(config, causal=True)
         self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, bias=False)
@@ -169,9 +187,8 @@ class LanguageModel(Model):
         return ModelOutput(self.logits(out.x), out.state, out.routings, out.losses)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Features ``(..., D)`` of tokens ``(...)``, as the stack takes them."""
-        x: Tensor = self.embedding(tokens.long()) * math.sqrt(self.stack.d_model)
-        return x
+        """Features ``(B, L, D)`` of tokens ``(B, L)``, as the stack takes them."""
+        return _embedded(self.embedding, tokens, scale=math.sqrt(self.stack.d_model))
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits ``(..., vocab_size)`` of features ``(..., D)``, as the stack gives them."""
@@ -224,7 +241,7 @@ class _Encoder(Model):
         if config.vocab_size is None:
             self.embedding: nn.Module = ValueEmbedding(config.d_model)
         else:
-            self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+            self.embedding = TokenEmbedding(config.vocab_size, config.d_model)
             nn.init.normal_(self.embedding.weight, 0.0, config.d_model**-0.5)
         self.positions = SinusoidalPositions(config.d_model) if config.positions == "sinusoidal" else None
         self.stack = Stack(config, causal=config.causal)
@@ -244,7 +261,10 @@ class _Encoder(Model):
         assert isinstance(weight, Tensor)
         inputs = without_padding(type(self).__name__, inputs, valid, weight, lengths)
         self._check(inputs)
-        x = self.embedding(inputs if self.vocab_size is None else inputs.long())
+        if self.vocab_size is None:
+            x = self.embedding(inputs)
+        else:
+            x = _embedded(self.embedding, inputs, rounded=self.positions is None)  # once, behind the sum
         if self.positions is not None:
             column = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape)
             position = column if valid is None else (valid.cumsum(1) - 1).clamp(min=0)

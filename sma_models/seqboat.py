@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from sma.interfaces import Block, BlockOutput, Mixer, Norm
 from sma.layer import ActivatedConfig, ActivatedState, init_router
 from sma.linear import linear
-from sma.ops import combine, narrow_linear
-from sma.padding import valid_of
+from sma.ops import combine
 from sma.routing import Routing
 from sma.state import State
 from sma.stepping import BlockStepper, Moment, Room, Stepped, Stepper, normalised
@@ -91,13 +90,11 @@ class SeqBoat(Block):
         dropout = self.dropout.p if self.training else 0.0
         m, mixer_state = self.mixer.activated(x, state.mixer if state else None, lengths=lengths, dropout=dropout)
         router, (skip_weight, skip_bias) = self.projections()
-        valid = None if lengths is None else valid_of(lengths, m)
-        logits, m = narrow_linear(m, *router, valid) if self.n_logits else (None, m)
         parts = self.activate.parts(
             m,
             state.activate if state else None,
-            valid=valid,
-            logits=logits,
+            lengths=lengths,
+            router=router if self.n_logits else None,
             replay=replay.get("activate") if replay else None,
         )
         norm = None if self.prenorm else self.norm.row_norm()

@@ -32,7 +32,7 @@ WITHOUT_PAGE = re.compile(
     r"sma\.plugin|sma_\w+\.plugin"  # the hooks of the built-in plugins
     r"|sma\.spec\.\w+|sma\.(ops|configurators|plugins)|sma_\w+\.(ops|reports|training)"  # parts of what has a page
     r"|sma_models\.training\.(data|sources)"
-    r"|.*\.ops\.\w+\.\w+|sma_models\.commands(\.\w+)?"  # backends; commands, which are described as they are called
+    r"|.*\.ops\.\w+\.\w+(\.\w+)?|sma_models\.commands(\.\w+)?"  # backends; commands, described as they are called
 )
 """Modules that need no reference page."""
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from sma.configurators.common import at_least_float32
 from sma.interfaces import Configurator
+from sma.ops.router import Gate
 
 
 class Sigmoid(Configurator):
@@ -30,9 +30,14 @@ class Sigmoid(Configurator):
         self.temperature = config.temperature
         self.threshold = config.threshold
 
+    def gate(self) -> Gate | None:
+        return self._gate()
+
+    def _gate(self) -> Gate:
+        return Gate(self.balance, None, self.temperature, self.threshold)
+
     def score(self, logits: Tensor, position: Tensor) -> Tensor:
-        logits = at_least_float32(logits[..., 0])
-        return torch.sigmoid((logits + self.balance.to(logits.dtype)) / self.temperature)
+        return self._gate().score(at_least_float32(logits))
 
     def decide(self, score: Tensor, position: Tensor, valid: Tensor) -> Tensor:
-        return ~(score <= self.threshold)  # NaN counts as active, so that it shows
+        return self._gate().decide(score)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sma.configurators.common import at_least_float32
 from sma.interfaces import Configurator
+from sma.ops.router import Gate
 
 
 class TemperedSoftmax(Configurator):
@@ -35,11 +36,14 @@ class TemperedSoftmax(Configurator):
     def reset(self, d_model: int) -> None:
         nn.init.constant_(self.temp, math.log(self.init_temp * math.sqrt(d_model)))
 
+    def gate(self) -> Gate | None:
+        return self._gate()
+
+    def _gate(self) -> Gate:
+        return Gate(self.balance, self.temp)
+
     def score(self, logits: Tensor, position: Tensor) -> Tensor:
-        logits = at_least_float32(logits)
-        # The softmax of two is the sigmoid of their difference.
-        difference = logits[..., 1] - logits[..., 0] + self.balance.to(logits.dtype)
-        return torch.sigmoid(difference / self.temp.to(logits.dtype).exp())
+        return self._gate().score(at_least_float32(logits))
 
     def decide(self, score: Tensor, position: Tensor, valid: Tensor) -> Tensor:
-        return ~(score <= 0.5)  # NaN counts as active, so that it shows in the output instead of hiding
+        return self._gate().decide(score)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sma.configurators import TemperedSoftmax
+from sma.decision import Weights, gate_of
 from sma.errors import StreamingError
 from sma.layer import ActivatedState, SparseMixture
-from sma.ops import narrow_linear, tempered_decision
+from sma.ops import narrow_linear, router
 from sma.routing import Packed
 from sma.stepping import Decision, ModuleStepper, Moment, Room, Stepper
 
@@ -34,15 +34,18 @@ class MixtureStepper(Stepper):
             return {"module": self.members[0]}
         return {f"members.{m}": member for m, member in enumerate(self.members)}
 
-    def decide(self, x: Tensor, moment: Moment, router: tuple[Tensor, Tensor] | None = None) -> Decision:
-        """Who is active for ``x (S, D)``; ``router`` is a weight and a bias instead of those of the layer itself."""
+    def decide(self, x: Tensor, moment: Moment, weights: Weights | None = None) -> Decision:
+        """Who is active for ``x (S, D)``; ``weights`` of a router instead of those of the layer itself."""
         configurator, own = self.layer.configurator, self.layer.router
-        if router is None and own is not None:
-            router = own.weight, own.bias
-        if router is not None and type(configurator) is TemperedSoftmax:
-            return Decision(*tempered_decision(x, *router, configurator.balance, configurator.temp, moment.live))
+        if weights is None and own is not None:
+            weights = own.weight, own.bias
+        gate = None if weights is None else gate_of(configurator)
+        if gate is not None and weights is not None:
+            routed = router(x[:, None], *weights, gate, valid=moment.live[:, None])
+            confidence = configurator.weigh(routed.score, routed.active)
+            return Decision(routed.active[:, 0], confidence[:, 0])
         shape = (x.shape[0], 1, configurator.n_modules, configurator.logits_per_module)
-        logits = x.new_empty(shape) if router is None else narrow_linear(x[:, None], *router)[0].reshape(shape)
+        logits = x.new_empty(shape) if weights is None else narrow_linear(x[:, None], *weights)[0].reshape(shape)
         position = moment.position[:, None]
         score = configurator.score(logits, position)
         active = configurator.decide(score, position, moment.live[:, None])[:, 0] & moment.live[:, None]

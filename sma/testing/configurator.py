@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from sma.decision import gate_of
 from sma.errors import ConfigError
 from sma.interfaces import Configurator
 from sma.layer import SparseMixture
@@ -78,6 +79,19 @@ class ConfiguratorSuite(_LayerSuite):
             assert active.dtype == torch.bool
             assert score.dtype == confidence.dtype
             assert torch.finfo(score.dtype).bits >= torch.finfo(least).bits, "decisions are not taken in half precision"
+
+    @law("one meaning")
+    def test_a_gate_is_the_three_steps(self) -> None:
+        configurator, logits, position, valid = self.drawn()
+        torch.nn.init.normal_(configurator.balance)
+        gate = gate_of(configurator)
+        if gate is None:
+            return
+        score = configurator.score(logits, position)
+        active = configurator.decide(score.detach(), position, valid)
+        assert torch.equal(gate.score(logits), score), "the score"
+        assert torch.equal(gate.decide(score), active), "the decision"
+        assert configurator.weigh(score, active) is score, "the confidence is not the score"
 
     @law("causality")
     def test_says_whether_it_is_causal(self) -> None:

@@ -43,7 +43,7 @@ class ModelStepper(Stepper):
 
     def step(self, tokens: Tensor, moment: Moment) -> tuple[Tensor, dict[str, Decision]]:
         """Logits ``(S, V)`` for ``tokens (S,)``, and who was active, by the name of the layer."""
-        x = self.model.embed(tokens)
+        x = self.model.embed(tokens[:, None]).squeeze(1)
         decisions: dict[str, Decision] = {}
         for i, layer in enumerate(self.layers):
             x, own = layer.step(x, moment)

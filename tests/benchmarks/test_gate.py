@@ -16,9 +16,8 @@ from benchmarks.modules import ema, experts, mixture, sparse_ffn
 from benchmarks.rows import Row, model, model_case
 from benchmarks.subjects import Setting
 from benchmarks.timing import Clock
-from sma.ops import using
-from sma.ops.extract import OP
-from sma.routing import Packed
+from sma.ops import Gate, using
+from sma.ops.combine import OP
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SETTING = Setting(DEVICE, torch.float32).of(2, 64).small()
@@ -32,12 +31,12 @@ ROWS = [
 
 @pytest.fixture
 def slightly_wrong() -> Iterator[None]:
-    """An extract that the library would prefer, and that is off by a thousandth."""
+    """A combine that the library would prefer, and that is off by a thousandth."""
 
     @OP.backend("slightly_wrong", priority=1)
-    def run(h: Tensor, packed: Packed) -> Any:
+    def run(*args: Any) -> Any:
         with using("eager"):
-            return OP(h, packed) * 1.001
+            return OP(*args) * 1.001
 
     yield
     del OP.backends["slightly_wrong"]
@@ -65,15 +64,13 @@ def test_a_small_error_is_found(slightly_wrong: None) -> None:
 
 
 def test_decisions_that_differ_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sma.configurators.tempered_softmax import TemperedSoftmax
+    decide = Gate.decide
 
-    decide = TemperedSoftmax.decide
-
-    def other(self: TemperedSoftmax, score: Tensor, *rest: Any) -> Tensor:
-        chosen = decide(self, score, *rest)
+    def other(self: Gate, score: Tensor) -> Tensor:
+        chosen = decide(self, score)
         return chosen if score.dtype == torch.float64 else ~chosen
 
-    monkeypatch.setattr(TemperedSoftmax, "decide", other)
+    monkeypatch.setattr(Gate, "decide", other)
     wrong = gate.check(model_case("seqboat_text", SETTING, "d_model=32"), SETTING)
     assert wrong == "100.0% of the decisions differ in float32"
 

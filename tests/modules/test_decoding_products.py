@@ -1,4 +1,4 @@
-"""The decision and the products of a decoding step: every backend is the definition."""
+"""The products of a decoding step: every backend is the definition."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sma.configurators import TemperedSoftmax
 from sma.errors import ShapeError
-from sma.ops import tempered_decision, using
+from sma.ops import using
 from sma.ops.kernel import why_not_triton
 from sma_modules.ops.gau_inputs import gau_inputs
 from sma_modules.ops.gau_output import OP as OUTPUT
@@ -40,39 +39,6 @@ def some_of(slots: int) -> Tensor:
 
 def precise(backend: str) -> tuple[torch.dtype, float]:
     return (torch.float32, 2e-5) if backend == "triton" else (torch.float64, 1e-11)
-
-
-@pytest.mark.parametrize("modules", [1, 3])
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_the_decision_is_that_of_the_configurator(backend: str, modules: int) -> None:
-    dtype, tolerance = precise(backend)
-    x, weight, bias = (
-        numbers(*shape, seed=i, dtype=dtype) for i, shape in enumerate(((9, 37), (2 * modules, 37), (2 * modules,)))
-    )
-    configurator = TemperedSoftmax(TemperedSoftmax.Config(), n_modules=modules).to(DEVICE, dtype)
-    with torch.no_grad():
-        configurator.temp.fill_(1.3)
-        configurator.balance.copy_(numbers(modules, seed=8))
-    position = torch.zeros(9, 1, dtype=torch.int64, device=DEVICE)
-    score = configurator.score(F.linear(x, weight, bias).view(9, 1, modules, 2), position)
-    live = torch.arange(9, device=DEVICE) != 4
-    with using(backend), torch.no_grad():
-        active, confidence = tempered_decision(x, weight, bias, configurator.balance, configurator.temp, live)
-    torch.testing.assert_close(confidence, score[:, 0].detach(), rtol=0, atol=tolerance)
-    expected = configurator.decide(score, position, live[:, None])[:, 0] & live[:, None]
-    assert torch.equal(active, expected)
-    assert bool(active.any())
-    assert not bool(active[4].any())
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_confidence_that_is_no_number_shows(backend: str) -> None:
-    x = torch.full((1, 3), float("nan"), device=DEVICE)
-    weight, zeros = torch.ones(2, 3, device=DEVICE), torch.zeros(2, device=DEVICE)
-    with using(backend):
-        active, confidence = tempered_decision(x, weight, zeros, zeros[:1], zeros[:1], zeros[:1] == 0)
-    assert bool(active)
-    assert bool(confidence.isnan())
 
 
 def inputs(slots: int, dim: int, z: int, h: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -153,7 +119,6 @@ def test_rows_do_not_depend_on_each_other() -> None:
 @needs_triton
 def test_operators_are_sound() -> None:
     """What they say of themselves to a compiler: shapes, and what they write to."""
-    from sma.ops.tempered_decision import triton_kernel as decision
     from sma_modules.ops.ema_step import launch as ema_step
     from sma_modules.ops.gau_output import launch as output
     from sma_modules.ops.gau_projections import launch as projections
@@ -167,7 +132,6 @@ def test_operators_are_sound() -> None:
     live, position, counts = given["active"], zeros(2, dtype=torch.int64), zeros(2, 2, dtype=torch.int64)
     coefficients = (*(zeros(6, 3) for _ in range(4)), zeros(6))
     calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (decision.decide, (m, skip[:2], skip_bias[:2], zeros(1), zeros(1), live)),
         (projections.run, (m, skip, skip_bias, mx, mx_bias, given["gamma"], given["beta"], position, 100.0, live)),
         (output.run, (zeros(2, 3), zeros(6, 3), zeros(6), live, zeros(2), m, m)),
         (
@@ -198,9 +162,6 @@ def test_kernels_write_nowhere_else() -> None:
             out.v.nan_to_num(), given["skip"][0][:, :3].contiguous(), given["skip"][1], active=given["active"],
             confidence=torch.ones(3, device=DEVICE), skip=out.skip, residual=given["m"],
         )  # fmt: skip
-        tempered_decision(
-            given["m"], given["skip"][0][:2], given["skip"][1][:2], *given["beta"][:, :1], given["active"]
-        )
 
 
 @needs_triton
@@ -231,7 +192,6 @@ def test_low_precision() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: tempered_decision(x, x, x[0], x[0], x[0, :1], x[:, 0] > 0), r"weight must be \(6, 3\)"),
         (
             lambda x: gau_output(x, x, x[0], active=x[0] > 0, confidence=x[0], skip=x[:, :2], residual=x),
             "skip like residual",
@@ -278,11 +238,6 @@ def test_fits_an_h100() -> None:
             signature = {**dict.fromkeys(names, kind), "confidence": "*fp32", "active": "*i1", "slots": "i32"}
             constants = {"H": 1232, "D": 616, "BM": rows, "BN": 16, "BK": 256}
             asked.append(Compilation(module, "output_kernel", signature, constants, {"num_warps": 4, "num_stages": 3}))
-        signature = dict.fromkeys(("x", "weight", "bias", "temp"), kind)
-        signature |= {"balance": "*fp32", "confidence": "*fp32", "live": "*i1", "active": "*i1"}
-        constants = {"D": 616, "M": 1, "WIDTH": 1024}
-        decision = "sma.ops.tempered_decision.triton_kernel"
-        asked.append(Compilation(decision, "decision_kernel", signature, constants, {"num_warps": 4}))
     for each, needs in zip(asked, compile_all(asked), strict=True):
         assert needs.spilled == 0, each
         assert needs.shared <= 227 * 1024, each

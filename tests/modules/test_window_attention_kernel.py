@@ -41,7 +41,7 @@ def _small_blocks(request: pytest.FixtureRequest) -> Iterator[None]:
     with (
         mock.patch.object(blocks, "forward_blocks", return_value=tile),
         mock.patch.object(blocks, "d_queries_blocks", return_value=tile),
-        mock.patch.object(blocks, "d_keys_blocks", side_effect=lambda z, width, *_: (tile, width <= tile.features)),
+        mock.patch.object(blocks, "d_keys_passes", side_effect=lambda z, width, *_: blocks.in_passes(tile, width)),
     ):
         yield
 
@@ -181,9 +181,11 @@ def test_equals_the_reference_itself(rule: tuple[Any, ...]) -> None:
     [
         (blocks.Blocks(32, 16, 64, 4, 2), (30, 120), ("relu2", "local", False, 20, None)),
         (blocks.Blocks(32, 32, 64, 4, 2), (16, 48), ("softmax", "original", True, 30, None)),
+        (blocks.Blocks(32, 32, 32, 4, 2, rest=16), (16, 43), ("softmax", "original", False, 30, None)),
+        (blocks.Blocks(32, 16, 32, 4, 2, rest=16), (16, 70), ("relu2", "local", False, 20, None)),
     ],
     indirect=["_small_blocks"],
-    ids=["speech", "narrow"],
+    ids=["speech", "narrow", "two powers of two", "two tiles of two powers of two"],
 )
 def test_lengths_around_the_blocks(widths: tuple[int, int], rule: tuple[Any, ...]) -> None:
     assert_equal(*case([63, 0, 100, 1, 129], rule, widths=widths, entries=77))

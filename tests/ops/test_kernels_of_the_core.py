@@ -299,7 +299,8 @@ def test_operators_are_sound() -> None:
         (linear.forward, (x.view(2, 9, 4), numbers(2, 4), numbers(2), None)),
         (linear.backward, (x.view(2, 9, 4), numbers(2, 4), numbers(2, 9, 2), None)),
         (packing.count, (mask,)),
-        (packing.place, (mask, packing.count(mask).cumsum(0, dtype=torch.int32), None, 18, True)),
+        (packing.place, (mask, packing.count(mask), None, 18, True)),
+        (packing.place, (mask, packing.count(mask), None, 18, False)),
         (merge.forward, (h, packed.row, *none, *options)),
         (merge.backward, (x, x, h, packed.row, *none[:5], *options, False, True, True)),
         (norm_kernel.forward, (x, None, None, True, 1e-5)),
@@ -347,15 +348,14 @@ def test_kernels_fit_the_hardware() -> None:
         "norm_weight": "*fp32",
         "norm_bias": "*fp32",
         "norm_eps": "fp32",
-        "dropout": "fp32",
-        "D": "i32",
+        "dropped": "i32",
+        "scaled_up": "fp32",
         "tokens": "i32",
         "blocks": "i32",
     }
     for d in REAL_SIZES.values():
         block_t, block_d, warps = norm_kernel.sizes(d)
-        sizes = {"BLOCK_T": block_t, "BLOCK_D": block_d}
-        even = ["D"] if d % 16 == 0 else []
+        sizes = {"D": d, "BLOCK_T": block_t, "BLOCK_D": block_d}
         flags = {
             "HAS_WEIGHT": True,
             "HAS_SKIP_BIAS": True,
@@ -369,21 +369,19 @@ def test_kernels_fit_the_hardware() -> None:
         module, options = "sma.ops.combine.triton_kernel", {"num_warps": warps}
         forward = {**pointers, **norm, "total": "*bf16", "out": "*bf16"}
         asked.append(
-            Compilation(
-                module, "forward_kernel", forward, {**flags, "HAS_SKIP": True, "HAS_RESIDUAL": True}, options, even
-            )
+            Compilation(module, "forward_kernel", forward, {**flags, "HAS_SKIP": True, "HAS_RESIDUAL": True}, options)
         )
         grads = dict.fromkeys(("grad", "total", "grad_residual", "grad_skip", "grad_h"), "*bf16")
-        grads |= dict.fromkeys(("grad_weight", "grad_skip_bias", "grad_norm_weight", "grad_norm_bias"), "*fp32")
+        grads |= dict.fromkeys(("grad_weight", "shares"), "*fp32")
         backward = {**flags, "STORE_SUM": True, "STORE_SKIP": True}
-        asked.append(Compilation(module, "backward_kernel", {**pointers, **norm, **grads}, backward, options, even))
+        asked.append(Compilation(module, "backward_kernel", {**pointers, **norm, **grads}, backward, options))
     asked.append(
         Compilation(
             "sma.ops.narrow_linear.triton_kernel",
             "backward_kernel",
             {"x": "*bf16", "weight": "*fp32", "grad_out": "*fp32", "grad_x": "*bf16", "grad_weight": "*fp32"}
-            | {"grad_bias": "*fp32", "tokens": "i32", "blocks": "i32", "D": "i32"},
-            {"C": 2, "PADDED_C": 2, "HAS_THROUGH": True, "BLOCK_T": 8, "BLOCK_D": 128},
+            | {"grad_bias": "*fp32", "tokens": "i32", "blocks": "i32"},
+            {"D": 616, "C": 2, "PADDED_C": 2, "HAS_THROUGH": True, "BLOCK_T": 8, "BLOCK_D": 128},
         )
     )
     for compilation, resources in zip(asked, compile_all(asked), strict=True):

@@ -56,7 +56,7 @@ def combine(
         residual: ``(B, L, D)`` or None.
         activation: "none" or "silu".
         norm: normalisation over the features, or None.
-        dropout: probability; those kept are scaled up. 0 in evaluation.
+        dropout: probability; those kept are scaled up. 0 in evaluation. (The kernel rounds it to a multiple of 2^-16.)
         drop_sum: what is dropped out.
 
     Returns:

@@ -23,7 +23,7 @@ WARPS = 4
 
 
 @triton.jit
-def take_kernel(source, index, out, rows, limit, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+def take_kernel(source, index, out, rows, limit, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     """``out[r] = source[index[r]]``, zeros where the index is not in ``0 .. limit - 1``."""
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -34,7 +34,7 @@ def take_kernel(source, index, out, rows, limit, D, BLOCK_R: tl.constexpr, BLOCK
 
 
 @triton.jit
-def add_kernel(into, index, rows_in, rows, limit, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+def add_kernel(into, index, rows_in, rows, limit, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     """``into[index[r]] += rows_in[r]`` for an index without repeats."""
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -7,7 +7,7 @@ from sma.ops.pack import OP, PackedRows
 
 
 @OP.backend("reference", priority=90)
-def pack(mask: Tensor, position: Tensor | None, capacity: int | None) -> PackedRows:
+def pack(mask: Tensor, position: Tensor | None, capacity: int | None, counts: Tensor | None) -> PackedRows:
     """Walk over the mask and hand out rows."""
     batch, length = mask.shape
     index: list[int] = []
@@ -27,6 +27,8 @@ def pack(mask: Tensor, position: Tensor | None, capacity: int | None) -> PackedR
     spare = 0 if capacity is None else capacity - len(index)
     index += [batch * length] * spare
     where += [0] * spare
+    if capacity is not None:
+        bounds.append(capacity)
 
     def integers(values: list[int] | int) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=mask.device)
@@ -36,5 +38,6 @@ def pack(mask: Tensor, position: Tensor | None, capacity: int | None) -> PackedR
         integers(bounds),
         torch.tensor(row, dtype=torch.int32, device=mask.device),
         integers(where),
+        torch.tensor([each >= 0 for each in row], dtype=torch.bool, device=mask.device).view(mask.shape),
         None if capacity is None else integers(overflow),
     )

@@ -16,21 +16,28 @@ from sma.ops.row_norm import RowNorm
 ELEMENTS = 2048
 """Numbers of a block of tokens, with WARPS warps."""
 WARPS = 8
-PROGRAMS = 2048
-"""About how many programs share the gradients of the weights."""
+PROGRAMS = 4 * 132
+"""About how many programs share the gradients of the weights: as many as run at once on an H100."""
 
 
 @triton.jit
-def scale(y, eps, inside, D, CENTRED: tl.constexpr):
-    """``y (BLOCK_T, BLOCK_D)``, 0 outside, with mean square 1 (and mean 0), and the factor ``(BLOCK_T,)`` for that."""
+def scale(y, eps, inside, D: tl.constexpr, CENTRED: tl.constexpr, EXACT: tl.constexpr):
+    """``y (BLOCK_T, BLOCK_D)``, 0 outside, with mean square 1 (and mean 0), and the factor ``(BLOCK_T,)`` for that.
+
+    EXACT: rounded to the nearest float32; what is rounded to 16 bits afterwards needs no more than 22.
+    """
     if CENTRED:
         y = tl.where(inside, y - (tl.sum(y, 1) / D)[:, None], 0.0)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(y * y, 1), D * 1.0) + eps))
+    squares = tl.sum(y * y, 1)
+    if EXACT:
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, D * 1.0) + eps))
+    else:
+        rstd = tl.rsqrt(squares / D + eps)
     return y * rstd[:, None], rstd
 
 
 @triton.jit
-def affine(y, weight, bias, d, D, WEIGHT_STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr):
+def affine(y, weight, bias, d, D: tl.constexpr, WEIGHT_STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr):
     """``y * weight + bias``; the stride is -1 without a weight and 0 for a single number."""
     if WEIGHT_STRIDE >= 0:
         y = y * tl.load(weight + d * WEIGHT_STRIDE, mask=d < D, other=0).to(tl.float32)
@@ -40,7 +47,7 @@ def affine(y, weight, bias, d, D, WEIGHT_STRIDE: tl.constexpr, HAS_BIAS: tl.cons
 
 
 @triton.jit
-def unscale(g, scaled, rstd, inside, D, CENTRED: tl.constexpr):
+def unscale(g, scaled, rstd, inside, D: tl.constexpr, CENTRED: tl.constexpr):
     """The gradient of what :func:`scale` was given, from that of what it gave."""
     g = g - scaled * (tl.sum(g * scaled, 1) / D)[:, None]
     if CENTRED:
@@ -55,8 +62,8 @@ def forward_kernel(
     bias,
     out,
     tokens,
-    D,
     eps,
+    D: tl.constexpr,
     CENTRED: tl.constexpr,
     WEIGHT_STRIDE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -68,7 +75,7 @@ def forward_kernel(
     d = tl.arange(0, BLOCK_D)[None, :]
     inside = (t < tokens)[:, None] & (d < D)
     y = tl.load(x + t[:, None] * D + d, mask=inside, other=0).to(tl.float32)
-    y, _ = scale(y, eps, inside, D, CENTRED)
+    y, _ = scale(y, eps, inside, D, CENTRED, out.dtype.element_ty == tl.float32)
     y = affine(y, weight, bias, d, D, WEIGHT_STRIDE, HAS_BIAS)
     tl.store(out + t[:, None] * D + d, y.to(out.dtype.element_ty), mask=inside)
 
@@ -79,12 +86,11 @@ def backward_kernel(
     x,
     weight,
     grad_x,
-    share_weight,
-    share_bias,
+    shares,
     tokens,
     blocks,
-    D,
     eps,
+    D: tl.constexpr,
     CENTRED: tl.constexpr,
     WEIGHT_STRIDE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -102,7 +108,7 @@ def backward_kernel(
         place = t[:, None] * D + d
         g = tl.load(grad + place, mask=inside, other=0).to(tl.float32)
         y = tl.load(x + place, mask=inside, other=0).to(tl.float32)
-        scaled, rstd = scale(y, eps, inside, D, CENTRED)
+        scaled, rstd = scale(y, eps, inside, D, CENTRED, x.dtype.element_ty == tl.float32)
         if HAS_BIAS:
             sum_bias += g
         if WEIGHT_STRIDE >= 0:
@@ -110,10 +116,12 @@ def backward_kernel(
             g = g * tl.load(weight + d * WEIGHT_STRIDE, mask=d < D, other=0).to(tl.float32)
         g = unscale(g, scaled, rstd, inside, D, CENTRED)
         tl.store(grad_x + place, g.to(grad_x.dtype.element_ty), mask=inside)
+    share = shares + program * D + d
     if WEIGHT_STRIDE >= 0:
-        tl.store(share_weight + program * D + d, tl.sum(sum_weight, 0)[None, :], mask=d < D)
+        tl.store(share, tl.sum(sum_weight, 0)[None, :], mask=d < D)
+        share += tl.num_programs(0) * D
     if HAS_BIAS:
-        tl.store(share_bias + program * D + d, tl.sum(sum_bias, 0)[None, :], mask=d < D)
+        tl.store(share, tl.sum(sum_bias, 0)[None, :], mask=d < D)
 
 
 def sizes(d: int) -> tuple[int, int, int]:
@@ -136,7 +144,18 @@ def stride(weight: Tensor | None) -> int:
 
 def total(share: Tensor, parameter: Tensor) -> Tensor:
     """The gradient of a parameter from the programs' shares ``(programs, ...)``."""
-    summed = share.sum(0) if parameter.numel() > 1 or share[0].numel() == 1 else share.sum()
+    return _fitted(share.sum(0), parameter)
+
+
+def totals(shares: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
+    """The gradients of those parameters that are there from the programs' shares ``(parameters, programs, D)``."""
+    sums = iter(shares.sum(1))
+    return [None if parameter is None else _fitted(next(sums), parameter) for parameter in parameters]
+
+
+def _fitted(summed: Tensor, parameter: Tensor) -> Tensor:
+    """A single number stands for all features."""
+    summed = summed if parameter.numel() == summed.numel() else summed.sum()
     return summed.reshape(parameter.shape).to(parameter.dtype)
 
 
@@ -156,8 +175,8 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, centred: bool
         x if bias is None else bias,
         out,
         tokens,
-        d,
         eps,
+        D=d,
         CENTRED=centred,
         WEIGHT_STRIDE=stride(weight),
         HAS_BIAS=bias is not None,
@@ -170,20 +189,16 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, centred: bool
 
 def _backward_fake(
     grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, centred: bool, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    programs = shares(*x.shape)[1]
-    return (
-        torch.empty_like(x),
-        x.new_empty(0 if weight is None else programs, x.shape[1], dtype=torch.float32),
-        x.new_empty(0 if bias is None else programs, x.shape[1], dtype=torch.float32),
-    )
+) -> tuple[Tensor, Tensor]:
+    parameters = (weight is not None) + (bias is not None)
+    return torch.empty_like(x), x.new_empty(parameters, shares(*x.shape)[1], x.shape[1], dtype=torch.float32)
 
 
 @kernel("row_norm_backward", fake=_backward_fake)
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, centred: bool, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of x, and shares of those of weight and bias."""
+) -> tuple[Tensor, Tensor]:
+    """Gradient of x, and each program's shares of those of weight and bias, as far as they are there."""
     outs = _backward_fake(grad, x, weight, bias, centred, eps)
     tokens, d = x.shape
     block_t, block_d, warps = sizes(d)
@@ -195,8 +210,8 @@ def backward(
         *outs,
         tokens,
         each,
-        d,
         eps,
+        D=d,
         CENTRED=centred,
         WEIGHT_STRIDE=stride(weight),
         HAS_BIAS=bias is not None,
@@ -219,12 +234,8 @@ class _RowNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
-        grad_x, share_weight, share_bias = backward(grad.contiguous(), x, weight, bias, ctx.centred, ctx.eps)
-        by_weight, by_bias = (
-            None if parameter is None else total(share, parameter)
-            for share, parameter in ((share_weight, weight), (share_bias, bias))
-        )
-        return grad_x, by_weight, by_bias, None, None
+        grad_x, share = backward(grad.contiguous(), x, weight, bias, ctx.centred, ctx.eps)
+        return grad_x, *totals(share, weight, bias), None, None
 
 
 def row_norm(x: Tensor, norm: RowNorm) -> Tensor:

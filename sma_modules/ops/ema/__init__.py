@@ -92,7 +92,8 @@ def ema(
         raise ConfigError(f"ema: dropout must be at least 0 and below 1, got {dropout}")
     _check_lengths(x, lengths)
     _check_state(x, gamma.shape[1], bidirectional, truncation, state, return_state)
-    parameters = (delta[..., 0], alpha[..., 0], beta[..., 0], gamma, omega)
+    # Not [..., 0], whose gradient is a tensor of zeros into which it is copied.
+    parameters = (delta.squeeze(-1), alpha.squeeze(-1), beta.squeeze(-1), gamma, omega)
     if x.numel() == 0:
         return _nothing(x, parameters, truncation, state, return_state)
     result: tuple[Tensor, EMAState | None]

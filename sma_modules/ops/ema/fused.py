@@ -1,4 +1,4 @@
-"""ema by the kernels of ``triton_kernel.py``: sizes, launches, autograd. Imported at the first use only."""
+"""ema by the kernels of ``triton_kernel``: sizes, launches, autograd. Imported at the first use only."""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 TABLE_COPIES = 8
 """Copies of the table of original positions that programs add to in turn, so that fewer wait for each other."""
 
@@ -26,18 +28,43 @@ MOST_SPLITS = 8
 
 
 class Blocks(NamedTuple):
-    """Queries and keys of a tile, value features at a time, warps, and stages of the pipeline of loads."""
+    """Queries and keys of a tile, value features at a time (``features + rest``), warps, and stages of the pipeline of
+    loads.
+    """
 
     queries: int
     keys: int
     features: int
     warps: int
     stages: int
+    rest: int = 0
 
     @property
     def diagonals(self) -> int:
         """A power of two that holds the diagonals of a tile of scores."""
         return padded(self.queries + self.keys)
+
+    @property
+    def once(self) -> bool:
+        """Whether no two threads hold the same score: every warp has 16 queries of its own.
+
+        The compiler may have eight warps work on 64 rows twice.
+        """
+        return self.queries >= 16 * self.warps and self.keys >= 16
+
+    def tiles(self, width: int) -> int:
+        """How many tiles hold ``width`` features."""
+        return -(-width // (self.features + self.rest))
+
+
+class Pass(NamedTuple):
+    """One launch of the kernel of a block of keys: its tile, and whether it gives the gradient of keys, of values, or
+    both (with one tile of features only).
+    """
+
+    tile: Blocks
+    keys: bool
+    values: bool
 
 
 def padded(width: int) -> int:
@@ -45,45 +72,72 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def feature_tile(width: int, beside: int, largest: int) -> int:
-    """The tile of value features with the least arithmetic, if every tile needs ``beside`` features more."""
-    sizes = [size for size in (16, 32, 64, 128, 256) if size <= largest]
-    return min(reversed(sizes), key=lambda size: -(-width // size) * (size + beside))
+def feature_tile(width: int, beside: int, largest: int) -> tuple[int, int]:
+    """The tile of value features with the least arithmetic, if every tile needs ``beside`` features more: one power of
+    two, or two and their sum, of at most ``largest``. 160 features are 128 and 32, not 256.
+    """
+    sizes = [size for size in (256, 128, 64, 32, 16) if size <= largest]
+    pairs = [(size, 0) for size in sizes]
+    pairs += [(size, rest) for size in sizes for rest in sizes if rest < size and size + rest <= largest]
+    return min(pairs, key=lambda pair: -(-width // sum(pair)) * (sum(pair) + beside))
 
 
-def forward_blocks(z: int, width: int, itemsize: int, reach: int | None, biased: bool) -> Blocks:
+def forward_blocks(z: int, width: int, dtype: torch.dtype, reach: int | None, biased: bool) -> Blocks:
     """For a block of queries. Scores are computed again for every tile of features; biases need many registers."""
     beside = padded(z)
-    if itemsize == 4:
-        return Blocks(16 if beside > 128 else 32, 16, feature_tile(width, beside, 64), 8, 1)
-    features = feature_tile(width, beside, 128 if biased else 256)
+    if dtype == torch.float32:
+        features, rest = feature_tile(width, beside, 64)
+        return Blocks(16 if beside > 128 else 32, 16, features, 8, 1, rest)
+    features, rest = feature_tile(width, beside, 256)
     if beside > 128:
         return Blocks(64, 32, min(features, 128), 8, 2)
-    if biased:
-        return Blocks(64, 32, features, 8, 2)
+    if biased:  # a warpgroup holds whole rows of scores, which then need no shared memory
+        return Blocks(64, 32, features, 4, 2, rest)
     far = reach is None or reach >= 512
-    return Blocks(128 if far and features <= 128 else 64, 64, features, 8, 2)
+    return Blocks(128 if far and features + rest <= 128 else 64, 64, features, 8, 2, rest)
 
 
-def d_keys_blocks(z: int, width: int, itemsize: int, biased: bool) -> tuple[Blocks, bool]:
-    """For a block of keys; and whether one pass gives the gradients of keys and of values (one tile of features)."""
-    beside, features = padded(z), padded(width)
-    if itemsize == 4:
+def d_keys_passes(z: int, width: int, dtype: torch.dtype, biased: bool) -> tuple[Pass, ...]:
+    """For a block of keys."""
+    beside, whole = padded(z), padded(width)
+    if dtype == torch.float32:
         if beside > 128:
-            return Blocks(16, 16, min(features, 32), 8, 1), features <= 32
+            return in_passes(Blocks(16, 16, min(whole, 32), 8, 1), width)
         largest, stages = (32, 2) if biased else (64, 1)
-        return Blocks(16, 32, min(features, largest), 8, stages), features <= largest
-    if features <= 128 and beside <= 128:
-        return Blocks(32 if biased or features + beside > 128 else 64, 64, features, 8, 2), True
+        return in_passes(Blocks(16, 32, min(whole, largest), 8, stages), width)
+    features, rest = feature_tile(width, beside, 256)
+    few = biased and dtype != torch.float16  # whose gradients of scores take the registers of float32
+    if few and beside <= 64 and whole <= 128:
+        return in_passes(Blocks(64, 64, whole, 4, 2), width)
+    if few and beside <= 64 and features == 256:
+        return in_passes(Blocks(64, 64, 256, 8, 2), width)
+    if few and beside <= 128 and features + rest <= 160:
+        tile = Blocks(64, 64, features, 4, 2, rest)
+        narrow = beside <= 64 and tile.tiles(width) == 1
+        return Pass(tile, False, True), Pass(tile if narrow else tile._replace(keys=32), True, False)
+    if whole <= 128 and beside <= 128:
+        return in_passes(Blocks(32 if biased or whole + beside > 128 else 64, 64, whole, 8, 2), width)
     narrow = biased and beside > 128
-    return Blocks(32 if biased or beside > 128 else 64, 64, min(features, 64 if narrow else 128), 8, 2), False
+    return in_passes(
+        Blocks(32 if biased or beside > 128 else 64, 64, min(whole, 64 if narrow else 128), 8, 2), width, together=False
+    )
 
 
-def d_queries_blocks(z: int, width: int, itemsize: int, biased: bool) -> Blocks:
+def in_passes(tile: Blocks, width: int, together: bool = True) -> tuple[Pass, ...]:
+    """One pass if one tile holds all features, else one each: that of the keys has to loop over the tiles."""
+    if together and tile.tiles(width) == 1:
+        return (Pass(tile, True, True),)
+    return Pass(tile, False, True), Pass(tile, True, False)
+
+
+def d_queries_blocks(z: int, width: int, dtype: torch.dtype, biased: bool) -> Blocks:
     """For a block of queries."""
     beside, features = padded(z), padded(width)
-    if itemsize == 4:
+    if dtype == torch.float32:
         return Blocks(16, 16, min(features, 32), 4 if beside == 128 and not biased else 8, 1)
+    if biased and beside <= 128 and width <= 320 and dtype != torch.float16:
+        features, rest = feature_tile(width, beside, 320)
+        return Blocks(64, 32, features, 4, 2, rest)
     if features <= 256 and beside <= 128:
         return Blocks(64, 32 if biased else 64, features, 8, 2)
     if not biased and beside <= 128:  # few warps: two programs fit a multiprocessor

@@ -50,6 +50,17 @@ def _shared(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> dict[str, Any]:
     }
 
 
+def _tile(tile: blocks.Blocks) -> dict[str, int]:
+    return {
+        "BM": tile.queries,
+        "BN": tile.keys,
+        "BH": tile.features,
+        "BR": tile.rest,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
 def _numbers(q: Tensor, k: Tensor, table: Tensor | None, q_cu: Tensor, rule: Rule) -> tuple[int, ...]:
     """Rows, sequences, bounds and entries, as every kernel takes them."""
     window, chunk = min(rule.window or 0, _LARGEST), min(rule.chunk or 0, _LARGEST)
@@ -130,8 +141,8 @@ def forward(
     n_queries, heads = q.shape[:2]
     width = v.shape[2]
     out, statistics, attended = _fake_forward(q, k, v, gate, save)
-    tile = blocks.forward_blocks(q.shape[2], width, q.element_size(), rule.reach, table is not None)
-    tiles = -(-width // tile.features)
+    tile = blocks.forward_blocks(q.shape[2], width, q.dtype, rule.reach, table is not None)
+    tiles = tile.tiles(width)
     numbers = _numbers(q, k, table, layout.q_cu, rule)
     kernels.attend_kernel[n_queries // tile.queries + numbers[2] + 1, heads * tiles](
         q, k, v, gate, table, layout.q_cu, layout.k_cu, layout.k_start, layout.q_position, layout.k_position, seed,
@@ -140,7 +151,7 @@ def forward(
         GR=0 if gate is None else gate.stride(0),
         GH=0 if gate is None else gate.stride(1),
         TILES=tiles,
-        BM=tile.queries, BN=tile.keys, BH=tile.features, num_warps=tile.warps, num_stages=tile.stages,
+        **_tile(tile),
     )  # fmt: skip
     return out, statistics, attended
 
@@ -223,23 +234,21 @@ def _d_keys(
     d_attended: Tensor,
     peak: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of keys and values: in one pass where a tile holds all features, else in one pass each."""
+    """Gradients of keys and values: in one pass, or in one pass each."""
     heads, width = k.shape[1], v.shape[2]
-    tile, together = blocks.d_keys_blocks(q.shape[2], width, q.element_size(), table is not None)
-    tiles = -(-width // tile.features)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     numbers = _numbers(q, k, table, layout.q_cu, rule)
-    loop = _loop(tile.keys, tile.queries, q.shape[0] // max(numbers[2], 1), rule)  # of the mean length: none is known
-    for part in [(True, True)] if together else [(False, True), (True, False)]:
-        grid = k.shape[0] // tile.keys + numbers[2] + 1, heads * (tiles if part[1] else 1)
-        splits = blocks.splits(grid[0] * grid[1], tile.warps, loop)
-        dk_parts, dv_parts = _parts(dk, splits if part[0] else 1), _parts(dv, splits if part[1] else 1)
+    length = q.shape[0] // max(numbers[2], 1)  # the mean: none is known
+    for tile, for_keys, for_values in blocks.d_keys_passes(q.shape[2], width, q.dtype, table is not None):
+        tiles = tile.tiles(width)
+        grid = k.shape[0] // tile.keys + numbers[2] + 1, heads * (tiles if for_values else 1)
+        splits = blocks.splits(grid[0] * grid[1], tile.warps, _loop(tile.keys, tile.queries, length, rule))
+        dk_parts, dv_parts = _parts(dk, splits if for_keys else 1), _parts(dv, splits if for_values else 1)
         kernels.d_keys_kernel[(*grid, splits)](
             q, k, v, table, layout.q_cu, layout.k_cu, layout.k_start, layout.q_position, layout.k_position, seed,
             statistics, delta, d_attended, dk_parts, dv_parts, peak, *numbers, _scale(q, rule), rule.dropout,
             **_shared(q, k, v, rule), TILES=tiles, DELTAS=1 if delta is None else delta.shape[0],
-            DK=part[0], DV=part[1], SPLIT=splits > 1,
-            BM=tile.queries, BN=tile.keys, BH=tile.features, num_warps=tile.warps, num_stages=tile.stages,
+            DK=for_keys, DV=for_values, SPLIT=splits > 1, **_tile(tile),
         )  # fmt: skip
         _add(dk_parts, dk)
         _add(dv_parts, dv)
@@ -261,7 +270,7 @@ def _d_queries(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of queries and table."""
     n_queries, heads = q.shape[:2]
-    tile = blocks.d_queries_blocks(q.shape[2], v.shape[2], q.element_size(), table is not None)
+    tile = blocks.d_queries_blocks(q.shape[2], v.shape[2], q.dtype, table is not None)
     numbers = _numbers(q, k, table, layout.q_cu, rule)
     programs, span = n_queries // tile.queries + numbers[2] + 1, n_queries if rule.window is None else 2 * rule.window
     offsets, room, partial = 1, 0, None
@@ -272,7 +281,7 @@ def _d_queries(
     elif rule.bias == "original":
         # No more terms than pairs can meet in one entry, whose sum must stay below 2^62.
         pairs = max(n_queries * heads, 1) * max(min(k.shape[0], span + 1), 1)
-        room = 61 - pairs.bit_length()
+        room = min(61 - pairs.bit_length(), 30)
         partial = q.new_zeros(blocks.TABLE_COPIES, numbers[5], dtype=torch.int64)
     loop = _loop(tile.queries, tile.keys, k.shape[0] // max(numbers[2], 1), rule)
     splits = blocks.splits(programs * heads, tile.warps, loop)
@@ -282,9 +291,10 @@ def _d_queries(
         q, k, v, table, layout.q_cu, layout.k_cu, layout.k_start, layout.q_position, layout.k_position, seed,
         statistics, delta, d_attended, dq_parts, peak, partial, *numbers, room, _scale(q, rule), rule.dropout,
         **_shared(q, k, v, rule),
-        TILES=-(-v.shape[2] // tile.features), DELTAS=1 if delta is None else delta.shape[0],
+        TILES=tile.tiles(v.shape[2]), DELTAS=1 if delta is None else delta.shape[0],
         OFFSETS=offsets, COPIES=blocks.TABLE_COPIES, SPAN=tile.diagonals, SPLIT=splits > 1,
-        BM=tile.queries, BN=tile.keys, BH=tile.features, num_warps=tile.warps, num_stages=tile.stages,
+        ONCE=tile.once,
+        **_tile(tile),
     )  # fmt: skip
     _add(dq_parts, dq)
     if table is None or partial is None:
@@ -347,7 +357,7 @@ def window_attention_triton(
         k,
         v,
         gate,
-        table if rule.bias != "none" else None,
+        None if table is None or rule.bias == "none" else table.float(),
         layout.q_cu,
         None if layout.aligned else layout.k_cu,
         layout.k_start,

@@ -1,0 +1,177 @@
+"""How a layer comes to its routing: scores, a decision that is taken once, and rows for the active tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil, isfinite, prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sma.checkpointing import inside_checkpoint, mark_decision
+from sma.errors import RoutingError, ShapeError
+from sma.interfaces import Configurator
+from sma.ops import Gate, narrow_linear, pack, router
+from sma.padding import valid_of
+from sma.routing import Packed, Routing
+
+Weights = tuple[Tensor, Tensor]
+"""Weight ``(M * logits_per_module, D)`` and bias of a router."""
+
+
+class Scored(NamedTuple):
+    """What a configurator says of a batch.
+
+    Attributes:
+        x: ``(B, L, D)``, the tokens, passed through.
+        score: ``(B, L, M)``.
+        active: ``(B, L, M)`` bool, False at padding, where the score alone did not have to be asked; else None.
+        valid: ``(B, L)`` real tokens.
+        position: ``(B, L)`` 0-based position among the real tokens of the stream.
+        counts: ``(M, blocks)`` of the active tokens, for :func:`~sma.ops.pack.pack`, or None.
+    """
+
+    x: Tensor
+    score: Tensor
+    active: Tensor | None
+    valid: Tensor
+    position: Tensor
+    counts: Tensor | None
+
+
+def score_tokens(
+    name: str,
+    configurator: Configurator,
+    x: Tensor,
+    weights: Weights | None,
+    logits: Tensor | None = None,
+    valid: Tensor | None = None,
+    lengths: Tensor | None = None,
+    seen: Tensor | None = None,
+) -> Scored:
+    """Scores of the tokens ``x (B, L, D)``, by the given logits or by a router's weights.
+
+    Args:
+        name: of the layer, for its errors.
+        configurator: whose scores.
+        x: the tokens.
+        weights: of the router; None where the logits are given, or where none are needed.
+        logits: ``(B, L, M * logits_per_module)``.
+        valid: ``(B, L)`` real tokens.
+        lengths: ``(B,)`` in place of ``valid``.
+        seen: ``(B,)`` real tokens of the stream before these.
+
+    Raises:
+        ShapeError: the logits have the wrong shape, are missing or not finite.
+    """
+    if valid is None:
+        position = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+    else:
+        position = (valid.cumsum(1) - 1).clamp(min=0)
+    if seen is not None:
+        position = position + seen[:, None]
+    gate = None if weights is None or logits is not None else gate_of(configurator)
+    if gate is not None and weights is not None:
+        x, score, active, margin, valid, counts = router(x, *weights, gate, valid=valid, lengths=lengths)
+        _check_finite(name, margin, None)
+        return Scored(x, score, active, valid, position, counts)
+    if lengths is not None:
+        valid = valid_of(lengths, x)
+    logits, x = _logits(name, configurator, x, weights, logits, valid)
+    score = configurator.score(logits, position)
+    return Scored(x, score, None, valid_of(None, x) if valid is None else valid, position, None)
+
+
+def gate_of(configurator: Configurator) -> Gate | None:
+    """What may be computed in place of the three steps of a configurator, or None."""
+    own = configurator.__dict__
+    return None if "score" in own or "decide" in own or "weigh" in own else configurator.gate()
+
+
+def _logits(
+    name: str,
+    configurator: Configurator,
+    x: Tensor,
+    weights: Weights | None,
+    logits: Tensor | None,
+    valid: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Logits ``(B, L, M, C)``, those given or the router's, and ``x`` to go on with."""
+    shape = (*x.shape[:2], configurator.n_modules, configurator.logits_per_module)
+    if logits is None and configurator.logits_per_module:
+        if weights is None:
+            raise ShapeError(f"{name}: has no router of its own, logits must be given")
+        logits, x = narrow_linear(x, *weights, valid)
+    elif logits is None:
+        logits = x.new_empty(shape)
+    if logits.shape[:2] != shape[:2] or prod(logits.shape[2:]) != shape[2] * shape[3]:
+        raise ShapeError(f"{name}: logits must hold (B, L, M, C) = {shape}, got {tuple(logits.shape)}")
+    _check_finite(name, logits if configurator.logits_per_module else x, valid)
+    return logits.reshape(shape), x
+
+
+def _check_finite(name: str, values: Tensor, valid: Tensor | None) -> None:
+    # Only on the CPU: elsewhere the answer would have to be waited for.
+    if values.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    real = values.detach() if valid is None else values.detach()[valid]
+    # A sum is quicker, and is finite only if all of its terms are; where it is not, it may have overflowed.
+    if not isfinite(float(real.sum())) and not bool(real.isfinite().all()):
+        raise ShapeError(f"{name}: x must be finite, it (or its logits) hold NaN or Inf at real tokens")
+
+
+def route_tokens(
+    configurator: Configurator, scored: Scored, *, replay: Routing | None = None, capacity: float | None = None
+) -> Routing:
+    """The routing that follows from scores.
+
+    Args:
+        configurator: who decides.
+        scored: what :func:`score_tokens` returned.
+        replay: a routing whose decision is taken over instead.
+        capacity: share of the tokens, padding included, that each module has room for; None for as many as are active.
+
+    Raises:
+        RoutingError: ``replay`` is of another shape.
+    """
+    _, score, active, valid, position, counts = scored
+    if replay is not None:
+        active, counts = _replayed(configurator, replay, valid), None
+    else:
+        if active is None:
+            active = configurator.decide(score.detach(), position, valid) & valid[..., None]
+        if inside_checkpoint() or torch.compiler.is_compiling():
+            # The decision of the first run is what counts, whatever the second one made of it.
+            active, counts = mark_decision(active), None
+    room = None if capacity is None or not valid.numel() else max(1, ceil(capacity * valid.numel()))
+    rows = [
+        pack(active[..., m], position, capacity=room, counts=None if counts is None else counts[m])
+        for m in range(configurator.n_modules)
+    ]
+    overflow = None
+    if room is not None:
+        active = _stack([each.kept for each in rows])
+        overflow = _stack([each.overflow for each in rows if each.overflow is not None])
+    shape = (valid.shape[0], valid.shape[1])
+    packed = tuple(Packed.from_rows(each, shape) for each in rows)
+    routing = Routing(active, configurator.weigh(score, active), valid, position, overflow)
+    routing.__dict__["packed"] = packed  # what the cached property would make, but for the capacity
+    return routing
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Along a new last axis; one tensor is not copied."""
+    return tensors[0].unsqueeze(-1) if len(tensors) == 1 else torch.stack(list(tensors), -1)
+
+
+def _replayed(configurator: Configurator, replay: Routing, valid: Tensor) -> Tensor:
+    expected = (*valid.shape, configurator.n_modules)
+    if replay.active.shape != expected:
+        raise RoutingError(f"replay: must be of shape (B, L, M) = {expected}, got {tuple(replay.active.shape)}")
+    return replay.active & valid[..., None]
+
+
+def weights_of(confidence: Tensor) -> Sequence[Tensor]:
+    """``(B, L)`` for each module of a confidence ``(B, L, M)``: their gradients come together at once."""
+    return (confidence.squeeze(-1),) if confidence.shape[-1] == 1 else confidence.unbind(-1)

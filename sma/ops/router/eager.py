@@ -1,0 +1,24 @@
+"""router as narrow_linear and element-wise functions of the logits."""
+
+import torch
+from torch import Tensor
+
+from sma.ops.narrow_linear import narrow_linear
+from sma.ops.router import OP, Gate, Routed
+from sma.padding import valid_of
+
+
+@OP.backend("eager")
+def router(x: Tensor, weight: Tensor, bias: Tensor, gate: Gate, valid: Tensor | None, lengths: Tensor | None) -> Routed:
+    """Step by step."""
+    if lengths is not None:
+        valid = valid_of(lengths, x)
+    logits, x = narrow_linear(x, weight, bias, valid)
+    modules = gate.balance.numel()
+    margin = gate.margin(logits.reshape(*x.shape[:2], modules, weight.shape[0] // modules))
+    score = gate.score_of(margin)
+    if valid is None:
+        valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    else:
+        score = score.masked_fill(~valid[..., None], 0)
+    return Routed(x, score, gate.decide(score.detach()), margin.detach(), valid, None)

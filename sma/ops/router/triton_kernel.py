@@ -1,0 +1,370 @@
+"""router with one look at the tokens, forward and backward; README.md derives the gradient.
+
+The width D is a constant of the kernels: rows of a width such as 616 are known to be aligned then, and are read in
+vectors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sma.ops.kernel import kernel
+from sma.ops.pack.triton_kernel import LEAST_COUNTED, count_block
+from sma.ops.router import Gate, Routed
+
+BLOCK_D = 128
+FORWARD_T, BACKWARD_T = LEAST_COUNTED, 16
+WARPS = 4
+
+
+@triton.jit
+def _difference(pointer, m, at, step, mask, PAIRS: tl.constexpr):
+    """What module m has at ``at``, in rows ``step`` apart: with two rows for a module, the second less the first."""
+    if PAIRS:
+        off = tl.load(pointer + 2 * m * step + at, mask=mask, other=0).to(tl.float32)
+        return tl.load(pointer + (2 * m + 1) * step + at, mask=mask, other=0).to(tl.float32) - off
+    return tl.load(pointer + m * step + at, mask=mask, other=0).to(tl.float32)
+
+
+@triton.jit
+def _temperature(log_temperature, temperature, LEARNED: tl.constexpr):
+    if LEARNED:
+        return tl.exp(tl.load(log_temperature).to(tl.float32)) * temperature
+    return temperature
+
+
+@triton.jit
+def forward_kernel(
+    x,
+    weight,
+    bias,
+    balance,
+    log_temperature,
+    valid,
+    score,
+    active,
+    margin,
+    seen,
+    counts,
+    tokens,
+    length,
+    temperature,
+    threshold,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    PAIRS: tl.constexpr,
+    LEARNED: tl.constexpr,
+    MASK: tl.constexpr,
+    EACH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``EACH`` tokens, and how many of them are active. ``MASK``: valid is None (0), a mask (1) or lengths (2)."""
+    scale = _temperature(log_temperature, temperature, LEARNED)
+    for m in tl.static_range(M):
+        count = tl.zeros((BLOCK_T,), tl.int32)
+        offset = tl.load(balance + m).to(tl.float32)
+        for first in range(0, EACH, BLOCK_T):
+            t = tl.program_id(0).to(tl.int64) * EACH + first + tl.arange(0, BLOCK_T)
+            inside = t < tokens
+            real = inside
+            if MASK == 1:
+                real = inside & (tl.load(valid + t, mask=inside, other=0) != 0)
+            if MASK == 2:
+                real = inside & (t % length < tl.load(valid + t // length, mask=inside, other=0))
+            u = tl.zeros((BLOCK_T,), tl.float32)
+            for start in range(0, D, BLOCK_D):
+                d = start + tl.arange(0, BLOCK_D)
+                w = _difference(weight, m, d, D, d < D, PAIRS)
+                part = tl.load(x + t[:, None] * D + d, mask=real[:, None] & (d < D), other=0).to(tl.float32)
+                u += tl.sum(part * w, 1)
+            u = tl.where(real, u + _difference(bias, m, 0, 1, True, PAIRS), 0.0) + offset
+            z = tl.div_rn(u, scale)
+            e = tl.exp(-tl.abs(z))  # never too large
+            s = tl.where(real, tl.div_rn(tl.where(z >= 0, 1.0, e), 1.0 + e), 0.0)
+            chosen = real & ((s <= threshold) == 0)  # NaN is
+            tl.store(margin + t * M + m, u, mask=inside)
+            tl.store(score + t * M + m, s, mask=inside)
+            tl.store(active + t * M + m, chosen, mask=inside)
+            if MASK != 1 and m == 0:
+                tl.store(seen + t, real, mask=inside)
+            count += chosen.to(tl.int32)
+        tl.store(counts + m * tl.num_programs(0) + tl.program_id(0), tl.sum(count))
+
+
+@triton.jit
+def backward_kernel(
+    x,
+    weight,
+    log_temperature,
+    score,
+    margin,
+    grad_score,
+    grad_x,
+    shares,
+    tokens,
+    temperature,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    PAIRS: tl.constexpr,
+    LEARNED: tl.constexpr,
+    HAS_THROUGH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``grad_x = through + grad_margin W`` (in place when through is there), and this program's share of the gradients
+    of weight ``(C, D)``, bias ``(C,)`` and log_temperature, one behind the other.
+    """
+    program = tl.program_id(0)
+    C: tl.constexpr = 2 * M if PAIRS else M
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    share = shares + program.to(tl.int64) * (C * D + C + 1)
+    scale = _temperature(log_temperature, temperature, LEARNED)
+    by_log_temperature = tl.zeros((BLOCK_T,), tl.float32)
+    for m in tl.static_range(M):
+        if m > 0:
+            tl.debug_barrier()  # what one thread wrote another may add to
+        w = _difference(weight, m, d, D, d < D, PAIRS)
+        by_weight = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        by_bias = tl.zeros((BLOCK_T,), tl.float32)
+        for first in range(0, TOKENS, BLOCK_T):
+            t = program.to(tl.int64) * TOKENS + first + tl.arange(0, BLOCK_T)
+            real = tl.load(score + t * M + m, mask=t < tokens, other=0) != 0  # NaN is
+            u = tl.load(margin + t * M + m, mask=real, other=0)
+            g = tl.load(grad_score + t * M + m, mask=real, other=0)
+            # s (1 - s), but not from s, of which little is left of 1 - s near 1.
+            e = tl.exp(-tl.abs(tl.div_rn(u, scale)))
+            g = tl.div_rn(g * tl.div_rn(e, (1.0 + e) * (1.0 + e)), scale)
+            # Rows without a gradient are not even looked at.
+            touched = g != 0
+            cells = touched[:, None] & (d < D)
+            place = t[:, None] * D + d
+            value = tl.load(x + place, mask=cells, other=0).to(tl.float32)
+            by_weight += value * g[:, None]
+            by_bias += g
+            by_log_temperature -= tl.where(touched, g * u, 0.0)
+            new = g[:, None] * w
+            if HAS_THROUGH or m > 0:
+                new += tl.load(grad_x + place, mask=cells, other=0).to(tl.float32)
+                tl.store(grad_x + place, new.to(grad_x.dtype.element_ty), mask=cells)
+            else:
+                tl.store(grad_x + place, new.to(grad_x.dtype.element_ty), mask=(t < tokens)[:, None] & (d < D))
+        weights = tl.sum(by_weight, 0)
+        biases = tl.sum(by_bias)
+        if PAIRS:
+            tl.store(share + 2 * m * D + d, -weights, mask=d < D)
+            tl.store(share + (2 * m + 1) * D + d, weights, mask=d < D)
+        else:
+            tl.store(share + m * D + d, weights, mask=d < D)
+        if tl.program_id(1) == 0:
+            if PAIRS:
+                tl.store(share + C * D + 2 * m, -biases)
+                tl.store(share + C * D + 2 * m + 1, biases)
+            else:
+                tl.store(share + C * D + m, biases)
+    if tl.program_id(1) == 0:
+        tl.store(share + C * D + C, tl.sum(by_log_temperature))
+
+
+def tokens_per_program(tokens: int) -> int:
+    """Over how many a program of the backward pass adds up: about a thousand programs, if there are tokens enough."""
+    each: int = triton.next_power_of_2(triton.cdiv(tokens, 1024))
+    return max(64, min(each, 1024))
+
+
+def _forward_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    balance: Tensor,
+    log_temperature: Tensor | None,
+    valid: Tensor | None,
+    lengths: Tensor | None,
+    temperature: float,
+    threshold: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (batch, length), modules = x.shape[:2], balance.numel()
+    score = x.new_empty(batch, length, modules, dtype=torch.float32)
+    tokens = batch * length
+    return (
+        score,
+        torch.empty_like(score, dtype=torch.bool),
+        torch.empty_like(score),
+        x.new_empty((batch, length) if valid is None else (0, 0), dtype=torch.bool),
+        x.new_empty(modules, triton.cdiv(tokens, count_block(tokens)), dtype=torch.int32),
+    )
+
+
+@kernel("router_forward", fake=_forward_fake)
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    balance: Tensor,
+    log_temperature: Tensor | None,
+    valid: Tensor | None,
+    lengths: Tensor | None,
+    temperature: float,
+    threshold: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Score, decision, margin, the mask of the real tokens (empty if it was given) and counts of contiguous inputs."""
+    outs = _forward_fake(x, weight, bias, balance, log_temperature, valid, lengths, temperature, threshold)
+    score, active, margin, seen, counts = outs
+    given = valid if lengths is None else lengths
+    forward_kernel[(counts.shape[1],)](
+        x,
+        weight,
+        bias,
+        balance,
+        x if log_temperature is None else log_temperature,
+        x if given is None else given,
+        score,
+        active,
+        margin,
+        seen,
+        counts,
+        x.shape[0] * x.shape[1],
+        x.shape[1],
+        temperature,
+        threshold,
+        D=x.shape[2],
+        M=balance.numel(),
+        PAIRS=weight.shape[0] > balance.numel(),
+        LEARNED=log_temperature is not None,
+        MASK=0 if given is None else 1 if lengths is None else 2,
+        EACH=count_block(x.shape[0] * x.shape[1]),
+        BLOCK_T=FORWARD_T,
+        BLOCK_D=BLOCK_D,
+        num_warps=WARPS,
+    )
+    return outs
+
+
+def _backward_fake(
+    x: Tensor,
+    weight: Tensor,
+    log_temperature: Tensor | None,
+    score: Tensor,
+    margin: Tensor,
+    grad_score: Tensor,
+    through: Tensor | None,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), weight.new_empty(weight.numel() + weight.shape[0] + 1, dtype=torch.float32)
+
+
+@kernel("router_backward", fake=_backward_fake)
+def backward(
+    x: Tensor,
+    weight: Tensor,
+    log_temperature: Tensor | None,
+    score: Tensor,
+    margin: Tensor,
+    grad_score: Tensor,
+    through: Tensor | None,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of ``x``, and those of weight, bias and log_temperature in a row; ``through`` is left alone."""
+    own = None if through is None else through.clone()
+    return _backward(x, weight, log_temperature, score, margin, grad_score, own, temperature)
+
+
+def _backward(
+    x: Tensor,
+    weight: Tensor,
+    log_temperature: Tensor | None,
+    score: Tensor,
+    margin: Tensor,
+    grad_score: Tensor,
+    through: Tensor | None,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """The same; ``through`` becomes the gradient of x."""
+    grad_x = torch.empty_like(x) if through is None else through
+    tokens, (outputs, d), modules = x.shape[0] * x.shape[1], weight.shape, score.shape[2]
+    each = tokens_per_program(tokens)
+    programs = triton.cdiv(tokens, each)
+    shares = x.new_empty(programs, outputs * d + outputs + 1, dtype=torch.float32)
+    backward_kernel[(programs, triton.cdiv(d, BLOCK_D))](
+        x,
+        weight,
+        x if log_temperature is None else log_temperature,
+        score,
+        margin,
+        grad_score,
+        grad_x,
+        shares,
+        tokens,
+        temperature,
+        D=d,
+        M=modules,
+        PAIRS=outputs > modules,
+        LEARNED=log_temperature is not None,
+        HAS_THROUGH=through is not None,
+        TOKENS=each,
+        BLOCK_T=BACKWARD_T,
+        BLOCK_D=BLOCK_D,
+        num_warps=WARPS,
+    )
+    return grad_x, shares.sum(0)
+
+
+class _Router(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        balance: Tensor,
+        log_temperature: Tensor | None,
+        valid: Tensor | None,
+        lengths: Tensor | None,
+        temperature: float,
+        threshold: float,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        score, active, margin, seen, counts = forward(
+            x, weight, bias, balance, log_temperature, valid, lengths, temperature, threshold
+        )
+        ctx.save_for_backward(x, weight, log_temperature, score, margin)
+        ctx.mark_non_differentiable(active, margin, seen, counts)
+        ctx.temperature = temperature
+        return x.view_as(x), score, active, margin, seen, counts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, through: Tensor | None, grad_score: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        x, weight, log_temperature, score, margin = ctx.saved_tensors
+        if grad_score is None:
+            by_temperature = None if log_temperature is None else torch.zeros_like(log_temperature)
+            by_bias = weight.new_zeros(weight.shape[0])
+            return through, torch.zeros_like(weight), by_bias, None, by_temperature, *([None] * 4)
+        run = backward if torch.compiler.is_compiling() else _backward
+        through = None if through is None else through.contiguous()
+        grad_x, flat = run(x, weight, log_temperature, score, margin, grad_score.contiguous(), through, ctx.temperature)
+        sizes = (weight.numel(), weight.shape[0], 1)
+        by_weight, by_bias, by_temperature = (each.to(weight.dtype) for each in flat.split_with_sizes(sizes))
+        if log_temperature is None:
+            by_temperature = None
+        else:
+            by_temperature = by_temperature.view(log_temperature.shape).to(log_temperature.dtype)
+        return grad_x, by_weight.view(weight.shape), by_bias, None, by_temperature, *([None] * 4)
+
+
+def router(x: Tensor, weight: Tensor, bias: Tensor, gate: Gate, valid: Tensor | None, lengths: Tensor | None) -> Routed:
+    """See :func:`sma.ops.router.router`."""
+    valid, lengths = (None if each is None else each.contiguous() for each in (valid, lengths))
+    balance, log_temperature, temperature, threshold = gate
+    through, score, active, margin, seen, counts = _Router.apply(
+        x.contiguous(), weight.contiguous(), bias.contiguous(), balance, log_temperature, valid, lengths, temperature,
+        threshold,
+    )  # fmt: skip
+    return Routed(through, score, active, margin, seen if valid is None else valid, counts)
