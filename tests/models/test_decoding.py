@@ -318,3 +318,23 @@ def test_with_kernels() -> None:
     with using("triton"):
         for t in range(3, 14):
             torch.testing.assert_close(decoder.step(tokens[:, t]), expected[:, t], rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@every_language_model
+def test_captured_steps_are_the_launched_ones(name: str) -> None:
+    model = deepcopy(tiny(name)).cuda()
+    tokens = inputs_of(model, length=40).cuda()
+    captured, launched = (Decoder(model, 3, capture=capture) for capture in (True, False))
+    for decoder in (captured, launched):
+        decoder.join_all(tokens[:, :9])
+    for t in range(9, 40):
+        assert torch.equal(captured.step(tokens[:, t]), launched.step(tokens[:, t]))
+        if t == 25:  # the graph goes on with whoever is there
+            for decoder in (captured, launched):
+                decoder.leave(1)
+                decoder.join(tokens[2, :7])
+    assert captured.captured
+    assert not captured.uncaptured
+    assert not launched.captured
+    torch.testing.assert_close(captured.logits[0].cpu(), whole(tiny(name), tokens.cpu())[0, -1], rtol=0, atol=1e-4)

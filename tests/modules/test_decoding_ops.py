@@ -316,10 +316,10 @@ def test_fits_an_h100() -> None:
     kernels = "sma_modules.ops.{}.triton_kernel"
     for kind in ("*bf16", "*fp32"):
         for dim, taps, rows in ((616, 0, 0), (616, 2048, 2048), (1024, 0, 0)):
-            wide = dict.fromkeys(("hidden", "fresh", "history", "loss", "drive", "read", "leaving", "omega"), "*fp32")
+            wide = dict.fromkeys(("hidden", "fresh", "loss", "drive", "read", "leaving", "omega"), "*fp32")
             signature = {
-                "x": kind, **wide, "count": "*i64", "norm_weight": kind, "norm_bias": kind, "live": "*i1",
-                "position": "*i64", "out": kind, "slots": "i32", "eps": "fp32",
+                "x": kind, "history": kind, **wide, "count": "*i64", "norm_weight": kind, "norm_bias": kind,
+                "live": "*i1", "position": "*i64", "out": kind, "slots": "i32", "eps": "fp32",
             }  # fmt: skip
             constants = {
                 "D": dim, "N": 16, "VERSIONS": 1, "TAPS": taps, "ROWS": rows, "NORM": True, "CENTRED": True,

@@ -31,9 +31,9 @@ def ema_step_eager(x: Tensor, averages: Averages, coefficients: Coefficients, st
         and coefficients.leaving is not None
     ):
         rows = averages.history.shape[1]
-        gone = averages.history[slot, (step.position - averages.truncation) % rows]
+        gone = averages.history[slot, (step.position - averages.truncation) % rows].to(hidden.dtype)
         hidden = hidden - gone[..., None] * coefficients.leaving
-        _store(averages.history, slot, step.position % rows, inputs, step.live)
+        _store(averages.history, slot, step.position % rows, inputs.to(averages.history.dtype), step.live)
         fresh = averages.fresh[before, slot]
         fresh = fresh - coefficients.loss * fresh + entering
         count = averages.count[step.position % averages.count.shape[0], slot] + 1

@@ -59,7 +59,7 @@ class Averages:
         hidden: ``(V, S, D, N)``.
         fresh: ``(V, S, D, N)``, and
         count: ``(V, S)`` int64: see :class:`~sma_modules.ops.ema.EMAState`; None without truncation, like
-        history: ``(S, R, D)``: the input of the token at position p is in row ``p % R``; R = K + V - 1.
+        history: ``(S, R, D)`` in the dtype of the tokens: the input at position p is in row ``p % R``; R = K + V - 1.
         truncation: K.
     """
 
@@ -78,7 +78,8 @@ class Averages:
             return cls(hidden, None, None, None, None)
         # One version more than of the states: every program of a kernel reads the count, one of them writes the next.
         count = torch.zeros(versions + 1, room.slots, dtype=torch.int64, device=device)
-        history = torch.zeros(room.slots, truncation + room.rollback, dim, dtype=dtype, device=device)
+        # Inputs come in the dtype of the tokens, so that is enough to keep them.
+        history = torch.zeros(room.slots, truncation + room.rollback, dim, dtype=room.like.dtype, device=device)
         return cls(hidden, torch.zeros_like(hidden), count, history, truncation)
 
     @property
@@ -98,7 +99,8 @@ class Averages:
             return EMAState(hidden)
         row = self._rows(position)
         count = self.count[position % self.count.shape[0], slots]
-        return EMAState(hidden, self.fresh[version, slots], count, self.history[slots[:, None], row])
+        history = self.history[slots[:, None], row].to(hidden.dtype)
+        return EMAState(hidden, self.fresh[version, slots], count, history)
 
     def write(self, slots: Tensor, state: object, position: Tensor) -> None:
         """Make those of ``state`` the averages of ``slots (n,)``, which stand at ``position (n,)``.

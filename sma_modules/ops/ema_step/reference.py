@@ -37,7 +37,7 @@ def ema_step_reference(x: Tensor, averages: Averages, coefficients: Coefficients
             gone = None
             if averages.history is not None and averages.truncation is not None:
                 rows = averages.history.shape[1]
-                gone = averages.history[s, (at - averages.truncation) % rows, d].clone()
+                gone = averages.history[s, (at - averages.truncation) % rows, d].clone().to(now.dtype)
                 averages.history[s, at % rows, d] = now
             for n in range(loss.shape[1]):
                 was = averages.hidden[before, s, d, n]

@@ -45,9 +45,10 @@ def step_kernel(
         state = tl.load(hidden + before, mask=cell, other=0.0)
         state = state - lost * state + entering
         if TAPS > 0:
-            gone = tl.load(history + (slot * ROWS + (at + (ROWS - TAPS)) % ROWS) * D + d, mask=own, other=0.0)
+            oldest = history + (slot * ROWS + (at + (ROWS - TAPS)) % ROWS) * D + d
+            gone = tl.load(oldest, mask=own, other=0.0).to(tl.float32)
             state -= gone[:, None] * tl.load(leaving + coefficient, mask=cell, other=0.0)
-            tl.store(history + (slot * ROWS + at % ROWS) * D + d, now, mask=own)
+            tl.store(history + (slot * ROWS + at % ROWS) * D + d, now.to(history.dtype.element_ty), mask=own)
             new = tl.load(fresh + before, mask=cell, other=0.0)
             new = new - lost * new + entering
             counted = tl.load(count + (at % (VERSIONS + 1)) * slots + slot) + 1
