@@ -251,13 +251,14 @@ class Decoder:
 
     @torch.no_grad()
     def _write(self, slots: list[int], state: StackState, logits: Tensor | None) -> None:
+        self._stepper.check(state)
         index = torch.tensor(slots, dtype=torch.int64, device=self._position.device)
         position = position_of(state).to(index.device)
         if position.shape != index.shape:
             raise StreamingError(f"state: must be of {len(slots)} sequences, got {position.numel()}")
         self._stepper.write(index, state, position)
         self._position[index] = position
-        self.logits[index] = 0 if logits is None else logits.to(self.logits.dtype)
+        self.logits[index] = 0 if logits is None else logits.to(self.logits)
         for slot in slots:
             self._taken[slot] = 0
 

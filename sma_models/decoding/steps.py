@@ -12,7 +12,7 @@ from torch import Tensor
 from sma.errors import StreamingError
 from sma.interfaces import Block
 from sma.layer import ActivatedState
-from sma.state import State
+from sma.state import State, difference
 from sma.stepping import Decision, Moment, Room, Stepper, normalised
 from sma_models.heads import LanguageModel
 from sma_models.stack import StackState
@@ -23,6 +23,7 @@ class ModelStepper(Stepper):
 
     def __init__(self, model: LanguageModel, room: Room) -> None:
         self.model = model
+        self._empty = model.stack.initial_state(1, room.like.to("meta"))  # shapes, without memory
         self.layers = [layer.stepper(room) for layer in model.stack.layers if isinstance(layer, Block)]
 
     def parts(self) -> dict[str, Stepper]:
@@ -32,14 +33,22 @@ class ModelStepper(Stepper):
         return StackState(tuple(layer.read(slots, position) for layer in self.layers))
 
     def write(self, slots: Tensor, state: State | None, position: Tensor) -> None:
-        if not isinstance(state, StackState) or len(state.layers) != len(self.layers):
-            held = f"of {len(state.layers)} layers" if isinstance(state, StackState) else type(state).__name__
-            raise StreamingError(f"state: must be of a model of {len(self.layers)} layers, got {held}")
-        for i, (layer, own) in enumerate(zip(self.layers, state.layers, strict=True)):
-            try:
-                layer.write(slots, own, position)
-            except (StreamingError, AttributeError) as error:
-                raise StreamingError(f"state.layers[{i}]: does not fit the layer: {error}") from error
+        self.check(state)
+        assert isinstance(state, StackState)
+        for layer, own in zip(self.layers, state.layers, strict=True):
+            layer.write(slots, own, position)
+
+    def check(self, state: object) -> None:
+        """Refuse what is no state of the model, before any of it is written.
+
+        Raises:
+            StreamingError: it is of another model.
+        """
+        if not isinstance(state, StackState):
+            raise StreamingError(f"state: must be a StackState, got {type(state).__name__}")
+        problem = difference(self._empty, state.kinds(), state.named_tensors())
+        if problem is not None:
+            raise StreamingError(f"state: does not fit the model: {problem}")
 
     def step(self, tokens: Tensor, moment: Moment) -> tuple[Tensor, dict[str, Decision]]:
         """Logits ``(S, V)`` for ``tokens (S,)``, and who was active, by the name of the layer."""

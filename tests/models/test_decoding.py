@@ -261,13 +261,17 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ShapeError, match=r"tokens: must be integers of shape \(2,\), got torch.int64 \(1,\)"):
         decoder.step(torch.tensor([1]))
     short = model.initial_state(1)
-    with pytest.raises(StreamingError, match="must be of a model of 2 layers, got of 1 layers"):
+    before = decoder.read(0)
+    with pytest.raises(StreamingError, match=r"does not fit the model: layers.1 must be SeqBoatState, got absent"):
         decoder.write(0, replace(short, layers=short.layers[:1]))
+    with pytest.raises(StreamingError, match="must be a StackState, got SeqBoatState"):
+        decoder.write(0, short.layers[0])
     for other in ("transformer_lm", "seqboat_lm"):  # the second one has a truncation
-        with pytest.raises(StreamingError, match=r"state.layers\[0\]: does not fit the layer"):
+        with pytest.raises(StreamingError, match=r"does not fit the model: layers\.0"):
             decoder.write(0, double(other).initial_state(1))
     with pytest.raises(StreamingError, match="must be of 1 sequences, got 2"):
         decoder.write(0, model.initial_state(2))
+    assert all(map(torch.equal, decoder.read(0).tensors(), before.tensors()))  # nothing was written
     assert decoder.step({0: 3}).isfinite().all()
 
 
