@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-TABLE_COPIES = 8
+TABLE_COPIES = 16
 """Copies of the table of original positions that programs add to in turn, so that fewer wait for each other."""
 
 FLOAT32_PRECISION = "ieee"
@@ -92,7 +92,7 @@ def forward_blocks(z: int, width: int, dtype: torch.dtype, reach: int | None, bi
     if beside > 128:
         return Blocks(64, 32, min(features, 128), 8, 2)
     if biased:  # a warpgroup holds whole rows of scores, which then need no shared memory
-        return Blocks(64, 32, features, 4, 2, rest)
+        return Blocks(64, 32, features, 4, 2, rest) if features + rest <= 160 else Blocks(64, 64, features, 8, 2, rest)
     far = reach is None or reach >= 512
     return Blocks(128 if far and features + rest <= 128 else 64, 64, features, 8, 2, rest)
 
@@ -113,8 +113,9 @@ def d_keys_passes(z: int, width: int, dtype: torch.dtype, biased: bool) -> tuple
         return in_passes(Blocks(64, 64, 256, 8, 2), width)
     if few and beside <= 128 and features + rest <= 160:
         tile = Blocks(64, 64, features, 4, 2, rest)
-        narrow = beside <= 64 and tile.tiles(width) == 1
-        return Pass(tile, False, True), Pass(tile if narrow else tile._replace(keys=32), True, False)
+        if beside <= 64 and tile.tiles(width) == 1:  # a few bytes are spilled, and two passes take 1.3 times as long
+            return (Pass(tile, True, True),)
+        return Pass(tile, False, True), Pass(tile._replace(keys=32), True, False)
     if whole <= 128 and beside <= 128:
         return in_passes(Blocks(32 if biased or whole + beside > 128 else 64, 64, whole, 8, 2), width)
     narrow = biased and beside > 128
