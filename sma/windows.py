@@ -17,7 +17,7 @@ from sma.routing import Packed
 from sma.state import State
 
 BANDED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-"""Modules that look back once: for them a window is a band in the mask of attention. Others see each window apart."""
+"""Modules that look back once. Their window is a band in the mask of attention; others see each window apart."""
 
 
 def call_windowed(module: nn.Module, h: Tensor, packed: Packed, state: State | None, window: int) -> ModuleOutput:
