@@ -3,6 +3,7 @@
     python -m benchmarks                                    # every workload of this device, at full size
     python -m benchmarks run text-4k lm-8k --json FILE      # some, written to a file after each
     python -m benchmarks run --rows ours,flash --rounds 9   # rows whose labels hold one of these words
+    python -m benchmarks run text-4k --without fla          # or without them: some take minutes to compile
     python -m benchmarks run --device cpu --scale small     # everything in moments, to see that it runs
     python -m benchmarks sweep rate width --json FILE       # activation rates, lengths, widths
     python -m benchmarks profile text-4k --json FILE        # where the time of a training step goes
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--scale", choices=("full", "small"), default="full", help="small: to see that it runs")
         each.add_argument("--rounds", type=int, default=5)
         each.add_argument("--rows", default="", metavar="WORDS", help="only rows with one of these words, by commas")
+        each.add_argument("--without", default="", metavar="WORDS", help="no rows with one of these words")
         each.add_argument("--reference", type=Path, metavar="PATH", help="the published standalone SeqBoat")
         each.add_argument("--json", type=Path, metavar="FILE")
     draw = commands.add_parser("draw", help="figures from the results of sweeps")
@@ -74,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
     natural = [n for n, w in WORKLOADS.items() if w.device == setting.device.type or options.scale == "small"]
     for name in _chosen(options.names, natural, list(WORKLOADS)):
         workload = WORKLOADS[name]
-        rows = [row for row in workload.rows if _wanted(row.label, options.rows)]
+        rows = [row for row in workload.rows if _wanted(row.label, options)]
         size = _sized(setting, workload.batch, workload.length, options.scale)
         results = measure(name, rows, size, options.rounds, clock)
         about = {"title": workload.title, "ours": workload.ours, "peer": workload.peer, "train": workload.train}
@@ -158,8 +160,11 @@ def _chosen(names: list[str], default: list[str], known: list[str]) -> list[str]
     return names or default
 
 
-def _wanted(label: str, words: str) -> bool:
-    return not words or any(word.strip() in label for word in words.split(","))
+def _wanted(label: str, options: argparse.Namespace) -> bool:
+    def holds(words: str) -> bool:
+        return any(word.strip() in label for word in words.split(","))
+
+    return (not options.rows or holds(options.rows)) and not (options.without and holds(options.without))
 
 
 if __name__ == "__main__":

@@ -153,6 +153,12 @@ def test_tokens_without_room_are_reported() -> None:
     assert remarks([row, {"model": "other", "overflow": 0}]) == ["ours: 230 tokens found no room"]
 
 
+def test_rows_are_chosen_by_words(tmp_path: Path) -> None:
+    main(["cpu-lm", "--rows", "r=0.3", "--without", "published,flash", *SMALL, "--json", str(tmp_path / "run.json")])
+    rows = json.loads((tmp_path / "run.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["ours r=0.3"]
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(SystemExit, match="nothing is named text-5k; there are text-4k, "):
         main(["run", "text-5k", *SMALL])
