@@ -334,6 +334,8 @@ def test_grouped_mm_equals_the_kernels(counts: list[int]) -> None:
     assert not mine[2][torch.tensor(counts) == 0].any()
 
 
+# PyTorch says so each time that the mode is switched on. A wait itself is an error here, not a warning.
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_a_mixture_never_waits_for_the_device() -> None:
     moe = MoE.Config(n_experts=8, d_hidden=64, d_shared=32).build(d_model=64).to(DEVICE, torch.bfloat16)
@@ -343,6 +345,9 @@ def test_a_mixture_never_waits_for_the_device() -> None:
         try:
             out = moe(x)
             (out.output.float().sum() + sum(out.losses.values())).backward()
+            if looking:
+                with pytest.raises(RuntimeError, match="synchronizing"):
+                    x.sum().item()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

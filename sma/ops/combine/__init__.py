@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sma.errors import ConfigError, ShapeError
-from sma.ops.backend import Op
+from sma.ops.backend import Op, without_autocast
 from sma.ops.kernel import why_not_triton
 from sma.ops.row_norm import WIDEST, RowNorm
 from sma.routing import Packed
@@ -90,7 +90,8 @@ def combine(
     ):
         if value is not None and tuple(value.shape) != shape:
             raise ShapeError(f"combine: {name} must be {shape}, got {tuple(value.shape)}")
-    out: Tensor = OP(h, packed, weight, skip, skip_bias, residual, norm, Plan(activation, dropout, drop_sum))
+    with without_autocast(h.device):
+        out: Tensor = OP(h, packed, weight, skip, skip_bias, residual, norm, Plan(activation, dropout, drop_sum))
     return out
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sma.errors import ShapeError
-from sma.ops.backend import Op
+from sma.ops.backend import Op, without_autocast
 from sma.ops.kernel import why_not_triton
 from sma.routing import Packed
 
@@ -38,7 +38,8 @@ def compress(x: Float[Tensor, "batch length *features"], packed: Packed) -> Floa
                 [4., 5.]])
     """
     _check(x, packed)
-    out: Tensor = OP(x, packed)
+    with without_autocast(x.device):
+        out: Tensor = OP(x, packed)
     return out
 
 
@@ -59,7 +60,8 @@ def compress_through(
         from sma.ops.compress.triton_kernel import compress_through as run
 
         return run(x, packed)
-    return OP(x, packed), x
+    with without_autocast(x.device):
+        return OP(x, packed), x
 
 
 def _check(x: Tensor, packed: Packed) -> None:

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sma.errors import ShapeError
-from sma.ops.backend import Op
+from sma.ops.backend import Op, without_autocast
 from sma.ops.kernel import why_not_triton
 from sma.routing import Packed
 
@@ -37,7 +37,8 @@ def extract(h: Float[Tensor, "active *features"], packed: Packed) -> Float[Tenso
         raise ShapeError(
             f"extract: h must have one row for each of {packed.index.numel()} active tokens, got {h.shape[0]}"
         )
-    out: Tensor = OP(h, packed)
+    with without_autocast(h.device):
+        out: Tensor = OP(h, packed)
     return out
 
 

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sma.errors import ShapeError
-from sma.ops.backend import Op
+from sma.ops.backend import Op, without_autocast
 
 OP = Op("segment_sum")
 
@@ -21,7 +21,7 @@ def segment_sum(
         cu_seqlens: ``(B + 1,)`` ascending, from 0 to K.
 
     Returns:
-        ``(B, ...)``.
+        ``(B, ...)`` in the dtype of ``x``, also under autocast.
 
     Raises:
         ShapeError: ``cu_seqlens`` is not one-dimensional with at least one entry.
@@ -33,7 +33,8 @@ def segment_sum(
     """
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
         raise ShapeError(f"segment_sum: cu_seqlens must have shape (B + 1,), got {tuple(cu_seqlens.shape)}")
-    out: Tensor = OP(x, cu_seqlens)
+    with without_autocast(x.device):
+        out: Tensor = OP(x, cu_seqlens)
     return out
 
 

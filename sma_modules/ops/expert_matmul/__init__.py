@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sma.errors import ShapeError
-from sma.ops.backend import Op
+from sma.ops.backend import Op, without_autocast
 
 __all__ = ["OP", "expert_matmul"]
 
@@ -36,7 +36,7 @@ def expert_matmul(
         ends: ``(E,)`` int32, the running sum of ``counts`` where it is at hand (``ExpertOrder.ends``).
 
     Returns:
-        ``(R, d_out)``. Experts without rows get a zero gradient.
+        ``(R, d_out)`` in the dtype of ``x``, also under autocast. Experts without rows get a zero gradient.
 
     Raises:
         ShapeError: sizes or dtypes do not fit.
@@ -66,7 +66,8 @@ def expert_matmul(
         raise ShapeError(
             f"expert_matmul: counts must be 0 or more and add up to the {x.shape[0]} rows of x, got {counts.tolist()}"
         )
-    out: Tensor = OP(x, weight, counts, ends)
+    with without_autocast(x.device):
+        out: Tensor = OP(x, weight, counts, ends)
     return out
 
 

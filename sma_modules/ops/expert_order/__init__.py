@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sma.errors import ShapeError
-from sma.ops.backend import Op
+from sma.ops.backend import Op, without_autocast
 from sma_modules.ops.expert_order.order import ExpertOrder
 
 __all__ = ["COMBINE", "DISPATCH", "ORDER", "ExpertOrder", "combine", "dispatch", "order_by_expert"]
@@ -51,7 +51,8 @@ def dispatch(x: Float[Tensor, "tokens d"], order: ExpertOrder) -> Float[Tensor, 
         raise ShapeError(
             f"dispatch: x must be (T, D) with T = {order.order.shape[0] // order.top_k} tokens, got {tuple(x.shape)}"
         )
-    rows: Tensor = DISPATCH(x, order)
+    with without_autocast(x.device):
+        rows: Tensor = DISPATCH(x, order)
     return rows
 
 
@@ -59,6 +60,8 @@ def combine(
     rows: Float[Tensor, "rows d"], weight: Float[Tensor, "tokens top_k"], order: ExpertOrder
 ) -> Float[Tensor, "tokens d"]:
     """Weighted sum over each token's experts: ``rows (T * k, D)`` and ``weight (T, k)`` to ``(T, D)``.
+
+    In the dtype of ``rows``, also under autocast (which on a GPU would add up in float32 and stay there).
 
     Raises:
         ShapeError: ``rows`` or ``weight`` do not fit what was sorted.
@@ -69,7 +72,8 @@ def combine(
             f"combine: rows must be ({n_rows}, D) and weight ({n_rows // order.top_k}, {order.top_k}), got "
             f"{tuple(rows.shape)} and {tuple(weight.shape)}"
         )
-    y: Tensor = COMBINE(rows, weight, order)
+    with without_autocast(rows.device):
+        y: Tensor = COMBINE(rows, weight, order)
     return y
 
 

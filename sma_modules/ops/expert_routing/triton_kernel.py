@@ -34,7 +34,7 @@ def choose_kernel(
     logits,
     expert_out,
     weight_out,
-    sums,
+    shares,
     n_tokens,
     E: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -43,15 +43,15 @@ def choose_kernel(
     K_PAD: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """Experts and weights of BT tokens; ``sums (programs, E + 1)``: their probabilities, and logsumexp squared."""
+    """Experts and weights of BT tokens; ``shares (programs, E + 1)``: theirs in the means."""
     program = tl.program_id(0)
     t = program * BT + tl.arange(0, BT)
     e = tl.arange(0, E_PAD)
     known = t < n_tokens
     p, log_total = _softmax(logits, t, e, known, E)
-    to = sums + program.to(tl.int64) * (E + 1)
-    tl.store(to + e, tl.sum(tl.where(known[:, None], p, 0.0), 0), mask=e < E)
-    tl.store(to + E, tl.sum(tl.where(known, log_total * log_total, 0.0), 0))
+    to = shares + program.to(tl.int64) * (E + 1)
+    tl.store(to + e, tl.sum(tl.where(known[:, None], p, 0.0), 0) / n_tokens, mask=e < E)
+    tl.store(to + E, tl.sum(tl.where(known, log_total * log_total, 0.0), 0) / n_tokens)
 
     left = tl.where((e < E)[None, :], p, -1.0)
     k = tl.arange(0, K_PAD)
@@ -121,29 +121,34 @@ def _tile(experts: int) -> tuple[int, int]:
     return padded, min(max(CELLS // padded, 1), 256)
 
 
-def _fake_choose(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_choose(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, experts = logits.shape
     return (
         logits.new_empty(tokens, top_k, dtype=torch.int64),
         logits.new_empty(tokens, top_k),
-        logits.new_empty(experts + 1),
+        logits.new_empty(experts),
+        logits.new_empty(()),
     )
 
 
 @kernel("expert_routing", fake=_fake_choose)
-def _choose(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Experts, weights, and the sums over tokens ``(E + 1,)``."""
+def _choose(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four fields of ``Choice``.
+
+    No two of them are views of one tensor: of such results of an autograd function the compiler (PyTorch 2.11) keeps
+    the tensor, which has no gradient, and cuts the views out of that.
+    """
     (tokens, experts), (padded, block) = logits.shape, _tile(logits.shape[1])
-    expert, weight, total = _fake_choose(logits, top_k, renormalise)
+    expert, weight, probability, square = _fake_choose(logits, top_k, renormalise)
     if not tokens:
-        return expert, weight, total.zero_()
+        return expert, weight, probability.zero_(), square.zero_()
     programs = triton.cdiv(tokens, block)
-    sums = logits.new_empty(programs, experts + 1)
+    shares = logits.new_empty(programs, experts + 1)
     choose_kernel[(programs,)](
-        logits.contiguous(), expert, weight, sums, tokens, experts, top_k, renormalise, padded,
+        logits.contiguous(), expert, weight, shares, tokens, experts, top_k, renormalise, padded,
         triton.next_power_of_2(top_k), block, num_warps=WARPS,
     )  # fmt: skip
-    return expert, weight, sums.sum(0)
+    return expert, weight, shares[:, :-1].sum(0), shares[:, -1].sum()
 
 
 def _fake_backward(
@@ -170,12 +175,11 @@ def _choose_backward(
 class _ChooseExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, top_k: int, renormalise: bool) -> Any:
-        expert, weight, sums = _choose(logits, top_k, renormalise)
-        means = sums / max(logits.shape[0], 1)
+        expert, weight, probability, square = _choose(logits, top_k, renormalise)
         ctx.save_for_backward(logits, expert)
         ctx.mark_non_differentiable(expert)
         ctx.renormalise = renormalise
-        return expert, weight, means[:-1], means[-1]
+        return expert, weight, probability, square
 
     @staticmethod
     @once_differentiable

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sma.errors import ConfigError, ShapeError
-from sma.ops.backend import Op
+from sma.ops.backend import Op, without_autocast
 from sma_modules.ops.feed_forward.weights import Linear
 
 __all__ = ["ACTIVATE", "FEED_FORWARD", "Activation", "Linear", "activate", "feed_forward"]
@@ -27,7 +27,7 @@ FEED_FORWARD = Op("feed_forward")
 def activate(
     up: Float[Tensor, "rows d"], gate: Float[Tensor, "rows d"] | None, activation: Activation
 ) -> Float[Tensor, "rows d"]:
-    """``act(up)``, or gated ``act(gate) * up`` (GLU variants: Shazeer, arXiv 2002.05202).
+    """``act(up)``, or gated ``act(gate) * up`` (GLU variants: Shazeer, arXiv 2002.05202), in the dtype of ``up``.
 
     Args:
         up: ``(R, d)``.
@@ -49,7 +49,8 @@ def activate(
         raise ShapeError(
             f"activate: gate must be like up, {up.dtype} {tuple(up.shape)}, got {gate.dtype} {tuple(gate.shape)}"
         )
-    out: Tensor = ACTIVATE(up, gate, activation)
+    with without_autocast(up.device):
+        out: Tensor = ACTIVATE(up, gate, activation)
     return out
 
 

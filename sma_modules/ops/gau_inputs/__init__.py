@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sma.errors import ShapeError
-from sma.ops.backend import Op
+from sma.ops.backend import Op, without_autocast
 from sma.ops.kernel import why_not_triton
 from sma_modules.ops.gau_inputs.eager import gau_inputs_eager
 from sma_modules.ops.gau_inputs.reference import gau_inputs_reference
@@ -80,5 +80,6 @@ def gau_inputs(
         raise ShapeError(f"gau_inputs: position must be ({mx.shape[0]},), got {tuple(position.shape)}")
     if position is not None and z % 2:
         raise ShapeError(f"gau_inputs: z must be even for rotary positions, got {z}")
-    q, k, v, r = OP(mx, gamma, beta, position, theta)
+    with without_autocast(mx.device):
+        q, k, v, r = OP(mx, gamma, beta, position, theta)
     return q, k, v, r

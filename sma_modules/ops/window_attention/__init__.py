@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sma.errors import ConfigError, ShapeError
-from sma.ops.backend import Op, forced_backend
+from sma.ops.backend import Op, forced_backend, without_autocast
 from sma.ops.kernel import why_not_triton
 from sma_modules.ops.window_attention.blocks import FEWEST_QUERIES, MAXIMUM_QK
 from sma_modules.ops.window_attention.eager import window_attention_eager
@@ -103,7 +103,7 @@ def window_attention(
         gate: ``(Q, H, h)`` what the result is multiplied with, in the dtype of ``v``; None for nothing.
 
     Returns:
-        ``(Q, H, h)`` in the dtype of ``v``.
+        ``(Q, H, h)`` in the dtype of ``v``, also under autocast.
 
     Raises:
         ShapeError: tensors do not fit each other, are not floating point, or lengths do not sum to the number of rows.
@@ -129,7 +129,9 @@ def window_attention(
     if k_start is not None and k_start.shape != q_cu[1:].shape:
         raise ShapeError(f"window_attention: k_start must be ({q_cu.numel() - 1},), got {tuple(k_start.shape)}")
     layout = Layout(q_cu, k_cu, k_start, q_position, k_position, max_q, max_k)
-    out: Tensor = OP(q, k, v, gate, bias_table, layout, Rule(causal, window, chunk, activation, bias, dropout))
+    rule = Rule(causal, window, chunk, activation, bias, dropout)
+    with without_autocast(q.device):
+        out: Tensor = OP(q, k, v, gate, bias_table, layout, rule)
     return out
 
 

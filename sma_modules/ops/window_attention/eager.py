@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sma.dropout import dropout
-from sma.ops.backend import without_autocast
 from sma_modules.ops.window_attention.rule import LAPLACE_DEVIATION, LAPLACE_MEAN, Layout, Rule
 from sma_modules.ops.window_attention.tiling import Tiling, concrete, overlap_add, spans, tile
 
@@ -166,10 +165,9 @@ def _attend(
     k_rows = tiling.spread(tiling.k_rows, heads, tiling.n_blocks * tiling.stride)
     blocks = place(q.reshape(-1, width), q_rows, n * block).view(n, block, width)
     keys, values = (place(x.reshape(-1, x.shape[-1]), k_rows, tiling.key_rows(heads)) for x in (k, v))
-    with without_autocast(q.device):
-        scores = _scores(blocks, keys, scale, *_biases(tiling, layout, rule, table, q), tiling)
-        weights = dropout(_activate(scores, rule), rule.dropout)
-        out: Tensor = _Values.apply(weights.to(v.dtype), values, tiling.stride)  # type: ignore[no-untyped-call]
+    scores = _scores(blocks, keys, scale, *_biases(tiling, layout, rule, table, q), tiling)
+    weights = dropout(_activate(scores, rule), rule.dropout)
+    out: Tensor = _Values.apply(weights.to(v.dtype), values, tiling.stride)  # type: ignore[no-untyped-call]
     return pick(out.view(n * block, -1), q_rows).view(*q.shape[:2], -1)
 
 
