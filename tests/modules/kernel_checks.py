@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sma.ops import using
+from sma.testing.precision import differentiable, imprecision, known_to
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter rounds to bfloat16 towards zero, which doubles the error: there float16 stands for both.
@@ -29,29 +30,33 @@ def run(backend: str, function: Callable[..., Tensor], args: Sequence[Any]) -> l
         return [out.detach(), *torch.autograd.grad((out * weights.to(out.dtype)).sum(), inputs)]
 
 
-def differentiable(value: Any) -> bool:
-    """Whether :func:`run` differentiates an argument."""
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
 def check_low_precision(function: Callable[..., Tensor], args: Sequence[Any], dtype: torch.dtype) -> None:
-    """Against float64, output and gradients: at most twice the eager backend's error, the largest and the mean."""
+    """Output and gradients are as precise as those of eager operations, see :mod:`sma.testing.precision`."""
     args = [a.to(dtype) if differentiable(a) else a for a in args]
-    exact = run("eager", function, [a.double() if differentiable(a) else a for a in args])
-    check_errors(run("triton", function, args), run("eager", function, args), exact)
+
+    def eager(args: Sequence[Any]) -> list[Tensor]:
+        return run("eager", function, args)
+
+    wide = [a.double() if differentiable(a) else a for a in args]
+    exact = eager(wide)
+    known = known_to(eager, exact, wide) if dtype == torch.float32 else None
+    check_errors(run("triton", function, args), eager(args), exact, known)
 
 
-def check_errors(mine: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
-    """Each of ``mine`` is at most twice as far from ``exact`` as the ``eager`` one, the largest and the mean error."""
+def check_errors(
+    mine: Sequence[Tensor],
+    eager: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    known: Sequence[tuple[float, float]] | None,
+) -> None:
+    """Each of ``mine`` is like the ``eager`` one and as precise; ``known`` (how well) in float32, None in 16 bits."""
     for i, (a, b, c) in enumerate(zip(mine, eager, exact, strict=True)):
         assert a.dtype == b.dtype
         assert a.shape == b.shape
-        for measure in (torch.max, torch.mean):
-            if a.numel():
-                error, base = (float(measure((each.double() - c).abs())) for each in (a, b))
-                # A fraction of one rounding, for results that eager operations happen to get exactly right.
-                slack = torch.finfo(a.dtype).eps * float(measure(c.abs())) / 4
-                assert error <= 2 * base + slack, f"result {i}, {measure.__name__}: {error:.2e}, {base:.2e}"
+        why = (
+            imprecision(a, b, c, in_16_bits=True) if known is None else imprecision(a, b, c, known[i], in_16_bits=False)
+        )
+        assert why is None, f"result {i}: {why}"
 
 
 @contextmanager

@@ -53,14 +53,7 @@ def activations() -> Iterator[tuple[str, tuple[Any, ...]]]:
                 yield f"{activation}{' gated' * gated} {rows} {d}", (up, gate if gated else None, activation)
 
 
-class Suite(OpSuite):
-    def backends(self, case: OpCase) -> list[str]:
-        # In float32 PyTorch's own gelu errs by 1e-6 on a CPU, more than twice what the formula does.
-        imprecise = case.args[-1] == "gelu" and case.args[0].dtype == torch.float32
-        return [] if imprecise else super().backends(case)
-
-
-class TestFeedForward(Suite):
+class TestFeedForward(OpSuite):
     op = FEED_FORWARD
 
     def cases(self) -> Iterator[OpCase]:
@@ -69,7 +62,7 @@ class TestFeedForward(Suite):
                 yield OpCase(name, args)
 
 
-class TestActivate(Suite):
+class TestActivate(OpSuite):
     op = ACTIVATE
 
     def cases(self) -> Iterator[OpCase]:

@@ -13,12 +13,14 @@ from torch import Tensor
 from sma.ops import RowNorm, combine, compress, extract, narrow_linear, pack, row_norm, using
 from sma.ops.compress import compress_through
 from sma.routing import Packed
+from sma.testing.precision import imprecision, known_to
 from tests.devices import DEVICE, error_of, needs_triton
 from tests.kernels import Compilation, compile_all
 
 pytestmark = needs_triton
 # Triton's interpreter cuts numbers off where it makes them bfloat16, instead of rounding.
 LOW = (torch.bfloat16, torch.float16) if DEVICE.type == "cuda" else (torch.float16,)
+DTYPES = (torch.float32, *LOW)
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -59,26 +61,27 @@ def assert_same(run: Callable[..., Any], inputs: list[Tensor], tolerance: float 
 
 
 def assert_precise(run: Callable[..., Any], draw: Callable[[int], list[Tensor]], dtype: torch.dtype) -> None:
-    """At most twice the error of the eager backend in the same precision, the largest and the mean.
+    """As precise as the eager backend in the same precision (:mod:`sma.testing.precision`).
 
     Over several draws: a sum alone, such as the gradient of a single weight, may be right by chance.
     """
-    errors: dict[tuple[int, str], list[Tensor]] = {}
-    largest: dict[int, float] = {}
+    draws = []
     for seed in range(8):
-        inputs = draw(seed)
-        low = [each.to(dtype) for each in inputs]
-        exact = results(run, [each.double() for each in inputs], "eager")
-        for backend in ("triton", "eager"):
-            for i, (value, truth) in enumerate(zip(results(run, low, backend), exact, strict=True)):
-                errors.setdefault((i, backend), []).append((value.double() - truth).abs().flatten())
-                largest[i] = max(largest.get(i, 0.0), float(truth.abs().max()))
-    for i, size in largest.items():
-        mine, base = (torch.cat(errors[i, backend]) for backend in ("triton", "eager"))
-        # Half a unit in the last place of the largest value is what rounding the result costs at worst.
-        unit = torch.finfo(dtype).eps * size
-        for measure in (torch.max, torch.mean):
-            assert float(measure(mine)) <= 2 * float(measure(base)) + 0.5 * unit
+        low = [each.to(dtype) for each in draw(seed)]
+        wide = [each.double() for each in low]
+        exact = results(run, wide, "eager")
+        known = known_to(lambda inputs: results(run, inputs, "eager"), exact, wide)
+        draws.append((results(run, low, "triton"), results(run, low, "eager"), exact, known))
+    mine, plain, truth = ([_joined(each) for each in zip(*(draw[k] for draw in draws), strict=True)] for k in range(3))
+    for i, (ours, eager, exact_one) in enumerate(zip(mine, plain, truth, strict=True)):
+        units = [each[3][i] for each in draws]
+        known_one = max(largest for largest, _ in units), sum(mean for _, mean in units) / len(units)
+        why = imprecision(ours, eager, exact_one, known_one, in_16_bits=dtype != torch.float32)
+        assert why is None, f"result {i}: {why}"
+
+
+def _joined(values: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([each.flatten() for each in values])
 
 
 SHAPES = ((3, 50), (1, 1), (2, 129))
@@ -138,7 +141,7 @@ def test_narrow_linear(outputs: int, padded: bool) -> None:
     inputs = [numbers(2, 40, 20), numbers(outputs, 20, seed=1), numbers(outputs, seed=2)]
     assert_same(run, inputs)
     assert_same(lambda x, w, b: run(x, w, b)[0], inputs)
-    for dtype in LOW:
+    for dtype in DTYPES:
         with using("triton"):
             out, _ = narrow_linear(inputs[0].to(dtype), inputs[1], inputs[2], valid)
         assert out.dtype == torch.float32
@@ -172,7 +175,7 @@ def test_row_norm(d: int) -> None:
             return row_norm(x, norm._replace(weight=weight, bias=bias))
 
         assert_same(run, [numbers(3, 7, d) * 3 + 1, *parameters], 1e-4)
-        for dtype in LOW if d > 1 else ():  # a single number has no slope but rounding errors
+        for dtype in DTYPES if d > 1 else ():  # a single number has no slope but rounding errors
             assert_precise(run, lambda seed, more=parameters: [numbers(40, 7, d, seed=seed), *more], dtype)
 
 
@@ -215,7 +218,7 @@ def test_combine(capacity: int | None, silu: bool) -> None:
         assert_same(run, [h, *parts, *parameters], tolerance)
 
 
-@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_combine_is_precise(dtype: torch.dtype) -> None:
     packed = Packed.from_mask(mask_of(3, 40))
     rows = packed.index.numel()
