@@ -141,7 +141,7 @@ def route_tokens(
     else:
         if active is None:
             active = configurator.decide(score.detach(), position, valid) & valid[..., None]
-        if inside_checkpoint() or torch.compiler.is_compiling():
+        if (inside_checkpoint() or torch.compiler.is_compiling()) and not torch.compiler.is_exporting():
             # The decision of the first run is what counts, whatever the second one made of it.
             active, counts = mark_decision(active), None
     room = None if capacity is None or not valid.numel() else max(1, ceil(capacity * valid.numel()))

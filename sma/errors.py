@@ -33,6 +33,10 @@ class BackendError(SMAError):
     """An operation was forced onto a backend that cannot run it."""
 
 
+class ExportError(SMAError):
+    """A model cannot be exported; the message names the part and says why."""
+
+
 class CheckpointError(SMAError):
     """A checkpoint is truncated, of another spec, or has missing or unexpected keys."""
 

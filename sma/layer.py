@@ -170,6 +170,7 @@ class SparseMixture(nn.Module):
         self.d_model = d_model or next((width for width in map(infer_width, modules) if width), None)
         self._width_known = False
         self.capacity: float | None = None
+        self.capacity_streams = False
         self.window: int | None = None
         self.router = self._make_router() if router and self.configurator.logits_per_module else None
         if self.d_model is not None:
@@ -186,15 +187,15 @@ class SparseMixture(nn.Module):
         if given and not configurator.adjustable:
             raise ConfigError(f"{given}: must not be given with {name}, whose rate is fixed")
 
-    def with_capacity(self, share: float | None) -> Self:
+    def with_capacity(self, share: float | None, *, streams: bool = False) -> Self:
         """Fix how many tokens each module has room for: shapes are static then, and nothing is read back.
 
         The results are the same as long as the room suffices. If it does not, the first active tokens of the batch
-        get it, the others are not active, and :attr:`Routing.overflow` counts them. Chunks of a stream ignore it, and
-        so does a replayed decision.
+        get it, the others are not active, and :attr:`Routing.overflow` counts them. A replayed decision ignores it.
 
         Args:
             share: of the tokens of a batch, padding included, in (0, 1]; None for as many as are active.
+            streams: chunks of a stream obey it too. By default they ignore it, as chunks may be short.
 
         Raises:
             ConfigError: the share is out of range, or a module would notice rows without a token.
@@ -209,7 +210,7 @@ class SparseMixture(nn.Module):
         reason = None if share is None else self._why_no_capacity()
         if reason is not None:
             raise ConfigError(f"{type(self).__name__}: capacity must be None, got {share}: {reason}")
-        self.capacity = share
+        self.capacity, self.capacity_streams = share, streams
         return self
 
     def with_window(self, window: int | None) -> Self:
@@ -394,7 +395,7 @@ class SparseMixture(nn.Module):
         seen = None if state is None else state.seen
         weights = router if router is not None or logits is not None else self._weights(x)
         scored = score_tokens(type(self).__name__, self.configurator, x, weights, logits, valid, lengths, seen)
-        capacity = self.capacity if state is None and replay is None else None
+        capacity = self.capacity if replay is None and (state is None or self.capacity_streams) else None
         routing = route_tokens(self.configurator, scored, replay=replay, capacity=capacity)
         losses = {} if self.rate_loss is None else {"rate": self.rate_loss(scored.score, routing.active, scored.valid)}
         x, confidence = scored.x, weights_of(routing.confidence)

@@ -22,8 +22,10 @@ class Appended(NamedTuple):
 
     Attributes:
         rows: per kind of row ``(K', ...)``, sequences one after the other, each with what it remembered in front.
-        cu_seqlens: ``(B + 1,)`` int64: sequence b owns ``cu_seqlens[b]:cu_seqlens[b + 1]``.
-        start: ``(B,)`` int64: how many activated tokens of the stream came before the first row of each sequence.
+        cu_seqlens: ``(B + 1,)`` int64: sequence b owns ``cu_seqlens[b]:cu_seqlens[b + 1]``. One entry more with a
+            fixed capacity, as in :class:`~sma.routing.Packed`.
+        start: ``(B,)`` int64: how many activated tokens of the stream came before the first row of each sequence. One
+            entry more with a fixed capacity.
         memory: the memory after the chunk.
     """
 
@@ -75,25 +77,34 @@ class WorkingMemory(State):
             packed: the new tokens; a sequence without any keeps its memory.
             *rows: ``(K, ...)`` one tensor per kind of row, in the order of :attr:`rows`.
 
+        With a fixed capacity there are ``B * capacity + K`` rows, whatever is remembered, and no value is looked at:
+        those that nobody needs belong to the sequence of the rows without a token, the last one.
+
         Raises:
             StreamingError: the memory is of another batch size, or of rows of another number or shape.
         """
         self._check(packed, rows)
-        old, new = self.lengths, packed.lengths
-        lengths = old + new
+        old, start = self.lengths, self.count - self.lengths
+        total = self.rows[0].shape[0] * self.capacity + packed.index.shape[0] if packed.fixed else None
+        if total is not None:
+            unused = self.rows[0].shape[0] * self.capacity - old.sum(0, keepdim=True)
+            old, start = torch.cat([old, unused]), torch.cat([start, torch.zeros_like(unused)])
+        lengths = old + packed.lengths
         cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        total = int(cu_seqlens[-1])
+        total = int(cu_seqlens[-1]) if total is None else total
         sequence = torch.repeat_interleave(lengths, output_size=total)
         rank = torch.arange(total, device=cu_seqlens.device) - cu_seqlens[sequence]
         remembered = sequence * self.capacity + self.capacity - old[sequence] + rank
+        if packed.fixed:  # any rows that are there are good enough for the sequence of nothing
+            remembered = remembered.clamp(0, max(packed.batch * self.capacity - 1, 0))
         arrived = packed.batch * self.capacity + packed.cu_seqlens[sequence] + rank - old[sequence]
         source = torch.where(rank < old[sequence], remembered, arrived)
         both = tuple(
             torch.cat([was.flatten(0, 1).to(row.dtype), row]).index_select(0, source)
             for was, row in zip(self.rows, rows, strict=True)
         )
-        memory = type(self)(_last(both, cu_seqlens, self.capacity), self.count + new)
-        return Appended(both, cu_seqlens, self.count - old, memory)
+        after = _last(both, cu_seqlens[: packed.batch + 1], self.capacity)
+        return Appended(both, cu_seqlens, start, type(self)(after, self.count + packed.lengths[: packed.batch]))
 
     def _check(self, packed: Packed, rows: tuple[Tensor, ...]) -> None:
         if packed.batch != self.count.shape[0]:

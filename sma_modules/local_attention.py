@@ -118,7 +118,7 @@ class LocalAttention(Module):
         max_k, capacity = packed.max_length, self.attention_window() or 0
         if isinstance(state, WorkingMemory):
             (k, v, position), k_cu, start, memory = state.append(packed, k, v, packed.position)
-            max_k += capacity
+            max_k = k.shape[0] if packed.fixed else max_k + capacity
         out = window_attention(
             q,
             k,

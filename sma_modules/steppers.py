@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sma.errors import StreamingError
+from sma.ops.backend import concrete
 from sma.ops.row_norm import RowNorm
 from sma.state import State
 from sma.stepping import Decision, MixerStepper, ModuleStepper, Moment, Room, Stepper
@@ -143,7 +144,7 @@ class GAUStepper(SingleHeadStepper):
             moment: where the slots stand.
         """
         module, active = self.module, decision.active[:, 0]
-        if m.device.type == "cpu" and not bool(active.any()):
+        if concrete(active) and not bool(active.any()):
             self.idle(moment)
             return F.silu(F.linear(m, *skip) + residual)
         path, q, k, v, r = gau_projections(

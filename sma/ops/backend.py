@@ -142,6 +142,11 @@ def scatter_applies(x: Tensor, fixed: bool = False) -> str | None:
     return None
 
 
+def concrete(tensor: Tensor) -> bool:
+    """True where looking at a value costs no wait for a device and breaks no compiled or exported graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def wider(x: Tensor) -> torch.dtype:
     """The dtype in which to add up many values of ``x``: one step wider, where its device has one."""
     if x.dtype in (torch.float16, torch.bfloat16):

@@ -11,6 +11,7 @@ from sma.decision import Weights, gate_of
 from sma.errors import StreamingError
 from sma.layer import ActivatedState, SparseMixture
 from sma.ops import narrow_linear, router
+from sma.ops.backend import concrete
 from sma.routing import Packed
 from sma.stepping import Decision, ModuleStepper, Moment, Room, Stepper
 
@@ -56,8 +57,7 @@ class MixtureStepper(Stepper):
         outputs: list[Tensor | None] = []
         for m, member in enumerate(self.members):
             active = decision.active[:, m]
-            # On other devices the answer would be waited for.
-            if member.d_out is not None and x.device.type == "cpu" and not bool(active.any()):
+            if member.d_out is not None and concrete(active) and not bool(active.any()):
                 member.idle(moment)
                 outputs.append(None)
             else:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sma.ops.backend import concrete
 from sma.routing import Packed
 from sma.state import State
 from sma.stepping import BlockStepper, Decision, MixerStepper, ModuleStepper, Moment, Room, Stepped, Stepper, choose
@@ -111,8 +112,8 @@ class WindowedModule(OrdinaryModule):
 class TokenModule(ModuleStepper):
     """A module that works token by token: it has no memory.
 
-    On an accelerator it runs on every slot, as that needs no answer from the device, and its weights are read for one
-    row or for a few.
+    On an accelerator and in an exported graph it runs on every slot, as that needs no answer from the device, and its
+    weights are read for one row or for a few.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -125,7 +126,7 @@ class TokenModule(ModuleStepper):
         return None
 
     def step(self, x: Tensor, active: Tensor, moment: Moment) -> Tensor:
-        if x.is_cuda:
+        if not concrete(active):
             return _first(self.module(x))
         rows = active.nonzero().squeeze(1)
         output = _first(self.module(x.index_select(0, rows)))

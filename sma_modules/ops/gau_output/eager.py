@@ -3,6 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
+from sma.ops.backend import concrete
 from sma_modules.ops.gau_output import OP
 
 
@@ -12,7 +13,7 @@ def gau_output_eager(
 ) -> Tensor:
     """On a CPU rows that are not active are left out of the product."""
     total = skip + residual
-    if x.device.type != "cpu" or bool(active.all()):
+    if not concrete(active) or bool(active.all()):
         y = F.linear(x, weight, bias) * confidence[:, None].to(x.dtype)
         return F.silu(total + y.masked_fill(~active[:, None], 0)).to(residual.dtype)
     rows = active.nonzero().squeeze(1)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from sma.ops.backend import concrete
 from sma.stepping import choose
 from sma_modules.ops.ring_attention.ring import Query, Ring
 from sma_modules.ops.window_attention.rule import LAPLACE_DEVIATION, LAPLACE_MEAN, Rule
@@ -18,7 +19,7 @@ def ring_attention_eager(query: Query, ring: Ring) -> Tensor:
     _advance(query, ring, own)
     q, v = query.q, query.v
     out = v.new_zeros(q.shape[0], q.shape[1], v.shape[2])
-    if q.device.type == "cpu" and not bool(query.active.all()):
+    if concrete(query.active) and not bool(query.active.all()):
         rows = query.active.nonzero().squeeze(1)
         if rows.numel():
             memory = tuple(each.index_select(0, rows) for each in (ring.keys, ring.values, ring.positions))

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sma.dropout import dropout
+from sma.ops.backend import concrete
 from sma_modules.ops.window_attention.rule import LAPLACE_DEVIATION, LAPLACE_MEAN, Layout, Rule
-from sma_modules.ops.window_attention.tiling import Tiling, concrete, overlap_add, spans, tile
+from sma_modules.ops.window_attention.tiling import Tiling, overlap_add, spans, tile
 
 HIDDEN = -1e30
 """Added to scores that must not count: below every score, and twice of it is still finite in float32."""

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sma.ops.backend import concrete
 from sma_modules.ops.window_attention.rule import Layout, Rule
 
 
@@ -95,11 +96,6 @@ def _sequence(cu: Tensor, rows: int) -> Tensor:
 
 def _rank(cu: Tensor, sequence: Tensor) -> Tensor:
     return torch.arange(sequence.numel(), device=cu.device) - cu[sequence]
-
-
-def concrete(tensor: Tensor) -> bool:
-    """True where looking at a value costs no wait for a device and breaks no compiled graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def block_size(reach: int) -> int:

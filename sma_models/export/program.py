@@ -1,0 +1,331 @@
+"""Models as graphs of fixed shapes: a chunk of a prompt, a step of decoding, a whole sequence."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sma.configurators import Always
+from sma.errors import ConfigError, ExportError, SMAError
+from sma.interfaces import Model
+from sma.layer import SparseMixture
+from sma.padding import valid_of
+from sma.stepping import Moment, Room
+from sma_models.decoding.steps import ModelStepper, position_of
+from sma_models.heads import LanguageModel, Retrieval
+from sma_models.stack import StackState
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A part of a model as a graph.
+
+    Attributes:
+        program: the graph, as ``torch.export`` makes it. Its inputs are ``inputs``, flat and in this order.
+        inputs: names of the inputs.
+        outputs: names of the outputs.
+        example: inputs that fit, by name. Those that begin with ``state.`` are the beginning of a stream.
+        dynamic: whether the batch may be of any size.
+    """
+
+    program: torch.export.ExportedProgram
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    example: dict[str, Tensor]
+    dynamic: bool
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Names of the inputs that are the state, in the order of :meth:`sma.State.named_tensors`."""
+        return tuple(name for name in self.inputs if name.startswith(STATE))
+
+
+STATE, NEXT = "state.", "next_state."
+
+
+def export_prefill(model: Model, batch: int = 1, chunk: int = 256, *, capacity: float = 1.0) -> Exported:
+    """The graph that reads a chunk of prompts.
+
+    Inputs are ``tokens (B, C)`` int64, ``lengths (B,)`` int64 of 0 to C (padding stands on the right and may hold
+    anything) and the state before the chunk; outputs are ``logits (B, V)`` of what follows the last real token of each
+    row, ``overflow ()`` int64, and the state after it. Rows of length 0 keep their state, and their logits mean
+    nothing.
+
+    Args:
+        model: a language model in evaluation mode. It is left as it is.
+        batch: how many prompts B.
+        chunk: how many tokens C.
+        capacity: share of the ``B * C`` tokens that each layer which decides has room for. The graph works on so many,
+            whoever is active; ``overflow`` counts the active tokens that found no room. 1 is exact.
+
+    Raises:
+        ConfigError: an argument is out of range, the model is no language model or in training mode.
+        StreamingError: the model cannot stream; the message says why.
+        ExportError: a part of it cannot be exported; the message names it and says why.
+
+    Example:
+        >>> import sma
+        >>> model = sma.build("seqboat_small_lm", "d_model=16", "n_layers=1").eval()
+        >>> export_prefill(model, chunk=8).inputs[:3]
+        ('tokens', 'lengths', 'state.layers.0.mixer.hidden')
+    """
+    language = _language_model(model)
+    _check_sizes(batch=batch, chunk=chunk)
+    if not 0 < capacity <= 1:
+        raise ConfigError(f"capacity: must lie in (0, 1], got {capacity}")
+    fixed = _fixed(language, capacity)
+    state = language.initial_state(batch)
+    example = {
+        "tokens": torch.zeros(batch, chunk, dtype=torch.int64),
+        "lengths": torch.full((batch,), chunk),
+        **_named(state),
+    }
+    return _trace(_Prefill(fixed, state), example, ("logits", "overflow"), "prefill", dynamic=False)
+
+
+def export_step(model: Model, batch: int | None = None) -> Exported:
+    """The graph of one decoding step.
+
+    Inputs are ``tokens (B,)`` int64, ``live (B,)`` bool (who takes a token; nothing changes in the other rows, whose
+    logits mean nothing) and the state; outputs are ``logits (B, V)`` and the state after the token.
+
+    Args:
+        model: a language model in evaluation mode. It is left as it is.
+        batch: how many sequences B; None makes a graph for any number.
+
+    Raises:
+        ConfigError: the batch is below 1, the model is no language model or in training mode.
+        StreamingError: the model cannot stream; the message says why.
+        ExportError: a part of it cannot be exported; the message names it and says why.
+
+    Example:
+        >>> import sma
+        >>> model = sma.build("seqboat_small_lm", "d_model=16", "n_layers=1").eval()
+        >>> export_step(model).outputs[:2]
+        ('logits', 'next_state.layers.0.mixer.hidden')
+    """
+    language = _language_model(model)
+    if batch is not None:
+        _check_sizes(batch=batch)
+    size = batch or 2  # not 1, which a tracer takes for a constant
+    fixed = _fixed(language, 1.0)
+    state = language.initial_state(size)
+    example = {
+        "tokens": torch.zeros(size, dtype=torch.int64),
+        "live": torch.ones(size, dtype=torch.bool),
+        **_named(state),
+    }
+    return _trace(_Step(fixed, state), example, ("logits",), "step", dynamic=batch is None)
+
+
+def export_forward(model: Model, batch: int = 1, length: int = 256, *, capacity: float = 1.0) -> Exported:
+    """The graph of a model on whole sequences.
+
+    Inputs are ``inputs (B, L)``, int64 tokens or real numbers, and ``lengths (B,)`` int64 of 1 to L; of a model for
+    pairs ``first``, ``first_lengths``, ``second`` and ``second_lengths``. Outputs are the ``logits`` and
+    ``overflow ()``.
+
+    Args:
+        model: any model in evaluation mode. It is left as it is.
+        batch: how many sequences B.
+        length: how long they may be, L. Padding stands on the right and may hold anything.
+        capacity: as for :func:`export_prefill`.
+
+    Raises:
+        ConfigError: an argument is out of range, or the model is in training mode.
+        ExportError: a part of it cannot be exported; the message names it and says why.
+    """
+    _check_evaluation(model)
+    _check_sizes(batch=batch, length=length)
+    if not 0 < capacity <= 1:
+        raise ConfigError(f"capacity: must lie in (0, 1], got {capacity}")
+    tokens = getattr(model, "vocab_size", None) is not None
+    inputs = torch.zeros(batch, length, dtype=torch.int64 if tokens else torch.float32)
+    sides = ("first", "second") if isinstance(model, Retrieval) else ("inputs",)
+    example: dict[str, Tensor] = {}
+    for side in sides:
+        example[side] = inputs.clone()
+        example["lengths" if side == "inputs" else f"{side}_lengths"] = torch.full((batch,), length)
+    return _trace(_Forward(_fixed(model, capacity)), example, ("logits", "overflow"), "forward", dynamic=False)
+
+
+class _Prefill(nn.Module):
+    """A chunk: tensors in, tensors out."""
+
+    def __init__(self, model: LanguageModel, state: StackState) -> None:
+        super().__init__()
+        self.model = model
+        self.initial = state
+
+    def forward(self, tokens: Tensor, lengths: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        model = self.model
+        tokens = tokens.masked_fill(~valid_of(lengths, tokens), 0)
+        out = model.stack(model.embed(tokens), _rebuilt(self.initial, state), lengths=lengths)
+        last = (lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, out.x.shape[2])
+        logits = model.logits(out.x.gather(1, last).squeeze(1))
+        assert out.state is not None
+        return logits, _overflow(out.routings, lengths), *_copied(out.state.tensors(), state)
+
+
+class _Step(nn.Module):
+    """A step of decoding: what changes memory in place in the library is a function of the state here."""
+
+    def __init__(self, model: LanguageModel, state: StackState) -> None:
+        super().__init__()
+        self.model = model
+        self.initial = state
+
+    def forward(self, tokens: Tensor, live: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        given = _rebuilt(self.initial, state)
+        slots, position = torch.arange(tokens.shape[0], device=tokens.device), position_of(given)
+        stepper = ModelStepper(self.model, Room(tokens.shape[0], 0, self.model.embedding.weight.detach()))
+        stepper.write(slots, given, position)
+        logits, _ = stepper.step(tokens.masked_fill(~live, 0), Moment(live, position))
+        return logits, *_copied(stepper.read(slots, position + live).tensors(), state)
+
+
+class _Forward(nn.Module):
+    """Whole sequences."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        if isinstance(self.model, Retrieval):
+            first, first_lengths, second, second_lengths = inputs
+            out = self.model(first, second, lengths=(first_lengths, second_lengths))
+        else:
+            out = self.model(inputs[0], lengths=inputs[1])
+        return out.logits, _overflow(out.routings, inputs[1])
+
+
+def _rebuilt(initial: StackState, tensors: tuple[Tensor, ...]) -> StackState:
+    """The state of these tensors."""
+    given = iter(tensors)
+    return initial.map(lambda _: next(given))
+
+
+def _copied(after: tuple[Tensor, ...] | list[Tensor], before: tuple[Tensor, ...]) -> list[Tensor]:
+    """The tensors after; a graph must not give back an input as its output."""
+    return [each.clone() if any(each is one for one in before) else each for each in after]
+
+
+def _overflow(routings: Any, like: Tensor) -> Tensor:
+    """``()`` int64: active tokens of all layers that found no room."""
+    total = like.new_zeros((), dtype=torch.int64)
+    for routing in routings.values():
+        total = total + routing.overflow.sum()
+    return total
+
+
+def _named(state: StackState) -> dict[str, Tensor]:
+    return {STATE + name: tensor for name, tensor in state.named_tensors().items()}
+
+
+def _check_evaluation(model: Model) -> None:
+    if not isinstance(model, Model):
+        raise ConfigError(f"model: must be a model of this library, got {type(model).__name__}")
+    if model.training:
+        raise ConfigError("model: must be in evaluation mode to be exported, call model.eval() first")
+
+
+def _language_model(model: Model) -> LanguageModel:
+    _check_evaluation(model)
+    if not isinstance(model, LanguageModel):
+        raise ConfigError(f"model: must be a LanguageModel, got {type(model).__name__}; export_forward takes any")
+    return model
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise ConfigError(f"{name}: must be at least 1, got {value}")
+
+
+def _fixed(model: Any, capacity: float) -> Any:
+    """The model with a fixed number of rows everywhere. Its weights are shared, nothing else is.
+
+    Raises:
+        ExportError: a layer has no rows of a fixed number.
+    """
+    weights = {id(each): each for each in (*model.parameters(), *model.buffers())}
+    fixed = copy.deepcopy(model, weights)  # type: ignore[arg-type]  # what is in there already is not copied
+    for name, layer in fixed.named_modules():
+        if not isinstance(layer, SparseMixture):
+            continue
+        for module, layout in zip(layer._members, layer.layouts, strict=True):
+            if layout == "padded":
+                raise ExportError(
+                    f"{name}: cannot be exported: {type(module).__name__} (layout 'padded') takes rows as long as the "
+                    "longest sequence of active tokens, which is not known beforehand"
+                )
+        # Not with_capacity: what losses and running averages would make of rows without a token does not count here.
+        layer.capacity = 1.0 if isinstance(layer.configurator, Always) else capacity
+        layer.capacity_streams = True
+    return fixed
+
+
+def _trace(
+    module: nn.Module, example: dict[str, Tensor], outputs: tuple[str, ...], what: str, *, dynamic: bool
+) -> Exported:
+    """The graph of a module of tensors.
+
+    Raises:
+        ExportError: something in it cannot be traced.
+    """
+    device = next(module.parameters()).device
+    example = {name: tensor.to(device) for name, tensor in example.items()}
+    shapes: Any = None
+    if dynamic:
+        size = torch.export.Dim("batch", min=1, max=2**16)
+        named = [{0: size} for _ in example]
+        shapes = (named[0], named[1], tuple(named[2:]))
+    module.eval()
+    with torch.no_grad(), _naming(module, what):
+        program = torch.export.export(module, tuple(example.values()), dynamic_shapes=shapes)
+    states = tuple(NEXT + name.removeprefix(STATE) for name in example if name.startswith(STATE))
+    return Exported(program, tuple(example), outputs + states, example, dynamic)
+
+
+@contextmanager
+def _naming(module: nn.Module, what: str) -> Iterator[None]:
+    """An error inside names the module that was running."""
+    running: list[str] = []
+    hooks: list[Any] = []
+    for name, part in module.named_modules():
+        hooks.append(part.register_forward_pre_hook(_entering(running, name.removeprefix("model").lstrip("."), part)))
+        hooks.append(part.register_forward_hook(lambda *_: running.pop() and None))
+    try:
+        yield
+    except SMAError:
+        raise
+    except Exception as error:
+        place = running[-1] if running else "the model"
+        raise ExportError(f"{place}: cannot be exported ({what}): {_reason(error)}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _entering(running: list[str], name: str, part: nn.Module) -> Callable[..., None]:
+    label = f"{name} ({type(part).__name__})" if name else type(part).__name__
+
+    def enter(*_: Any) -> None:
+        running.append(label)
+
+    return enter
+
+
+def _reason(error: Exception) -> str:
+    """The first line that says something."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if "data-dependent" in text:
+        return f"its shapes or branches depend on values ({text})"
+    return text

@@ -1,0 +1,98 @@
+"""Graphs as ONNX files."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sma.errors import ExportError
+from sma_models.export.program import Exported
+
+OPSET = 20
+"""The operators' version: the first with Fourier transforms as they are now."""
+LOGGERS = ("torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
+
+
+def write(exported: Exported, path: Path) -> None:
+    """Write a graph; large weights lie in a file of their own beside it.
+
+    Raises:
+        ExportError: an operation of it has no counterpart; the message names the module that it comes from.
+    """
+    shapes: Any = None
+    with _quiet():
+        try:
+            program = torch.onnx.export(
+                exported.program,
+                input_names=list(exported.inputs),
+                output_names=list(exported.outputs),
+                opset_version=OPSET,
+                dynamic_shapes=shapes,
+                custom_translation_table=_translations(),
+                verbose=False,
+            )
+        except Exception as error:
+            raise ExportError(_explained(exported, error)) from error
+        assert program is not None
+        program.save(path)
+
+
+def _explained(exported: Exported, error: Exception) -> str:
+    """Which operation of which module has no counterpart."""
+    import re
+
+    chain: list[str] = []
+    one: BaseException | None = error
+    while one is not None:
+        chain.append(str(one))
+        one = one.__cause__
+    text = "\n".join(chain)
+    node = re.search(r"translating node %(\w+)", text)
+    operation = re.search(r"target=torch\.ops\.([\w.]+)\]", text)
+    if node is None or operation is None:
+        return f"onnx: cannot be exported: {next((line for line in reversed(chain) if line), repr(error)).splitlines()[0]}"
+    place = "the model"
+    for each in exported.program.graph.nodes:
+        if each.name == node[1]:
+            for path, kind in (each.meta.get("nn_module_stack") or {}).values():
+                name = path.removeprefix("model").lstrip(".")
+                place = f"{name} ({str(kind).rpartition('.')[2]})" if name else place
+    return f"{place}: cannot be exported to ONNX: there is no counterpart of {operation[1]}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without remarks on packages and constants that have nothing to do with the user's model."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _translations() -> dict[Any, Any]:
+    """Operations that torch does not translate, or not with all of their arguments."""
+    from onnxscript import INT64, opset20 as op
+
+    def repeat_interleave(repeats: INT64, output_size: int | None = None) -> INT64:
+        ends = op.CumSum(repeats, op.Constant(value_int=0))
+        total = op.ReduceSum(repeats, keepdims=0) if output_size is None else op.Constant(value_int=output_size)
+        row = op.Range(op.Constant(value_int=0), total, op.Constant(value_int=1))
+        passed = op.GreaterOrEqual(op.Unsqueeze(row, op.Constant(value_ints=[1])), ends)
+        return op.ReduceSum(op.Cast(passed, to=7), op.Constant(value_ints=[1]), keepdims=0)
+
+    def sort(x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+        # Of equal ones the first comes first: that is stable.
+        count = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))
+        return op.TopK(x, count, axis=dim, largest=int(descending), sorted=1)
+
+    return {torch.ops.aten.repeat_interleave.Tensor: repeat_interleave, torch.ops.aten.sort.stable: sort}
