@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sma.ops import compress, extract
 from sma.ops.backend import concrete
 from sma.routing import Packed
 from sma.state import State
@@ -91,10 +92,12 @@ class OrdinaryModule(Kept, ModuleStepper):
         return result[0], result[1]
 
     def step(self, x: Tensor, active: Tensor, moment: Moment) -> Tensor:
-        packed = Packed.from_mask(active[:, None], moment.position[:, None])
-        output, state = self.call(x.index_select(0, packed.index), packed)
+        # In an exported graph there is room for all, as shapes are fixed there.
+        room = x.shape[0] if torch.compiler.is_compiling() else None
+        packed = Packed.from_mask(active[:, None], moment.position[:, None], capacity=room)
+        output, state = self.call(compress(x[:, None], packed), packed)
         self.push(state, moment.live)
-        return torch.zeros_like(x, dtype=output.dtype).index_copy(0, packed.index, output)
+        return extract(output, packed).squeeze(1)
 
 
 class WindowedModule(OrdinaryModule):

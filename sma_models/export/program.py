@@ -15,6 +15,7 @@ from sma.configurators import Always
 from sma.errors import ConfigError, ExportError, SMAError
 from sma.interfaces import Model
 from sma.layer import SparseMixture
+from sma.ops import using
 from sma.padding import valid_of
 from sma.stepping import Moment, Room
 from sma_models.decoding.steps import ModelStepper, position_of
@@ -76,9 +77,7 @@ def export_prefill(model: Model, batch: int = 1, chunk: int = 256, *, capacity: 
         ('tokens', 'lengths', 'state.layers.0.mixer.hidden')
     """
     language = _language_model(model)
-    _check_sizes(batch=batch, chunk=chunk)
-    if not 0 < capacity <= 1:
-        raise ConfigError(f"capacity: must lie in (0, 1], got {capacity}")
+    _check_sizes(capacity, batch=batch, chunk=chunk)
     fixed = _fixed(language, capacity)
     state = language.initial_state(batch)
     example = {
@@ -141,10 +140,8 @@ def export_forward(model: Model, batch: int = 1, length: int = 256, *, capacity:
         ConfigError: an argument is out of range, or the model is in training mode.
         ExportError: a part of it cannot be exported; the message names it and says why.
     """
-    _check_evaluation(model)
-    _check_sizes(batch=batch, length=length)
-    if not 0 < capacity <= 1:
-        raise ConfigError(f"capacity: must lie in (0, 1], got {capacity}")
+    _check_model(model)
+    _check_sizes(capacity, batch=batch, length=length)
     tokens = getattr(model, "vocab_size", None) is not None
     inputs = torch.zeros(batch, length, dtype=torch.int64 if tokens else torch.float32)
     sides = ("first", "second") if isinstance(model, Retrieval) else ("inputs",)
@@ -229,21 +226,29 @@ def _named(state: StackState) -> dict[str, Tensor]:
     return {STATE + name: tensor for name, tensor in state.named_tensors().items()}
 
 
-def _check_evaluation(model: Model) -> None:
+def _check_model(model: Model) -> None:
     if not isinstance(model, Model):
         raise ConfigError(f"model: must be a model of this library, got {type(model).__name__}")
     if model.training:
         raise ConfigError("model: must be in evaluation mode to be exported, call model.eval() first")
+    for name, weight in model.named_parameters():
+        if weight.device.type != "cpu" or weight.dtype != torch.float32:
+            raise ConfigError(
+                f"model: must be in float32 on the CPU to be exported, call model.float().cpu() first; {name} is "
+                f"{weight.dtype} on {weight.device}"
+            )
 
 
 def _language_model(model: Model) -> LanguageModel:
-    _check_evaluation(model)
+    _check_model(model)
     if not isinstance(model, LanguageModel):
         raise ConfigError(f"model: must be a LanguageModel, got {type(model).__name__}; export_forward takes any")
     return model
 
 
-def _check_sizes(**sizes: int) -> None:
+def _check_sizes(capacity: float = 1.0, **sizes: int) -> None:
+    if not 0 < capacity <= 1:
+        raise ConfigError(f"capacity: must lie in (0, 1], got {capacity}")
     for name, value in sizes.items():
         if value < 1:
             raise ConfigError(f"{name}: must be at least 1, got {value}")
@@ -280,15 +285,13 @@ def _trace(
     Raises:
         ExportError: something in it cannot be traced.
     """
-    device = next(module.parameters()).device
-    example = {name: tensor.to(device) for name, tensor in example.items()}
     shapes: Any = None
     if dynamic:
         size = torch.export.Dim("batch", min=1, max=2**16)
         named = [{0: size} for _ in example]
         shapes = (named[0], named[1], tuple(named[2:]))
     module.eval()
-    with torch.no_grad(), _naming(module, what):
+    with torch.no_grad(), using("eager"), _naming(module, what):  # other backends may run here only
         program = torch.export.export(module, tuple(example.values()), dynamic_shapes=shapes)
     states = tuple(NEXT + name.removeprefix(STATE) for name in example if name.startswith(STATE))
     return Exported(program, tuple(example), outputs + states, example, dynamic)

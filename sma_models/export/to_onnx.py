@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ def write(exported: Exported, path: Path) -> None:
 
     Raises:
         ExportError: an operation of it has no counterpart; the message names the module that it comes from.
+        ModuleNotFoundError: the extra "export" is not installed.
     """
-    shapes: Any = None
+    translations = _translations()  # first of all, as it needs the extra
     with _quiet():
         try:
             program = torch.onnx.export(
@@ -32,8 +34,7 @@ def write(exported: Exported, path: Path) -> None:
                 input_names=list(exported.inputs),
                 output_names=list(exported.outputs),
                 opset_version=OPSET,
-                dynamic_shapes=shapes,
-                custom_translation_table=_translations(),
+                custom_translation_table=translations,
                 verbose=False,
             )
         except Exception as error:
@@ -44,8 +45,6 @@ def write(exported: Exported, path: Path) -> None:
 
 def _explained(exported: Exported, error: Exception) -> str:
     """Which operation of which module has no counterpart."""
-    import re
-
     chain: list[str] = []
     one: BaseException | None = error
     while one is not None:

@@ -1,0 +1,223 @@
+"""Running an exported model. This file needs no other of the library: numpy, and ONNX Runtime or PyTorch.
+
+A copy of it lies in every exported folder::
+
+    from runner import Runner            # or, with the library: from sma_models.export import load
+
+    model = Runner("folder")
+    logits, state = model.prefill([[72, 101], [72, 105, 33]])
+    logits, state = model.step(logits.argmax(-1), state)
+
+A state is a dictionary of arrays with the sequences first, named and ordered as in ``export.json``: to copy, reorder,
+cut or join sequences, do that to every array of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+State = dict[str, Array]
+Graph = Callable[[list[Array]], list[Array]]
+STATE, NEXT = "state.", "next_state."
+
+
+class Runner:
+    """The graphs of an exported folder.
+
+    Args:
+        folder: what ``sma export`` or :func:`sma_models.export.export` wrote.
+        threads: how many ONNX Runtime may use; None leaves it to choose.
+
+    Attributes:
+        about: what ``export.json`` holds.
+        overflow: active tokens that have found no room so far. It stays 0 with a capacity of 1.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the folder is of another version.
+    """
+
+    VERSION = 1
+
+    def __init__(self, folder: str | Path, *, threads: int | None = None) -> None:
+        self.folder = Path(folder)
+        self.about: dict[str, Any] = json.loads((self.folder / "export.json").read_text("utf-8"))
+        if self.about.get("version") != self.VERSION:
+            raise ValueError(f"{self.folder}: must be of version {self.VERSION}, got {self.about.get('version')}")
+        start = _aoti if self.about["format"] == "aoti" else _onnx
+        self._graphs = {
+            name: start(self.folder / graph["file"], graph, threads) for name, graph in self.about["graphs"].items()
+        }
+        beginning = self.folder / "state.npz"
+        self._beginning: State = {}
+        if beginning.exists():
+            with np.load(beginning) as arrays:
+                self._beginning = {name: arrays[name] for name in arrays.files}
+        self.overflow = 0
+
+    def initial_state(self, sequences: int) -> State:
+        """The state before the first token of so many sequences."""
+        return {name: np.repeat(row, sequences, axis=0) for name, row in self._beginning.items()}
+
+    def forward(self, **inputs: Array) -> Array:
+        """Logits of whole sequences; the inputs by the names in ``export.json``, in the shapes there."""
+        logits, overflow = self._run("forward", inputs)
+        self._count(overflow)
+        return logits
+
+    def prefill(self, prompts: Sequence[Sequence[int]], state: State | None = None) -> tuple[Array, State]:
+        """Read prompts, of any length each.
+
+        Args:
+            prompts: at least one token each.
+            state: of as many sequences, to go on from; None for the beginning.
+
+        Returns:
+            Logits ``(n, V)`` of what follows each prompt, and the state after it.
+
+        Raises:
+            ValueError: there are none, or one is empty.
+        """
+        if not len(prompts):
+            raise ValueError("prompts: must hold at least one, got none")
+        for i, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise ValueError(f"prompts[{i}]: must hold at least one token")
+        batch = self.about["graphs"]["prefill"]["inputs"][0]["shape"][0]
+        state = self.initial_state(len(prompts)) if state is None else state
+        logits: list[Array] = []
+        after: list[State] = []
+        for first in range(0, len(prompts), batch):
+            rows = slice(first, first + batch)
+            one, read = self._prefill(prompts[rows], {name: each[rows] for name, each in state.items()})
+            logits.append(one)
+            after.append(read)
+        joined = {name: np.concatenate([each[name] for each in after]) for name in state}
+        return np.concatenate(logits), joined
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], state: State) -> tuple[Array, State]:
+        """The same for at most as many prompts as the graph takes; rows without a prompt get no tokens."""
+        batch, chunk = self.about["graphs"]["prefill"]["inputs"][0]["shape"]
+        n = len(prompts)
+        blank = self.initial_state(batch - n)
+        state = {name: np.concatenate([rows, blank[name]]) for name, rows in state.items()}
+        logits: Array | None = None
+        for start in range(0, max(map(len, prompts)), chunk):
+            tokens, lengths = np.zeros((batch, chunk), np.int64), np.zeros(batch, np.int64)
+            for row, prompt in enumerate(prompts):
+                part = prompt[start : start + chunk]
+                tokens[row, : len(part)], lengths[row] = part, len(part)
+            new, overflow, *after = self._run("prefill", {"tokens": tokens, "lengths": lengths, **state})
+            self._count(overflow)
+            logits = new if logits is None else np.where(lengths[:, None] > 0, new, logits)
+            state = dict(zip(state, after, strict=True))
+        assert logits is not None
+        return logits[:n], {name: rows[:n] for name, rows in state.items()}
+
+    def step(self, tokens: Array, state: State, live: Array | None = None) -> tuple[Array, State]:
+        """One more token of every sequence.
+
+        Args:
+            tokens: ``(n,)``.
+            state: before them.
+            live: ``(n,)`` bool, who takes a token; None for all. Nothing changes in the others.
+
+        Returns:
+            Logits ``(n, V)`` of what follows, and the state.
+        """
+        tokens = np.asarray(tokens, np.int64)
+        live = np.ones(len(tokens), bool) if live is None else live
+        logits, *after = self._run("step", {"tokens": tokens, "live": live, **state})
+        return logits, dict(zip(state, after, strict=True))
+
+    def stream(
+        self, prompts: Sequence[Sequence[int]], *, temperature: float = 0.0, seed: int | None = None
+    ) -> Iterator[Array]:
+        """Yield one new token ``(n,)`` of each prompt, for ever; temperature 0 takes the most likely one."""
+        logits, state = self.prefill(prompts)
+        random = np.random.default_rng(seed)
+        while True:
+            if temperature > 0:  # the largest of logits with such noise is a draw from their softmax
+                logits = logits / temperature + random.gumbel(size=logits.shape)
+            tokens = logits.argmax(-1)
+            yield tokens
+            logits, state = self.step(tokens, state)
+
+    def _run(self, name: str, inputs: Mapping[str, Array]) -> list[Array]:
+        graph = self.about["graphs"].get(name)
+        if graph is None:
+            raise ValueError(f"{self.folder}: holds no graph {name!r}, it holds {', '.join(self.about['graphs'])}")
+        ordered: list[Array] = []
+        for wanted in graph["inputs"]:
+            given = inputs.get(wanted["name"])
+            shape = wanted["shape"]
+            fits = given is not None and len(given.shape) == len(shape)
+            if not fits or any(size not in (None, have) for size, have in zip(shape, given.shape, strict=True)):
+                got = "nothing" if given is None else f"{given.shape}"
+                raise ValueError(f"{name}: {wanted['name']} must be {tuple(shape)}, None being the batch, got {got}")
+            ordered.append(np.ascontiguousarray(given, dtype=wanted["dtype"]))
+        return self._graphs[name](ordered)
+
+    def _count(self, overflow: Array) -> None:
+        if int(overflow):
+            self.overflow += int(overflow)
+            warnings.warn(f"{int(overflow)} active tokens found no room; export with a larger capacity", stacklevel=4)
+
+
+def _onnx(path: Path, graph: Mapping[str, Any], threads: int | None) -> Graph:
+    """A graph by ONNX Runtime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options)
+    names = [each["name"] for each in graph["inputs"]]
+
+    def run(inputs: list[Array]) -> list[Array]:
+        outputs: list[Array] = session.run(graph["outputs"], dict(zip(names, inputs, strict=True)))
+        return outputs
+
+    return run
+
+
+def _aoti(path: Path, graph: Mapping[str, Any], threads: int | None) -> Graph:
+    """A graph that AOTInductor compiled, by PyTorch. Its threads are those of PyTorch."""
+    import torch
+
+    compiled = torch._inductor.aoti_load_package(str(path))
+
+    def run(inputs: list[Array]) -> list[Array]:
+        with torch.no_grad():
+            return [each.numpy() for each in compiled(*map(torch.from_numpy, inputs))]
+
+    return run
+
+
+def main() -> None:
+    """Continue a text with a model of bytes: ``python runner.py "Once upon a time"``."""
+    parser = argparse.ArgumentParser(description="Continue a text with an exported model of bytes.")
+    parser.add_argument("prompt")
+    parser.add_argument("--folder", default=Path(__file__).parent, type=Path)
+    parser.add_argument("--tokens", default=100, type=int, help="how many new ones")
+    parser.add_argument("--temperature", default=0.0, type=float)
+    parser.add_argument("--seed", default=None, type=int)
+    options = parser.parse_args()
+    model = Runner(options.folder)
+    stream = model.stream([list(options.prompt.encode())], temperature=options.temperature, seed=options.seed)
+    new = bytes(int(next(stream)[0]) for _ in range(options.tokens))
+    sys.stdout.write(options.prompt + new.decode("utf-8", "replace") + "\n")
+
+
+if __name__ == "__main__":
+    main()
