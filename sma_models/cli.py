@@ -34,6 +34,7 @@ app.command("inspect")(inspection.inspect)
 app.command("plugins")(installed.plugins)
 app.command("specs")(installed.specs)
 app.command("convert")(convert.convert)
+app.command("export")(export.export_graphs)
 app.command("export-hf")(export.export_hf)
 app.command("demo")(demo.demo)
 

@@ -14,6 +14,7 @@ from sma.errors import ShapeError
 from sma.interfaces import Mixer, ModuleOutput
 from sma.linear import Linear
 from sma.memory import WorkingMemory
+from sma.ops import compress, extract
 from sma.routing import Packed
 from sma.state import State
 from sma_modules.local_attention import LocalAttention, initialise
@@ -200,13 +201,13 @@ class AttentionMixer(Mixer):
         """
         if x.dim() != 3 or x.shape[-1] != self.d_model:
             raise ShapeError(f"AttentionMixer: x must be (B, L, {self.d_model}), got {tuple(x.shape)}")
-        batch, length, width = x.shape
+        batch, length = x.shape[:2]
         column = torch.arange(length, device=x.device).expand(batch, length)
         mask = torch.ones_like(column, dtype=torch.bool) if lengths is None else column < lengths[:, None]
         # Every token of the stream went into the memory, so what it has counted is the position of the next one.
         position = column + state.count[:, None] if _continues(state, batch) else column
-        packed = Packed.from_mask(mask, position)
-        rows = x.reshape(-1, width)
-        output, memory, _ = self.attention(rows.index_select(0, packed.index), packed, state)
-        y = output.new_zeros(batch * length, width).index_copy(0, packed.index, output)
-        return y.view(batch, length, width), None if state is None else memory
+        # In a graph there is room for padding too, as shapes are fixed there.
+        room = batch * length if torch.compiler.is_compiling() else None
+        packed = Packed.from_mask(mask, position, capacity=room)
+        output, memory, _ = self.attention(compress(x, packed), packed, state)
+        return extract(output, packed), None if state is None else memory

@@ -1,9 +1,9 @@
-"""``sma export-hf``: a trained model as a folder that Hugging Face Transformers loads."""
+"""``sma export`` and ``sma export-hf``: trained models as folders that other programs run."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -29,5 +29,31 @@ def export_hf(
 
     kind = None if dtype is None else getattr(torch, dtype)
     folder = export(found.model(), to, dtype=kind, max_shard_size=max_shard_size, force=force)
+    files = sorted(path.name for path in folder.iterdir())
+    out().print(f"{folder}: {', '.join(files)}", soft_wrap=True)
+
+
+def export_graphs(
+    run: RunArgument,
+    to: Annotated[Path, typer.Option(help="Folder to write: the graphs, and runner.py, which runs them.")],
+    format: Annotated[
+        Literal["onnx", "aoti"],
+        typer.Option(help="onnx for ONNX Runtime; aoti for machine code by AOTInductor, which takes a C++ compiler."),
+    ] = "onnx",
+    batch: Annotated[
+        int | None, typer.Option(help="Sequences; by default any number in a step, and one in everything else.")
+    ] = None,
+    chunk: Annotated[int, typer.Option(help="Tokens that are read at once; of a classifier, the longest input.")] = 256,
+    capacity: Annotated[float, typer.Option(help="Share of these tokens that each layer has room for.")] = 1.0,
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder that has something in it.")] = False,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Write the model of a run as graphs that run without this library, by ONNX Runtime or AOTInductor."""
+    found = find_run(run, runs)
+    from sma_models.export import export
+
+    options: dict[str, Any] = {"batch": batch, "chunk": chunk, "capacity": capacity, "force": force}
+    with extra("export"):
+        folder = export(found.model().eval(), to, format=format, **options)
     files = sorted(path.name for path in folder.iterdir())
     out().print(f"{folder}: {', '.join(files)}", soft_wrap=True)

@@ -16,6 +16,7 @@ from sma.errors import ConfigError, ExportError
 from sma.interfaces import Model
 from sma_models.export import runner
 from sma_models.export.program import STATE, Exported, export_forward, export_prefill, export_step
+from sma_models.export.quiet import quiet
 from sma_models.heads import LanguageModel
 
 Format = Literal["onnx", "aoti"]
@@ -135,7 +136,8 @@ def _write(exported: Exported, path: Path, format: Format) -> None:
     from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
     try:
-        aoti_compile_and_package(exported.program, package_path=str(path))
+        with quiet():
+            aoti_compile_and_package(exported.program, package_path=str(path))
     except (InductorError, InvalidCxxCompiler) as error:
         reason = next(line for line in (*str(error).splitlines(), type(error).__name__) if line)
         raise ExportError(f"{path.stem}: cannot be compiled by AOTInductor: {reason}") from error

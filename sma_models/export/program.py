@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -299,31 +300,26 @@ def _trace(
 
 @contextmanager
 def _naming(module: nn.Module, what: str) -> Iterator[None]:
-    """An error inside names the module that was running."""
-    running: list[str] = []
-    hooks: list[Any] = []
-    for name, part in module.named_modules():
-        hooks.append(part.register_forward_pre_hook(_entering(running, name.removeprefix("model").lstrip("."), part)))
-        hooks.append(part.register_forward_hook(lambda *_: running.pop() and None))
+    """An error inside names the part of the module that was running."""
     try:
         yield
     except SMAError:
         raise
     except Exception as error:
-        place = running[-1] if running else "the model"
-        raise ExportError(f"{place}: cannot be exported ({what}): {_reason(error)}") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
+        raise ExportError(f"{_place(error, module)}: cannot be exported ({what}): {_reason(error)}") from error
 
 
-def _entering(running: list[str], name: str, part: nn.Module) -> Callable[..., None]:
-    label = f"{name} ({type(part).__name__})" if name else type(part).__name__
-
-    def enter(*_: Any) -> None:
-        running.append(label)
-
-    return enter
+def _place(error: BaseException, module: nn.Module) -> str:
+    """The innermost part of the module whose code an error comes from."""
+    names = {id(part): name.removeprefix("model").lstrip(".") for name, part in module.named_modules()}
+    place, one = "the model", cast("BaseException | None", error)
+    while one is not None:
+        for frame, _ in traceback.walk_tb(one.__traceback__):
+            owner = frame.f_locals.get("self")
+            if names.get(id(owner)):
+                place = f"{names[id(owner)]} ({type(owner).__name__})"
+        one = one.__cause__ or one.__context__
+    return place
 
 
 def _reason(error: Exception) -> str:

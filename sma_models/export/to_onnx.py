@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +10,10 @@ import torch
 
 from sma.errors import ExportError
 from sma_models.export.program import Exported
+from sma_models.export.quiet import quiet
 
 OPSET = 20
 """The operators' version: the first with Fourier transforms as they are now."""
-LOGGERS = ("torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
 
 
 def write(exported: Exported, path: Path) -> None:
@@ -27,7 +24,7 @@ def write(exported: Exported, path: Path) -> None:
         ModuleNotFoundError: the extra "export" is not installed.
     """
     translations = _translations()  # first of all, as it needs the extra
-    with _quiet():
+    with quiet():
         try:
             program = torch.onnx.export(
                 exported.program,
@@ -54,33 +51,23 @@ def _explained(exported: Exported, error: Exception) -> str:
     node = re.search(r"translating node %(\w+)", text)
     operation = re.search(r"target=torch\.ops\.([\w.]+)\]", text)
     if node is None or operation is None:
-        return f"onnx: cannot be exported: {next((line for line in reversed(chain) if line), repr(error)).splitlines()[0]}"
+        return (
+            f"onnx: cannot be exported: {next((line for line in reversed(chain) if line), repr(error)).splitlines()[0]}"
+        )
     place = "the model"
     for each in exported.program.graph.nodes:
-        if each.name == node[1]:
+        # Behind its decomposition an operation may have another name.
+        if each.name == node[1] or operation[1].split(".")[1] in str(each.target):
             for path, kind in (each.meta.get("nn_module_stack") or {}).values():
                 name = path.removeprefix("model").lstrip(".")
                 place = f"{name} ({str(kind).rpartition('.')[2]})" if name else place
     return f"{place}: cannot be exported to ONNX: there is no counterpart of {operation[1]}"
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without remarks on packages and constants that have nothing to do with the user's model."""
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 def _translations() -> dict[Any, Any]:
     """Operations that torch does not translate, or not with all of their arguments."""
-    from onnxscript import INT64, opset20 as op
+    from onnxscript import INT64
+    from onnxscript import opset20 as op
 
     def repeat_interleave(repeats: INT64, output_size: int | None = None) -> INT64:
         ends = op.CumSum(repeats, op.Constant(value_int=0))

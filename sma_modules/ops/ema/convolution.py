@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+DIRECT = 1 << 21
+"""Tokens times taps up to which an exported graph takes products and sums: runtimes differ in their transforms."""
 BLOCK_ELEMENTS = 1 << 19
 """On a CPU, channels are transformed in blocks of about this many numbers, which stay in the cache."""
 
@@ -24,6 +26,8 @@ def convolve(x: Tensor, ahead: Tensor, behind: Tensor | None = None) -> Tensor:
         ``(B, L, D)``. Differentiable once.
     """
     length, taps = x.shape[1], ahead.shape[1]
+    if torch.compiler.is_exporting() and length * taps <= DIRECT:
+        return _direct(x, ahead, behind)
     # Room for the tail of the kernel on one side; when circular, both sides may share it because x is zero there.
     size = fast_size(length + taps - 1)
     if behind is None:
@@ -33,6 +37,16 @@ def convolve(x: Tensor, ahead: Tensor, behind: Tensor | None = None) -> Tensor:
         circular = torch.cat([ahead[:, :1] + behind[:, :1], ahead[:, 1:], middle, behind[:, 1:].flip(1)], dim=1)
     y: Tensor = _CircularConvolution.apply(x, circular)  # type: ignore[no-untyped-call]
     return y
+
+
+def _direct(x: Tensor, ahead: Tensor, behind: Tensor | None) -> Tensor:
+    """The same without transforms."""
+    taps = ahead.shape[1]
+    kernel = ahead.flip(1)
+    if behind is not None:
+        kernel = torch.cat([kernel[:, :-1], kernel[:, -1:] + behind[:, :1], behind[:, 1:]], 1)
+    padded = torch.nn.functional.pad(x.transpose(1, 2), (taps - 1, 0 if behind is None else taps - 1))
+    return torch.nn.functional.conv1d(padded, kernel[:, None], groups=x.shape[2]).transpose(1, 2)
 
 
 def fast_size(minimum: int) -> int:

@@ -1,0 +1,208 @@
+"""Folders for ONNX Runtime and AOTInductor: what runs there is the model, without the library."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sma.errors import ConfigError, ExportError
+from sma_models.cli import main
+from sma_models.export import Runner, export, export_forward, export_step, load, save
+from sma_models.generation import generate
+from sma_models.heads import LanguageModel
+from sma_models.training.loop import Outcome
+from sma_models.training.run import Run
+from tests.export.conftest import TEXT
+from tests.export.test_graphs import GAU, LAYER, activated, model_of, put
+from tests.models.tiny import inputs_of
+from tests.training.conftest import run_recipe  # noqa: F401  # fixtures, used by their names
+from tests.training.conftest import tiny as recipe  # noqa: F401
+
+PROMPTS = [list(b"line 7 is"), list(TEXT[:50]), list(b"l"), list(TEXT[100:141]), list(b"is followed by")]
+"""Longer and shorter than a chunk of 20, and more than two."""
+
+
+def expected(model: LanguageModel, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """What the model itself writes, greedily."""
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    valid = torch.arange(longest) >= longest - torch.tensor([[len(prompt)] for prompt in prompts])
+    written: list[list[int]] = generate(model, tokens, count, valid=valid, temperature=0).tolist()
+    return written
+
+
+def written(runner: Runner, prompts: list[list[int]], count: int) -> list[list[int]]:
+    stream = runner.stream(prompts)
+    return np.stack([next(stream) for _ in range(count)], 1).tolist()  # type: ignore[no-any-return]
+
+
+def test_onnx_runtime_writes_what_the_model_writes(trained: LanguageModel, folder: Path) -> None:
+    runner = load(folder, threads=1)
+    texts = written(runner, PROMPTS, 200)
+    assert texts == expected(trained, PROMPTS, 200)
+    assert len(set(texts[0])) > 8, "it says nothing, so everything would be the same"
+    assert runner.overflow == 0
+
+
+def test_onnx_runtime_gives_the_numbers_of_the_model(trained: LanguageModel, folder: Path) -> None:
+    runner = load(folder, threads=1)
+    logits, state = runner.prefill(PROMPTS)
+    for row, prompt in enumerate(PROMPTS):
+        with torch.no_grad():
+            out = trained(torch.tensor([prompt]), trained.initial_state(1))
+        assert out.state is not None
+        np.testing.assert_allclose(logits[row], out.logits[0, -1], rtol=1e-5, atol=1e-5)
+        for (name, ours), theirs in zip(state.items(), out.state.tensors(), strict=True):
+            np.testing.assert_allclose(ours[row], theirs[0], rtol=1e-5, atol=1e-5, err_msg=name)
+    live = np.array([True, False, True, True, False])
+    _, after = runner.step(logits.argmax(-1), state, live)
+    for name, each in after.items():
+        np.testing.assert_allclose(each[~live], state[name][~live], rtol=1e-6, atol=1e-6, err_msg=name)
+    seen = [name for name in after if name.endswith(".seen")]
+    assert [(after[name] - state[name]).tolist() for name in seen] == [[1, 0, 1, 1, 0]]
+
+
+def test_a_prompt_goes_on_from_a_state(folder: Path) -> None:
+    runner = load(folder, threads=1)
+    whole, _ = runner.prefill(PROMPTS[1:2])
+    _, state = runner.prefill([PROMPTS[1][:23]])
+    logits, _ = runner.prefill([PROMPTS[1][23:]], state)
+    np.testing.assert_allclose(logits, whole, rtol=1e-5, atol=1e-5)
+
+
+WITHOUT = "import runpy, sys; sys.modules.update(sma=None, sma_models=None, torch=None); sys.argv = sys.argv[1:]; "
+
+
+def test_the_copy_of_the_runner_needs_no_library(trained: LanguageModel, folder: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(folder, tmp_path / "elsewhere")
+    command = [sys.executable, "-c", WITHOUT + "runpy.run_path(sys.argv[0], run_name='__main__')"]
+    command += [str(moved / "runner.py"), "line 7 is", "--tokens", "30"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, timeout=60).stdout
+    assert said == "line 7 is" + bytes(expected(trained, [PROMPTS[0]], 30)[0]).decode() + "\n"
+
+
+def test_whole_sequences_by_onnx_runtime(tmp_path: Path) -> None:
+    """Experts, transforms in both directions, attention in chunks: what the language model does not have."""
+    experts = activated(module={"type": "moe", "n_experts": 4, "top_k": 2, "d_hidden": 6})
+    parts = [{"mixer": {"type": "ema", "n_state": 3}}, experts, activated(module=GAU | {"chunk": 4, "window": None})]
+    model = model_of(parts, n_classes=3)
+    save({"forward": export_forward(model, 2, 24)}, tmp_path / "x")
+    inputs, lengths = inputs_of(model, 2), torch.tensor([24, 13])
+    with torch.no_grad():
+        logits = model(inputs, lengths=lengths).logits
+    got = load(tmp_path / "x").forward(inputs=inputs.numpy(), lengths=lengths.numpy())
+    np.testing.assert_allclose(got, logits, rtol=1e-5, atol=1e-5)
+
+
+def test_overflow_is_reported(trained: LanguageModel, tmp_path: Path) -> None:
+    runner = load(export(trained, tmp_path / "x", chunk=20, capacity=0.05, batch=1), threads=1)
+    with pytest.warns(UserWarning, match="active tokens found no room; export with a larger capacity"):
+        runner.prefill([PROMPTS[1]])
+    assert runner.overflow > 0
+    # A step has room for everybody.
+    state = runner.initial_state(1)
+    logits, _ = runner.step(np.array([TEXT[0]]), state)
+    with torch.no_grad():
+        own = trained(torch.tensor([[TEXT[0]]])).logits[:, 0]
+    np.testing.assert_allclose(logits, own, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"step: tokens must be \(1,\), None being the batch, got \(2,\)"):
+        runner.step(np.array([1, 2]), state)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler; g++ is not there")
+def test_machine_code_writes_what_the_model_writes(
+    trained: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    runner = load(export(trained, tmp_path / "x", format="aoti", chunk=20))
+    assert written(runner, PROMPTS, 200) == expected(trained, PROMPTS, 200)
+    logits, _ = runner.prefill(PROMPTS[:2])
+    for row, prompt in enumerate(PROMPTS[:2]):
+        with torch.no_grad():
+            own = trained(torch.tensor([prompt])).logits[0, -1]
+        np.testing.assert_allclose(logits[row], own, rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_compiler_it_says_so(trained: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder
+
+    def none(*_: object) -> str:
+        raise torch._inductor.exc.InvalidCxxCompiler()
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(ExportError, match=r"step: cannot be compiled by AOTInductor: .*C\+\+"):
+        save({"step": export_step(trained, 1)}, tmp_path / "x", format="aoti")
+    assert not (tmp_path / "x").exists()
+
+
+class Bessel(nn.Module):
+    """Does what no ONNX operator does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.bessel_j0(x)
+
+
+def test_what_onnx_has_not_is_named(tmp_path: Path) -> None:
+    graph = export_step(put(model_of([activated()]), Bessel()), 1)
+    with pytest.raises(ExportError, match=rf"{LAYER}.module \(Bessel\): cannot be exported to ONNX: .*bessel_j0"):
+        save({"step": graph}, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_are_not_overwritten_unasked(trained: LanguageModel, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="folder: must be new or empty"):
+        export(trained, folder)
+    with pytest.raises(ConfigError, match="format: must be one of onnx, aoti, got 'tflite'"):
+        export(trained, tmp_path / "x", format="tflite")  # type: ignore[arg-type]
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="folder: must be a folder, got the file"):
+        export(trained, tmp_path / "file")
+
+
+def test_bad_folders_and_inputs(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"folder: must be one that was exported, got .*export.json"):
+        load(tmp_path)
+    about = json.loads((folder / "export.json").read_text()) | {"version": 99}
+    (tmp_path / "export.json").write_text(json.dumps(about))
+    with pytest.raises(ConfigError, match="must be of version 1, got 99"):
+        load(tmp_path)
+    runner = load(folder, threads=1)
+    for prompts, message in (
+        ([], "must hold at least one, got none"),
+        ([[1], []], r"prompts\[1\]: must hold at least"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            runner.prefill(prompts)
+    with pytest.raises(ValueError, match="holds no graph 'forward', it holds prefill, step"):
+        runner.forward(inputs=np.zeros((1, 4)))
+    with pytest.raises(ValueError, match=r"step: state.layers.0.mixer.hidden must be .*, got nothing"):
+        runner.step(np.zeros(1), {})
+
+
+def test_export_of_a_run(
+    recipe: str,  # noqa: F811
+    run_recipe: Callable[..., tuple[Run, Outcome]],  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, _ = run_recipe(recipe, "train.steps=6", "model.n_layers=1")
+    arguments: list[Any] = ["export", str(run.path), "--to", str(tmp_path / "x"), "--chunk", "16"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("export.json", "prefill.onnx", "step.onnx", "state.npz", "runner.py"))
+    model = run.model()
+    assert isinstance(model, LanguageModel)
+    assert written(load(tmp_path / "x", threads=1), PROMPTS, 20) == expected(model, PROMPTS, 20)
+    assert main(arguments) == 2
+    assert "must be new or empty" in capsys.readouterr().err
