@@ -262,7 +262,7 @@ def _fixed(model: Any, capacity: float) -> Any:
         ExportError: a layer has no rows of a fixed number.
     """
     weights = {id(each): each for each in (*model.parameters(), *model.buffers())}
-    fixed = copy.deepcopy(model, weights)  # type: ignore[arg-type]  # what is in there already is not copied
+    fixed = copy.deepcopy(model, weights)  # what is in there already is not copied
     for name, layer in fixed.named_modules():
         if not isinstance(layer, SparseMixture):
             continue

@@ -159,10 +159,8 @@ class Runner:
             raise ValueError(f"{self.folder}: holds no graph {name!r}, it holds {', '.join(self.about['graphs'])}")
         ordered: list[Array] = []
         for wanted in graph["inputs"]:
-            given = inputs.get(wanted["name"])
-            shape = wanted["shape"]
-            fits = given is not None and len(given.shape) == len(shape)
-            if not fits or any(size not in (None, have) for size, have in zip(shape, given.shape, strict=True)):
+            given, shape = inputs.get(wanted["name"]), wanted["shape"]
+            if given is None or not _fits(given.shape, shape):
                 got = "nothing" if given is None else f"{given.shape}"
                 raise ValueError(f"{name}: {wanted['name']} must be {tuple(shape)}, None being the batch, got {got}")
             ordered.append(np.ascontiguousarray(given, dtype=wanted["dtype"]))
@@ -172,6 +170,10 @@ class Runner:
         if int(overflow):
             self.overflow += int(overflow)
             warnings.warn(f"{int(overflow)} active tokens found no room; export with a larger capacity", stacklevel=4)
+
+
+def _fits(shape: tuple[int, ...], rule: Sequence[int | None]) -> bool:
+    return len(shape) == len(rule) and all(size in (None, have) for size, have in zip(rule, shape, strict=True))
 
 
 def _onnx(path: Path, graph: Mapping[str, Any], threads: int | None) -> Graph:

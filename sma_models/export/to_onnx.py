@@ -66,10 +66,9 @@ def _explained(exported: Exported, error: Exception) -> str:
 
 def _translations() -> dict[Any, Any]:
     """Operations that torch does not translate, or not with all of their arguments."""
-    from onnxscript import INT64
     from onnxscript import opset20 as op
 
-    def repeat_interleave(repeats: INT64, output_size: int | None = None) -> INT64:
+    def repeat_interleave(repeats: Any, output_size: int | None = None) -> Any:
         ends = op.CumSum(repeats, op.Constant(value_int=0))
         total = op.ReduceSum(repeats, keepdims=0) if output_size is None else op.Constant(value_int=output_size)
         row = op.Range(op.Constant(value_int=0), total, op.Constant(value_int=1))

@@ -10,6 +10,7 @@ import sma
 from sma.configurators import Always, FixedRate
 from sma.errors import ConfigError
 from sma.layer import SparselyActivated, SparseMixture
+from sma.memory import WorkingMemory
 from sma.ops import using
 from sma.routing import Packed
 from sma.testing.base import gradients
@@ -149,3 +150,29 @@ def test_a_replayed_decision_is_not_cut() -> None:
     replayed = layer.with_capacity(0.1)(x, replay=everything)
     assert replayed.routing.active.all()
     assert replayed.routing.overflow is None
+
+
+def test_streams_obey_it_only_where_they_are_asked_to() -> None:
+    layer = SparselyActivated(attention(causal=True), Always(Always.Config()), causal=True).with_capacity(0.25)
+    x = torch.randn(2, 8, 8)
+    assert layer(x, layer.initial_state(2, x)).routing.overflow is None
+    out = layer.with_capacity(0.25, streams=True)(x, layer.initial_state(2, x))
+    assert out.routing.overflow.tolist() == [12]
+    assert out.state.members[0].count.tolist() == [4, 0]
+    assert out.state.seen.tolist() == [8, 8]
+
+
+@pytest.mark.parametrize("active", [[[True, False, True], [False, False, False]], [[False] * 3] * 2, [[True] * 3] * 2])
+def test_a_memory_of_fixed_shape_remembers_the_same(active: list[list[bool]]) -> None:
+    mask, rows, memory = torch.tensor(active), torch.randn(6, 2), WorkingMemory.empty(2, 4, torch.zeros(0, 2))
+    for _ in range(3):
+        free, fixed = Packed.from_mask(mask), Packed.from_mask(mask, capacity=6)
+        ours, theirs = memory.append(free, rows[: free.index.numel()]), memory.append(fixed, rows)
+        real = int(ours.cu_seqlens[-1])
+        assert theirs.rows[0].shape == (2 * 4 + 6, 2)
+        assert torch.equal(theirs.rows[0][:real], ours.rows[0])
+        assert theirs.cu_seqlens.tolist() == [*ours.cu_seqlens.tolist(), 14]
+        assert theirs.start.tolist() == [*ours.start.tolist(), 0]
+        for one, other in zip(ours.memory.tensors(), theirs.memory.tensors(), strict=True):
+            assert torch.equal(one, other)
+        memory = theirs.memory

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sma.errors import ConfigError, ExportError
 from sma_models.cli import main
-from sma_models.export import Runner, export, export_forward, export_step, load, save
+from sma_models.export import Runner, export, export_forward, export_prefill, export_step, load, save
 from sma_models.generation import generate
 from sma_models.heads import LanguageModel
 from sma_models.training.loop import Outcome
@@ -100,23 +100,18 @@ def test_whole_sequences_by_onnx_runtime(tmp_path: Path) -> None:
     inputs, lengths = inputs_of(model, 2), torch.tensor([24, 13])
     with torch.no_grad():
         logits = model(inputs, lengths=lengths).logits
-    got = load(tmp_path / "x").forward(inputs=inputs.numpy(), lengths=lengths.numpy())
+    runner = load(tmp_path / "x")
+    got = runner.forward(inputs=inputs.numpy(), lengths=lengths.numpy())
     np.testing.assert_allclose(got, logits, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"forward: lengths must be \(2,\), None being the batch, got \(3,\)"):
+        runner.forward(inputs=inputs.numpy(), lengths=np.ones(3))
 
 
 def test_overflow_is_reported(trained: LanguageModel, tmp_path: Path) -> None:
-    runner = load(export(trained, tmp_path / "x", chunk=20, capacity=0.05, batch=1), threads=1)
+    runner = load(save({"prefill": export_prefill(trained, 1, 20, capacity=0.05)}, tmp_path / "x"), threads=1)
     with pytest.warns(UserWarning, match="active tokens found no room; export with a larger capacity"):
         runner.prefill([PROMPTS[1]])
     assert runner.overflow > 0
-    # A step has room for everybody.
-    state = runner.initial_state(1)
-    logits, _ = runner.step(np.array([TEXT[0]]), state)
-    with torch.no_grad():
-        own = trained(torch.tensor([[TEXT[0]]])).logits[:, 0]
-    np.testing.assert_allclose(logits, own, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match=r"step: tokens must be \(1,\), None being the batch, got \(2,\)"):
-        runner.step(np.array([1, 2]), state)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler; g++ is not there")
