@@ -1,5 +1,5 @@
 # `make demo` and `make test` are all the set-up that a fresh machine needs: they make .venv first.
-# It takes python3 (>= 3.11) with pip and venv; `make test-scatter` also takes a C++ compiler.
+# It takes python3 (>= 3.11) with pip and venv; `make test-scatter` also takes a C++ compiler, and `make test` skips a test without.
 PYTHON ?= python3
 # More arguments for pip, for instance an index with CPU builds of PyTorch.
 PIP_ARGS ?=

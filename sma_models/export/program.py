@@ -44,7 +44,7 @@ class Exported:
 
     @property
     def states(self) -> tuple[str, ...]:
-        """Names of the inputs that are the state, in the order of :meth:`sma.State.named_tensors`."""
+        """Names of the inputs that are the state, in the order of :meth:`sma.state.State.named_tensors`."""
         return tuple(name for name in self.inputs if name.startswith(STATE))
 
 

@@ -35,7 +35,7 @@ class Runner:
     """The graphs of an exported folder.
 
     Args:
-        folder: what ``sma export`` or :func:`sma_models.export.export` wrote.
+        folder: what ``sma export`` or :func:`sma_models.export.folder.export` wrote.
         threads: how many ONNX Runtime may use; None leaves it to choose.
 
     Attributes:

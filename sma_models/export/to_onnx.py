@@ -13,7 +13,7 @@ from sma_models.export.program import Exported
 from sma_models.export.quiet import quiet
 
 OPSET = 20
-"""The operators' version: the first with Fourier transforms as they are now."""
+"""Version of the operators. It is the first with Fourier transforms as they are now."""
 
 
 def write(exported: Exported, path: Path) -> None:

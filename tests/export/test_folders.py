@@ -119,7 +119,8 @@ def test_machine_code_writes_what_the_model_writes(
     trained: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    runner = load(export(trained, tmp_path / "x", format="aoti", chunk=20))
+    with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):  # it compiles faster
+        runner = load(export(trained, tmp_path / "x", format="aoti", chunk=20))
     assert written(runner, PROMPTS, 200) == expected(trained, PROMPTS, 200)
     logits, _ = runner.prefill(PROMPTS[:2])
     for row, prompt in enumerate(PROMPTS[:2]):
