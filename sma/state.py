@@ -146,8 +146,10 @@ def difference(one: State, kinds: Mapping[str, str], tensors: Mapping[str, Tenso
         if ours.get(name) != theirs.get(name):
             place = name or "the whole"
             return f"{place} must be {_described(ours.get(name))}, got {_described(theirs.get(name))}"
-    batches = {each.shape[0] for each in tensors.values()}
-    return f"every tensor must be of one batch, got {sorted(batches)}" if len(batches) > 1 else None
+    batches = [each.shape[0] for each in tensors.values()]  # no set: in a graph these may be symbols
+    if any(each != batches[0] for each in batches):
+        return f"every tensor must be of one batch, got {sorted(set(batches))}"
+    return None
 
 
 def _described(what: tuple[int, ...] | str | None) -> str:
