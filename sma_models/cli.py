@@ -1,4 +1,4 @@
-"""The ``sma`` command: one door to training, evaluating, generating, looking inside, and to what is installed.
+"""The ``sma`` command: one door to training, evaluating, generating, serving, looking inside, and to what is installed.
 
 What the user got wrong ends in one line on stderr and exit code 2; ``--debug`` shows where it was found.
 """
@@ -13,7 +13,7 @@ import typer
 
 from sma import __version__
 from sma.errors import SMAError
-from sma_models.commands import convert, demo, export, inspection, installed, training
+from sma_models.commands import convert, demo, export, inspection, installed, serve, training
 
 # Typer's own errors about arguments derive from this one, wherever the release keeps it.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -31,6 +31,7 @@ app.command("eval")(training.evaluate)
 app.command("data")(training.data)
 app.command("generate")(inspection.generate)
 app.command("inspect")(inspection.inspect)
+app.command("serve")(serve.serve)
 app.command("plugins")(installed.plugins)
 app.command("specs")(installed.specs)
 app.command("convert")(convert.convert)

@@ -1,0 +1,308 @@
+"""The web application: routes, keys, bodies, streams, and errors as OpenAI's clients know them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from sma_models.serving.engine import Engine
+from sma_models.serving.errors import RequestError, error_content
+from sma_models.serving.requests import CompletionRequest, parse
+from sma_models.serving.responses import Completion
+from sma_models.serving.sequences import Event, Ticket
+
+log = logging.getLogger(__name__)
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+_POLICY = "default-src 'none'; connect-src 'self'; script-src 'self'; style-src 'self'; img-src data:"
+_PAGE = {
+    "": ("index.html", "text/html; charset=utf-8"),
+    "page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "page.css": ("page.css", "text/css; charset=utf-8"),
+}
+_NO_CHAT = (
+    "the model that is served continues texts and was not trained to chat, so there is no chat endpoint; "
+    "use /v1/completions"
+)
+_DISCARDED_BODIES = 16
+"""So many times the largest body are read and thrown away, so that a client that sends too much hears about it."""
+
+
+class Service:
+    """What the routes share.
+
+    Args:
+        engine: that writes.
+        model: its name for clients.
+        key: that clients have to show, None if they need none.
+
+    Attributes:
+        created: when this began, in seconds since 1970.
+        cut_off: answers that the end of the server broke off.
+    """
+
+    def __init__(self, engine: Engine, model: str, key: str | None = None) -> None:
+        self.engine, self.model, self.limits = engine, model, engine.limits
+        self.created, self.cut_off = int(time.time()), 0
+        self._key = None if key is None else key.encode()
+
+    def check_key(self, request: Request) -> None:
+        """Compared in a time that tells nothing about the key.
+
+        Raises:
+            RequestError: 401, it is missing or another one.
+        """
+        if self._key is None:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self._key):
+            raise RequestError(
+                401,
+                "authorization: must be 'Bearer' and the key of this server",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    def described(self) -> dict[str, Any]:
+        """The model, as OpenAI lists it, with its limits and layers."""
+        return {
+            "id": self.model,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "sma",
+            "max_prompt_tokens": self.limits.prompt_tokens,
+            "max_tokens": self.limits.max_tokens,
+            "layers": self.engine.channels,
+        }
+
+    async def body(self, request: Request) -> bytes:
+        """The body of a request.
+
+        Raises:
+            RequestError: 415, it is not said to be JSON; 413, it is too large; 408, it takes too long.
+        """
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            # Also keeps pages of other origins out: a browser sends JSON across origins only where it is allowed.
+            raise RequestError(415, f"content-type: must be application/json, got {kind[:80] or 'none'}")
+        most, parts, size = self.limits.body_bytes, list[bytes](), 0
+        try:
+            async with asyncio.timeout(self.limits.body_seconds):
+                async for part in request.stream():
+                    size += len(part)
+                    if size <= most:
+                        parts.append(part)
+                    elif size > most * _DISCARDED_BODIES:
+                        break
+        except TimeoutError:
+            message = f"body: must arrive within {self.limits.body_seconds} s"
+            raise RequestError(408, message, headers={"Connection": "close"}) from None
+        if size > most:
+            raise RequestError(413, f"body: must hold at most {most} bytes", headers={"Connection": "close"})
+        return b"".join(parts)
+
+    def submit(self, request: CompletionRequest) -> tuple[Ticket, asyncio.Queue[list[Event]]]:
+        """Give a request to the engine; what it tells comes through the queue.
+
+        Raises:
+            RequestError: 429 or 503, it is not taken on.
+        """
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[list[Event]] = asyncio.Queue()  # never holds more than what the texts may be long
+
+        def tell(some: list[Event]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(events.put_nowait, some)
+
+        ticket = Ticket(request.wish(), request.samplings(), tell)
+        self.engine.submit(ticket)
+        return ticket, events
+
+
+async def disconnected(receive: Receive) -> None:
+    """Wait until the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Answer(Response):
+    """A completion, whole or as a stream of server-sent events.
+
+    A client that goes away takes its request with it, and one that does not take its answer in time loses it.
+    """
+
+    def __init__(self, service: Service, request: CompletionRequest) -> None:
+        self.status_code, self.background = 200, None
+        self._service, self._request = service, request
+        self._completion = Completion(request, service.model)
+        self._ticket, self._events = service.submit(request)
+        self._started = False
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer, unless the client goes."""
+        work = asyncio.create_task(self._answer(scope, receive, send))
+        gone = asyncio.create_task(disconnected(receive))
+        try:
+            await asyncio.wait({work, gone}, timeout=self._service.limits.seconds, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+            elif not gone.done():
+                await self._too_late(work, scope, receive, send)
+        except asyncio.CancelledError:
+            self._service.cut_off += 1
+            raise
+        finally:
+            self._service.engine.cancel(self._ticket)
+            for task in (work, gone):
+                task.cancel()
+
+    async def _answer(self, scope: Message, receive: Receive, send: Send) -> None:
+        try:
+            if self._request.stream:
+                await self._stream(send)
+            else:
+                while not self._completion.finished:
+                    self._completion.feed(await self._events.get())
+                await JSONResponse(self._completion.whole())(scope, receive, send)
+        except RequestError as error:
+            await self._refuse(error, scope, receive, send)
+
+    async def _stream(self, send: Send) -> None:
+        while not self._completion.finished:
+            self._completion.feed(await self._events.get())
+            for piece in self._completion.pieces():
+                await self._send(send, piece)
+        if self._completion.tells_usage:
+            await self._send(send, self._completion.closing())
+        await self._end(send)
+
+    async def _send(self, send: Send, content: object) -> None:
+        if not self._started:
+            self._started = True
+            headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
+            headers.append((b"x-accel-buffering", b"no"))  # proxies should not collect it
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+        text = json.dumps(content, separators=(",", ":"), allow_nan=False)
+        await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
+
+    async def _end(self, send: Send) -> None:
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+    async def _refuse(self, error: RequestError, scope: Message, receive: Receive, send: Send) -> None:
+        """An error in place of the answer, or as the last event of a stream that has begun."""
+        if not self._started:
+            await JSONResponse(error.content(), error.status, error.headers)(scope, receive, send)
+            return
+        await self._send(send, error.content())
+        await self._end(send)
+
+    async def _too_late(self, work: asyncio.Task[None], scope: Message, receive: Receive, send: Send) -> None:
+        work.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await work
+        error = RequestError(504, f"the answer took longer than {self._service.limits.seconds} s", code="timeout")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):  # a client that reads nothing does not read this either
+                await self._refuse(error, scope, receive, send)
+
+
+def make_app(service: Service) -> FastAPI:
+    """The application; its life is that of the engine."""
+
+    @contextlib.asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        service.engine.start()
+        yield
+        await asyncio.to_thread(service.engine.stop)
+
+    # Its pages of documentation load scripts from elsewhere.
+    app = FastAPI(title="sma serve", docs_url=None, redoc_url=None, lifespan=life)
+    _add_errors(app)
+    _add_page(app)
+    body = {"required": True, "content": {"application/json": {"schema": CompletionRequest.model_json_schema()}}}
+
+    @app.post("/v1/completions", response_model=None, openapi_extra={"requestBody": body})
+    async def completions(request: Request) -> Response:
+        service.check_key(request)
+        return Answer(service, parse(await service.body(request), service.limits, service.model))
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> dict[str, Any]:
+        service.check_key(request)
+        return {"object": "list", "data": [service.described()]}
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str, request: Request) -> dict[str, Any]:
+        service.check_key(request)
+        if model != service.model:
+            message = f"model: must be {service.model!r}, got {json.dumps(model[:80])}"
+            raise RequestError(404, message, param="model", code="model_not_found")
+        return service.described()
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> None:
+        service.check_key(request)
+        raise RequestError(404, _NO_CHAT, param="model", code="no_chat")
+
+    @app.get("/health", response_model=None)
+    async def health() -> Response:
+        engine = service.engine
+        content = {
+            "status": "ok" if engine.alive else "failed",
+            "running": engine.running,
+            "sequences": engine.in_flight,
+            "slots": service.limits.slots,
+            "capacity": service.limits.capacity,
+        }
+        return JSONResponse(content, 200 if engine.alive else 503, {"Cache-Control": "no-store"})
+
+    return app
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(RequestError)
+    async def refused(_: Request, error: RequestError) -> Response:
+        return JSONResponse(error.content(), error.status, error.headers)
+
+    @app.exception_handler(HTTPException)
+    async def not_there(request: Request, error: HTTPException) -> Response:
+        place = f"{request.method[:16]} {json.dumps(request.url.path[:80])}"
+        message = {404: f"{place}: there is no such path", 405: f"{place}: this path has other methods"}
+        return JSONResponse(
+            error_content(error.status_code, message.get(error.status_code, str(error.detail))),
+            error.status_code,
+            error.headers,
+        )
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> Response:
+        log.error("a request failed", exc_info=error)
+        return JSONResponse(error_content(500, "the server made a mistake; its log says which"), 500)
+
+
+def _add_page(app: FastAPI) -> None:
+    folder = files("sma_models.serving").joinpath("page")
+    headers = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+    headers["Referrer-Policy"] = "no-referrer"
+
+    def add(path: str, content: bytes, kind: str) -> None:
+        @app.get(f"/{path}", include_in_schema=False)
+        async def page() -> Response:
+            return Response(content, media_type=kind, headers=headers)
+
+    for path, (name, kind) in _PAGE.items():
+        add(path, folder.joinpath(name).read_bytes(), kind)

@@ -1,0 +1,265 @@
+"""A request for completions: from the bytes of a body to what the engine works on. Nothing is guessed."""
+
+from __future__ import annotations
+
+import json
+from random import Random
+from typing import Annotated, Any, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator
+
+from sma_models.serving.errors import RequestError
+from sma_models.serving.limits import Limits
+from sma_models.serving.sampling import Sampling
+from sma_models.serving.sequences import Wish
+
+_ACTIVATION_TOKENS = 16_384
+"""Most tokens of a request that tells activations: each of them is some hundred bytes of JSON for every text."""
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+_TEXT_OR_TOKENS = {
+    "oneOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+        {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 255}, "minItems": 1},
+        {
+            "type": "array",
+            "items": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 255}, "minItems": 1},
+            "minItems": 1,
+        },
+    ]
+}
+_ONE_OR_MORE_TEXTS = {
+    "oneOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 4},
+    ]
+}
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells besides the text."""
+
+    model_config = _STRICT
+
+    include_usage: bool | None = None
+
+
+class CompletionRequest(BaseModel):
+    """The body of ``POST /v1/completions``. Fields that are None have their default.
+
+    Attributes:
+        prompt: a text, token numbers, or several of either; here as bytes. A token is a byte.
+        model: name of the model that is served.
+        max_tokens: to write.
+        temperature: 0 always takes the most likely token.
+        top_p: draw among the fewest tokens that hold this much probability.
+        n: texts for each prompt.
+        stop: up to four strings at which a text ends; they are not part of it.
+        seed: the same request with the same seed gives the same texts.
+        echo: the prompt is part of the text.
+        logprobs: log-probabilities of the tokens, with so many of the most likely in their place.
+        stream: tell the text as it comes, as server-sent events.
+        stream_options: see there.
+        user: is not looked at.
+        activations: beyond OpenAI's: which modules each token activated.
+        best_of: only n itself.
+        presence_penalty: only 0.
+        frequency_penalty: only 0.
+        logit_bias: only an empty one.
+        suffix: only an empty one.
+    """
+
+    model_config = _STRICT
+
+    prompt: Annotated[Any, WithJsonSchema(_TEXT_OR_TOKENS)]
+    model: str | None = None
+    max_tokens: int | None = Field(None, ge=0)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    n: int | None = Field(None, ge=1)
+    stop: Annotated[Any, WithJsonSchema(_ONE_OR_MORE_TEXTS)] = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=5)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    activations: bool | None = None
+    best_of: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    suffix: str | None = None
+
+    @field_validator("prompt", mode="plain")
+    @classmethod
+    def _prompts(cls, value: object) -> list[bytes]:
+        if isinstance(value, list) and value and all(isinstance(each, str | list) for each in value):
+            return [_tokens(each) for each in value]
+        return [_tokens(value)]
+
+    @field_validator("stop", mode="plain")
+    @classmethod
+    def _stops(cls, value: object) -> tuple[bytes, ...]:
+        given: list[object] = [] if value is None else value if isinstance(value, list) else [value]
+        stops = [stop for stop in given if isinstance(stop, str) and stop]
+        if len(given) > 4 or len(stops) < len(given):
+            raise ValueError("must be a string or up to four of them, none of them empty")
+        return tuple(_encoded(stop) for stop in stops)
+
+    @property
+    def count(self) -> int:
+        """Sequences for each prompt."""
+        return 1 if self.n is None else self.n
+
+    @property
+    def tokens(self) -> int:
+        """The most tokens to write for each sequence; 16 is OpenAI's default."""
+        return 16 if self.max_tokens is None else self.max_tokens
+
+    def wish(self) -> Wish:
+        """What the engine has to know of every sequence."""
+        return Wish(
+            max_tokens=self.tokens,
+            stops=self.stop or (),
+            likelihoods=self.logprobs,
+            of_prompt=bool(self.echo),
+            activations=bool(self.activations),
+        )
+
+    def samplings(self) -> list[tuple[bytes, list[Sampling]]]:
+        """The prompts, each with the ways in which its sequences are drawn."""
+        temperature = 1.0 if self.temperature is None else self.temperature
+        top_p = 1.0 if self.top_p is None else self.top_p
+        return [
+            (prompt, [Sampling(temperature, top_p, self._random(p * self.count + i)) for i in range(self.count)])
+            for p, prompt in enumerate(self.prompt)
+        ]
+
+    def _random(self, number: int) -> Random:
+        return Random() if self.seed is None else Random(f"{self.seed}/{number}")
+
+
+def _tokens(value: object) -> bytes:
+    if isinstance(value, str) and value:
+        return _encoded(value)
+    if isinstance(value, list) and value and all(type(token) is int and 0 <= token < 256 for token in value):
+        return bytes(value)
+    if value in ("", []):
+        raise ValueError("must hold at least one token")
+    raise ValueError("must be a string, a list of token numbers in 0..255, or a list of either")
+
+
+def _encoded(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"must be text that UTF-8 can write, got half of a surrogate pair at {error.start}") from error
+
+
+def parse(body: bytes, limits: Limits, model: str) -> CompletionRequest:
+    """The request in a body.
+
+    Raises:
+        RequestError: with 400, it is no JSON, has fields that are unknown or out of range, or asks for more than there
+            may be; with 404, it is for another model.
+    """
+    content = _json(body)
+    if not isinstance(content, dict):
+        raise RequestError(400, f"body: must be a JSON object, got {_kind(content)}")
+    try:
+        request = CompletionRequest.model_validate(content)
+    except ValidationError as error:
+        _refuse(error)
+    if request.model is not None and request.model != model:
+        raise RequestError(
+            404, f"model: must be {model!r}, got {_short(request.model)}", param="model", code="model_not_found"
+        )
+    _check_supported(request)
+    _check_size(request, limits)
+    return request
+
+
+def _json(body: bytes) -> object:
+    def no_number(name: str) -> NoReturn:
+        raise ValueError(f"{name} is no number of JSON")
+
+    try:
+        return json.loads(body.decode("utf-8"), parse_constant=no_number)
+    except UnicodeDecodeError as error:
+        raise RequestError(400, f"body: must be UTF-8, got byte {body[error.start]:#04x} at {error.start}") from error
+    except RecursionError as error:
+        raise RequestError(400, "body: must not be nested so deeply") from error
+    except ValueError as error:
+        raise RequestError(400, f"body: must be JSON, got {_cut(str(error))}") from error
+
+
+def _refuse(error: ValidationError) -> NoReturn:
+    """The first thing that is wrong, in the words of this API."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    place = ".".join(_cut(str(part), 40) for part in first["loc"] if isinstance(part, str) and part.isidentifier())
+    place = place or _cut(str(first["loc"][0]), 40)
+    top = _cut(str(first["loc"][0]), 40)
+    if first["type"] == "extra_forbidden":
+        raise RequestError(400, f"{place}: is not known", param=top, code="unknown_parameter") from error
+    if first["type"] == "missing":
+        raise RequestError(400, f"{place}: must be given", param=top, code="missing_required_parameter") from error
+    message = first["msg"].removeprefix("Value error, ")
+    raise RequestError(400, f"{place}: {message}, got {_short(first['input'])}", param=top) from error
+
+
+def _check_supported(request: CompletionRequest) -> None:
+    only = {
+        "best_of": request.best_of in (None, request.count),
+        "presence_penalty": not request.presence_penalty,
+        "frequency_penalty": not request.frequency_penalty,
+        "logit_bias": not request.logit_bias,
+        "suffix": not request.suffix,
+    }
+    for name, fine in only.items():
+        if not fine:
+            raise RequestError(
+                400,
+                f"{name}: is not supported, leave it out; got {_short(getattr(request, name))}",
+                param=name,
+                code="unsupported_parameter",
+            )
+    if request.stream_options is not None and not request.stream:
+        raise RequestError(400, "stream_options: must only be given with stream", param="stream_options")
+
+
+def _check_size(request: CompletionRequest, limits: Limits) -> None:
+    read = sum(len(prompt) for prompt in request.prompt)
+    sequences = len(request.prompt) * request.count
+    most = min(limits.sequences, limits.capacity)
+    activated = (read + len(request.prompt) * request.tokens) * request.count if request.activations else 0
+    told = (read if request.echo else 0) * request.count if request.logprobs is not None else 0
+    for param, name, value, bound in (
+        ("prompt", "prompt: tokens", read, limits.prompt_tokens),
+        ("max_tokens", "max_tokens", request.tokens, limits.max_tokens),
+        ("n", "n times the number of prompts", sequences, most),
+        (
+            "activations",
+            "activations: tokens, max_tokens of all texts included,",
+            activated,
+            _ACTIVATION_TOKENS,
+        ),
+        ("logprobs", "logprobs: tokens of the echoed prompts of all texts", told, _ACTIVATION_TOKENS),
+    ):
+        if value > bound:
+            raise RequestError(400, f"{name} must be at most {bound}, got {value}", param=param, code="too_large")
+
+
+def _kind(value: object) -> str:
+    return {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}.get(type(value), "a number")
+
+
+def _short(value: object) -> str:
+    """A value as JSON, without what makes it long."""
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else f"an array of {len(value)}"
+    return _cut(json.dumps(value[:80] if isinstance(value, str) else value))
+
+
+def _cut(text: str, most: int = 120) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."

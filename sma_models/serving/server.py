@@ -1,0 +1,151 @@
+"""Running the application on a port, from the first connection to the last answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from types import FrameType
+from typing import Any
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from sma.errors import ConfigError
+from sma_models.serving.app import Service, make_app
+from sma_models.serving.errors import error_content
+from sma_models.serving.limits import Limits
+
+
+class Protocol(H11Protocol):
+    """Connections that are refused, too slow or no HTTP hear so in the format of all other errors."""
+
+    most: int
+    head_seconds: float
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._patience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.most:
+            self._turn_away(503, f"the server has {self.most} connections already; try again later")
+        else:
+            self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._wait_no_more()  # the head is complete; what follows has its own limits
+        elif self._patience is None and not self.transport.is_closing():
+            self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._wait_no_more()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        self._turn_away(400, f"head: must be that of an HTTP/1.1 request of bounded size ({msg})")
+
+    def _wait(self) -> None:
+        self._patience = self.loop.call_later(self.head_seconds, self._lose_patience)
+
+    def _wait_no_more(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+
+    def _lose_patience(self) -> None:
+        self._patience = None
+        busy = self.cycle is not None and not self.cycle.response_complete
+        if not busy and not self.transport.is_closing():
+            self._turn_away(408, f"head: must arrive within {self.head_seconds} s")
+
+    def _turn_away(self, status: int, message: str) -> None:
+        body = json.dumps(error_content(status, message)).encode()
+        headers = [
+            ("content-type", "application/json"),
+            ("content-length", str(len(body))),
+            ("connection", "close"),
+            ("retry-after", "1"),
+        ]
+        try:
+            for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        except h11.LocalProtocolError:
+            pass  # in the middle of another answer: nothing can be said any more
+        self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """Ends as it should after a signal: everything that was there is answered first."""
+
+    signalled: int | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.signalled = sig
+        # A second signal, of either kind, is meant.
+        self.force_exit = self.force_exit or self.should_exit
+        self.should_exit = True
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        ConfigError: it cannot be had, for instance because the port is in use.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError, OverflowError) as error:
+        raise ConfigError(f"host: must be an address of this machine, got {host!r} ({error})") from error
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(1024)
+    except OSError as error:
+        listening.close()
+        raise ConfigError(f"port: must be free on {host}, got {port} ({error.strerror}); 0 takes any") from error
+    return listening
+
+
+def address_of(listening: socket.socket) -> str:
+    """Where clients find it, as a URL."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def make_server(app: FastAPI, limits: Limits) -> Server:
+    """A server that is not running yet; ``server.run(sockets=[...])`` runs it until a signal or ``should_exit``."""
+    bounded = type("Protocol", (Protocol,), {"most": limits.connections, "head_seconds": limits.head_seconds})
+    return Server(
+        uvicorn.Config(
+            app,
+            http=bounded,
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            h11_max_incomplete_event_size=limits.head_bytes,
+            timeout_keep_alive=max(1, round(limits.head_seconds)),
+            timeout_graceful_shutdown=limits.drain_seconds,  # type: ignore[arg-type]
+        )
+    )
+
+
+def serve(service: Service, listening: socket.socket) -> int:
+    """Serve until SIGTERM or SIGINT, and answer what was asked before that.
+
+    Returns:
+        0 when everything was answered, 128 + n when signal n cut answers off.
+    """
+    server = make_server(make_app(service), service.limits)
+    server.run(sockets=[listening])
+    return 128 + server.signalled if service.cut_off and server.signalled is not None else 0
