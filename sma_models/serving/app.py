@@ -6,27 +6,21 @@ import asyncio
 import contextlib
 import hmac
 import json
-import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator
 from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sma_models.serving.engine import Engine
 from sma_models.serving.errors import RequestError, error_content
 from sma_models.serving.requests import CompletionRequest, parse
 from sma_models.serving.responses import Completion
 from sma_models.serving.sequences import Event, Ticket
-
-log = logging.getLogger(__name__)
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 _POLICY = "default-src 'none'; connect-src 'self'; script-src 'self'; style-src 'self'; img-src data:"
 _PAGE = {
@@ -133,6 +127,27 @@ class Service:
         return ticket, events
 
 
+class BoundedHeads:
+    """Refuses requests whose head is too large.
+
+    Uvicorn's own limit is for heads that are not complete yet, and one of some hundred kilobytes may arrive at once.
+    """
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app, self._most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The request goes on if its head is small enough."""
+        if scope["type"] == "http":
+            size = len(scope.get("raw_path", b"")) + len(scope["query_string"])
+            size += sum(len(name) + len(value) for name, value in scope["headers"])
+            if size > self._most:
+                error = RequestError(431, f"head: must hold at most {self._most} bytes, got {size}")
+                await JSONResponse(error.content(), error.status, {"Connection": "close"})(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
 async def disconnected(receive: Receive) -> None:
     """Wait until the client has gone."""
     while (await receive())["type"] != "http.disconnect":
@@ -152,7 +167,7 @@ class Answer(Response):
         self._ticket, self._events = service.submit(request)
         self._started = False
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, unless the client goes."""
         work = asyncio.create_task(self._answer(scope, receive, send))
         gone = asyncio.create_task(disconnected(receive))
@@ -170,7 +185,7 @@ class Answer(Response):
             for task in (work, gone):
                 task.cancel()
 
-    async def _answer(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             if self._request.stream:
                 await self._stream(send)
@@ -202,7 +217,7 @@ class Answer(Response):
     async def _end(self, send: Send) -> None:
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
-    async def _refuse(self, error: RequestError, scope: Message, receive: Receive, send: Send) -> None:
+    async def _refuse(self, error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
         """An error in place of the answer, or as the last event of a stream that has begun."""
         if not self._started:
             await JSONResponse(error.content(), error.status, error.headers)(scope, receive, send)
@@ -210,7 +225,7 @@ class Answer(Response):
         await self._send(send, error.content())
         await self._end(send)
 
-    async def _too_late(self, work: asyncio.Task[None], scope: Message, receive: Receive, send: Send) -> None:
+    async def _too_late(self, work: asyncio.Task[None], scope: Scope, receive: Receive, send: Send) -> None:
         work.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await work
@@ -231,6 +246,7 @@ def make_app(service: Service) -> FastAPI:
 
     # Its pages of documentation load scripts from elsewhere.
     app = FastAPI(title="sma serve", docs_url=None, redoc_url=None, lifespan=life)
+    app.add_middleware(BoundedHeads, most=service.limits.head_bytes)
     _add_errors(app)
     _add_page(app)
     body = {"required": True, "content": {"application/json": {"schema": CompletionRequest.model_json_schema()}}}
@@ -290,8 +306,9 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
-        log.error("a request failed", exc_info=error)
-        return JSONResponse(error_content(500, "the server made a mistake; its log says which"), 500)
+        # The error goes on to uvicorn, which logs it and ends the connection.
+        content = error_content(500, "the server made a mistake; its log says which")
+        return JSONResponse(content, 500, {"Connection": "close"})
 
 
 def _add_page(app: FastAPI) -> None:

@@ -197,9 +197,9 @@ def _json(body: bytes) -> object:
 def _refuse(error: ValidationError) -> NoReturn:
     """The first thing that is wrong, in the words of this API."""
     first = error.errors(include_url=False, include_context=False)[0]
-    place = ".".join(_cut(str(part), 40) for part in first["loc"] if isinstance(part, str) and part.isidentifier())
-    place = place or _cut(str(first["loc"][0]), 40)
-    top = _cut(str(first["loc"][0]), 40)
+    # Names may hold anything, also what UTF-8 cannot write.
+    names = [_cut(json.dumps(str(part))[1:-1], 40) for part in first["loc"]] or ["body"]
+    place, top = ".".join(names), names[0]
     if first["type"] == "extra_forbidden":
         raise RequestError(400, f"{place}: is not known", param=top, code="unknown_parameter") from error
     if first["type"] == "missing":

@@ -18,6 +18,9 @@ from sma_models.serving.app import Service, make_app
 from sma_models.serving.errors import error_content
 from sma_models.serving.limits import Limits
 
+_LINGER = 1.0
+"""Seconds in which a client that was turned away may finish sending, to nobody."""
+
 
 class Protocol(H11Protocol):
     """Connections that are refused, too slow or no HTTP hear so in the format of all other errors."""
@@ -28,6 +31,7 @@ class Protocol(H11Protocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._patience: asyncio.TimerHandle | None = None
+        self._turned_away = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -37,10 +41,12 @@ class Protocol(H11Protocol):
             self._wait()
 
     def data_received(self, data: bytes) -> None:
+        if self._turned_away:
+            return
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._wait_no_more()  # the head is complete; what follows has its own limits
-        elif self._patience is None and not self.transport.is_closing():
+        elif self._patience is None and not self._turned_away and not self.transport.is_closing():
             self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -75,9 +81,14 @@ class Protocol(H11Protocol):
         try:
             for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
-        except h11.LocalProtocolError:
-            pass  # in the middle of another answer: nothing can be said any more
-        self.transport.close()
+        except h11.LocalProtocolError:  # in the middle of another answer: nothing can be said any more
+            self.transport.close()
+            return
+        # Closing now would reset the connection if the client still sends, and it might not hear what was said.
+        self._turned_away = True
+        self.transport.write_eof()
+        self._wait_no_more()
+        self._patience = self.loop.call_later(_LINGER, self.transport.abort)
 
 
 class Server(uvicorn.Server):

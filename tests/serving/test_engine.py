@@ -1,0 +1,291 @@
+"""The engine writes what the library writes, everyone gets a turn, and who goes leaves nothing."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+import sma
+from sma.errors import ConfigError
+from sma_models.heads import LanguageModel
+from sma_models.serving.engine import Engine
+from sma_models.serving.errors import RequestError
+from sma_models.serving.limits import Limits
+from sma_models.serving.sequences import Activated, Finished, Read, Written
+from tests.models.tiny import SPECS, tiny
+from tests.serving.conftest import SMALL, ask, byte_model, continued, rounds, tokens_of, until
+
+PROMPTS = [b"a", b"def ", b"\xff\x00\n", b"import this, and then some more of it " * 3, bytes(range(64))]
+
+
+@pytest.fixture
+def engine(model: LanguageModel) -> Engine:
+    return Engine(model, SMALL)
+
+
+def free(engine: Engine) -> bool:
+    return engine.in_flight == 0 and engine._decoder.free == engine.limits.slots and not engine._busy
+
+
+@pytest.mark.parametrize("name", [name for name in SPECS if name.endswith("_lm")])
+def test_greedy_texts_are_those_of_generate(name: str) -> None:
+    model = byte_model(name)
+    engine = Engine(model, SMALL)
+    asked = [ask(engine, prompt, 11 + i) for i, prompt in enumerate(PROMPTS * 2)]
+    rounds(engine)
+    for i, (prompt, each) in enumerate(zip(PROMPTS * 2, asked, strict=True)):
+        assert each.written() == continued(model, prompt, 11 + i)
+        assert each.events[-1] == Finished(0, "length")
+    assert len({byte for each in asked for byte in each.written()}) >= 4, "texts that say something"
+    assert free(engine)
+
+
+def test_giving_up_a_slot_changes_no_bit() -> None:
+    model: LanguageModel = tiny(
+        "seqboat_small_lm", vocab_size=256, tie_embeddings=False
+    )  # single precision: a bit would show
+    told: list[list[Any]] = []
+    for quantum in (3, 1000):
+        engine = Engine(model, Limits(slots=2, quantum=quantum, prefill_chunk=16))
+        asked = [ask(engine, bytes([65 + i] * 9), 40, likelihoods=2) for i in range(2)]
+        if quantum == 3:  # others wait, so that everyone has to
+            for i in range(4):
+                ask(engine, bytes([97 + i]), 40)
+        rounds(engine)
+        told.append([each.events for each in asked])
+    assert told[0] == told[1]
+
+
+def test_a_long_prompt_does_not_stall_the_others(engine: Engine) -> None:
+    writing = ask(engine, b"first", 60)
+    engine.round()
+    long = ask(engine, b"x" * 50 * SMALL.prefill_chunk, 1)
+    engine.round()
+    short = ask(engine, b"y" * 20, 5)
+    before, count = len(writing.written()), 0
+    while not short.finished:
+        engine.round()
+        count += 1
+    assert count <= 8  # two pieces of its own, two of the long one, five tokens
+    assert len(writing.written()) - before == count  # a token in every round
+    assert not long.written()
+    rounds(engine)
+    assert long.finished == writing.finished == 1
+
+
+def test_everyone_gets_a_turn(engine: Engine) -> None:
+    asked = [ask(engine, bytes([i + 1] * 3), 40) for i in range(40)]
+    while not all(each.written() for each in asked):
+        engine.round()
+        assert not any(each.finished for each in asked)  # the last one begins before the first one ends
+    while not any(each.finished for each in asked):
+        lengths = [len(each.written()) for each in asked]
+        assert max(lengths) - min(lengths) <= 2 * SMALL.quantum
+        engine.round()
+    rounds(engine)
+    assert all(each.finished == 1 and len(each.written()) == 40 for each in asked)
+
+
+def test_what_is_drawn_depends_on_the_own_seed_only(engine: Engine, model: LanguageModel) -> None:
+    alone = ask(engine, b"text", 20, n=3, temperature=1.0)
+    rounds(engine)
+    others = [ask(engine, bytes([i]), 20, temperature=1.0) for i in range(5)]
+    again = ask(engine, b"text", 20, n=3, temperature=1.0)
+    rounds(engine)
+    assert [alone.written(i) for i in range(3)] == [again.written(i) for i in range(3)]
+    assert len({alone.written(i) for i in range(3)}) == 3
+    assert all(each.finished for each in others)
+
+
+def test_likelihoods_are_those_of_the_model(engine: Engine, model: LanguageModel) -> None:
+    prompt = b"some words, more than one piece of them"
+    asked = ask(engine, prompt, 6, likelihoods=3, of_prompt=True)
+    rounds(engine)
+    text = prompt + asked.written()
+    with torch.no_grad():
+        log = torch.log_softmax(model(tokens_of(text)).logits[0], -1)
+    told = [each for e in asked.events if isinstance(e, Read) for each in e.likelihoods]
+    told += [e.likelihood for e in asked.events if isinstance(e, Written)]
+    assert len(told) == len(text)
+    assert told[0] is None
+    for position, likelihood in enumerate(told[1:], 1):
+        assert likelihood is not None
+        assert likelihood.own == pytest.approx(float(log[position - 1, text[position]]), abs=1e-9)
+        best = log[position - 1].topk(3)
+        assert [token for token, _ in likelihood.top] == best.indices.tolist()
+        assert [value for _, value in likelihood.top] == pytest.approx(best.values.tolist(), abs=1e-9)
+
+
+def test_activations_are_those_of_the_model(engine: Engine, model: LanguageModel) -> None:
+    prompt = b"some words, more than one piece of them"
+    ask(engine, b"somebody else", 9)
+    asked = ask(engine, prompt, 9, activations=True)
+    rounds(engine)
+    text = prompt + asked.written()
+    with torch.no_grad():
+        routings = model(tokens_of(text)).routings
+    told = [e for e in asked.events if isinstance(e, Activated)]
+    assert [(e.position, e.token) for e in told] == list(enumerate(text))  # the last one too
+    assert engine.channels == list(routings)
+    for layer, routing in enumerate(routings.values()):
+        assert [e.active[layer] for e in told] == routing.active[0, :, 0].tolist()
+        assert [e.confidence[layer] for e in told] == pytest.approx(routing.confidence[0, :, 0].tolist(), abs=6e-4)
+    assert {e.active for e in told} > {told[0].active}, "some are active and some are not"
+    assert isinstance(asked.events[-1], Finished)
+
+
+def test_layers_of_several_modules_have_a_channel_for_each() -> None:
+    experts = [{"type": "ffn", "d_hidden": 4}, {"type": "ffn", "d_hidden": 6}]
+    mixture = {"configurator": {"type": "sigmoid"}, "modules": experts}
+    block = {"type": "hybrid", "sublayers": [{"mixer": {"type": "ema", "n_state": 2}}, {"mixture": mixture}]}
+    spec = {"type": "language_model", "vocab_size": 256, "d_model": 8, "n_layers": 2, "blocks": [block]}
+    engine = Engine(sma.build(spec).eval(), SMALL)
+    asked = ask(engine, b"abc", 2, activations=True)
+    rounds(engine)
+    assert engine.channels == [f"layers.{i}.sublayers.1.mixture[{m}]" for i in (0, 1) for m in (0, 1)]
+    told = [e for e in asked.events if isinstance(e, Activated)]
+    assert len(told) == 5
+    assert all(len(e.active) == len(e.confidence) == len(engine.channels) for e in told)
+
+
+def test_a_model_that_decides_nothing_has_no_channels() -> None:
+    engine = Engine(byte_model("mega_lm"), SMALL)
+    asked = ask(engine, b"abc", 2, activations=True)
+    rounds(engine)
+    told = [e for e in asked.events if isinstance(e, Activated)]
+    assert [(e.position, e.active) for e in told] == [(position, ()) for position in range(5)]
+    assert engine.channels == []
+
+
+def test_stops_end_a_text(engine: Engine, model: LanguageModel) -> None:
+    free_text = continued(model, b"def ", 30)
+    stop = free_text[10:12]
+    asked = ask(engine, b"def ", 30, stops=(b"never there", stop))
+    rounds(engine)
+    length = free_text.index(stop) + 2
+    assert asked.written() == free_text[:length]
+    assert asked.events[-1] == Finished(0, "stop", 2)
+
+
+def test_nothing_to_write(engine: Engine) -> None:
+    asked = ask(engine, b"only read", 0, n=2)
+    rounds(engine)
+    assert asked.events == [Finished(0, "length"), Finished(1, "length")]
+    assert free(engine)
+
+
+def test_who_goes_leaves_nothing(engine: Engine, model: LanguageModel) -> None:
+    stays = ask(engine, b"stays", 30)
+    seated = [ask(engine, bytes([i]), 500) for i in range(3)]
+    engine.round()
+    waits = ask(engine, b"waits", 500, n=4)
+    long = ask(engine, b"x" * 400, 5)
+    engine.round()
+    inside = ask(engine, b"nobody has looked at it", 5)
+    assert engine.running == 4
+    assert engine._waiting
+    assert engine._reading
+    goes = [*seated, waits, long, inside]
+    for each in goes:
+        engine.cancel(each.ticket)
+    engine.round()
+    assert engine.in_flight == engine.running == 1
+    told = [len(each.events) for each in goes]
+    rounds(engine)
+    assert [len(each.events) for each in goes] == told
+    assert stays.written() == continued(model, b"stays", 30)
+    engine.cancel(stays.ticket)  # long done
+    engine.round()
+    assert free(engine)
+
+
+def test_no_more_than_there_is_room_for(model: LanguageModel) -> None:
+    engine = Engine(model, Limits(slots=2, queue=3, prefill_chunk=16))
+    first = ask(engine, b"a", 3, n=4)
+    with pytest.raises(RequestError, match="busy with 4 of 5 sequences") as refused:
+        ask(engine, b"b", 3, n=2)
+    assert refused.value.status == 429
+    assert refused.value.headers["Retry-After"] == "1"
+    ask(engine, b"c", 3)
+    rounds(engine)
+    assert first.finished == 4
+    ask(engine, b"b", 3, n=5)
+
+
+def test_a_prompt_that_cannot_be_read_fails_alone(
+    engine: Engine, model: LanguageModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    honest = engine._read
+
+    def read(prompt: Any, size: int) -> None:
+        if prompt.tokens.startswith(b"bad"):
+            raise RuntimeError("out of memory")
+        honest(prompt, size)
+
+    monkeypatch.setattr(engine, "_read", read)
+    bad, good = ask(engine, b"bad one", 5, n=3), ask(engine, b"good one", 5)
+    rounds(engine)
+    assert bad.failed == "the prompt could not be read; the server's log says why"
+    assert good.written() == continued(model, b"good one", 5)
+    assert "out of memory" in caplog.text
+    assert free(engine)
+
+
+def test_a_step_that_fails_ends_everything(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def step(tokens: Any) -> None:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(engine._decoder, "step", step)
+    asked = [ask(engine, bytes([i]), 9) for i in range(9)]
+    engine.start()
+    assert until(lambda: not engine.alive and not engine.in_flight)
+    assert {each.failed for each in asked} == {"the server failed; its log says why"}
+    assert "the device is gone" in caplog.text
+    with pytest.raises(RequestError, match="has failed") as refused:
+        ask(engine, b"a")
+    assert refused.value.status == 503
+    engine.stop()
+
+
+def test_in_a_thread(engine: Engine, model: LanguageModel) -> None:
+    engine.start()
+    asked: list[Any] = []
+    threads = [threading.Thread(target=lambda i=i: asked.append((i, ask(engine, bytes([i] * 5), 7)))) for i in range(9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert until(lambda: not engine.in_flight)
+    assert until(lambda: all(each.finished for _, each in asked))
+    assert all(each.written() == continued(model, bytes([i] * 5), 7) for i, each in asked)
+    late = ask(engine, b"late", 600)
+    assert engine.stop() == 1
+    assert late.failed == "the server is shutting down"
+    with pytest.raises(RequestError, match="shutting down"):
+        ask(engine, b"too late")
+
+
+def test_models_that_cannot_be_served() -> None:
+    with pytest.raises(ConfigError, match=r"model: must be a language model of bytes \(vocab_size 256\), got Language"):
+        Engine(tiny("seqboat_small_lm"), SMALL)
+    with pytest.raises(ConfigError, match="got Classifier"):
+        Engine(tiny("seqboat_text"), SMALL)
+    with pytest.raises(ConfigError, match="must be in evaluation mode"):
+        Engine(byte_model().train(), SMALL)
+
+
+def test_limits_out_of_range() -> None:
+    for values, message in (
+        ({"slots": 0}, "slots: must be at least 1, got 0"),
+        ({"queue": -1}, "queue: must be at least 0, got -1"),
+        ({"max_tokens": 0}, "max_tokens: must be at least 1, got 0"),
+        ({"seconds": 0.0}, "seconds: must be a positive number of seconds, got 0.0"),
+        ({"drain_seconds": float("inf")}, "drain_seconds: must be a positive number of seconds, got inf"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Limits(**values)
