@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
-import shutil
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from sma.errors import DataError, RoutingError
 from sma.routing import Routing
 from sma_models.reports import text_heat_map
 from sma_models.reports.heat_map import level
+from tests.browser import browser  # noqa: F401  # a fixture, used by its name
 from tests.reports.conftest import MakeRoutings
 
 NASTY = b"<b>&amp;\"'</pre></script><script>alert(1)</script>\n\t\x00\x1b\xff\xe2\x80\xae" + "é日".encode()
@@ -141,29 +139,13 @@ def test_refuses_what_does_not_fit(tmp_path: Path, make_routings: MakeRoutings) 
     assert not (tmp_path / "page.html").exists()
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium through Playwright; a test of the page's script needs a browser, and skips where there is none."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None or importlib.util.find_spec("playwright") is None:
-        pytest.skip("the browser tests need chromium on the PATH and the package playwright")
-    from playwright.sync_api import Error, sync_playwright
-
-    with sync_playwright() as playwright:
-        try:
-            started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        except Error as error:
-            pytest.skip(f"chromium does not start here: {error.message.splitlines()[0]}")
-        yield started
-        started.close()
-
-
 def backgrounds(page: Any) -> list[str]:
     script = "spans => spans.map(span => getComputedStyle(span).backgroundColor)"
     return list(page.eval_on_selector_all("#text > span", script))
 
 
-def test_in_a_browser(browser: Any, tmp_path: Path, make_routings: MakeRoutings) -> None:
+@pytest.mark.browser
+def test_in_a_browser(browser: Any, tmp_path: Path, make_routings: MakeRoutings) -> None:  # noqa: F811
     routings = make_routings(len(NASTY), n_layers=3)
     path = text_heat_map(NASTY, routings, tmp_path / "page.html")
     trouble: list[str] = []

@@ -102,7 +102,8 @@ def test_a_stream_says_the_same(client: httpx.Client) -> None:
 def test_texts_come_while_they_are_written(client: httpx.Client, served: Running) -> None:
     body = {"prompt": "a", "max_tokens": 5000, "stream": True}
     with client.stream("POST", "/v1/completions", json=body) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: the stream is closed with it
+        next(lines)
         assert served.service.engine.running == 1  # the text is not done yet
 
 
@@ -308,7 +309,8 @@ def test_who_waits_in_the_queue_may_go_too(served: Running) -> None:
             "POST", "/v1/completions", json={"prompt": "a", "n": 4, "max_tokens": 5000, "stream": True}
         ) as first,
     ):
-        next(first.iter_lines())
+        lines = first.iter_lines()  # kept: the stream is closed with it
+        next(lines)
         with pytest.raises(httpx.ReadTimeout):
             other.post("/v1/completions", json={"prompt": "b", "n": 8, "max_tokens": 5000}, timeout=0.2)
         assert until(lambda: engine.in_flight <= 4)
@@ -384,7 +386,8 @@ def test_a_full_queue(impatient: Running) -> None:
     body = {"prompt": "a", "n": 4, "max_tokens": 10**6, "stream": True}
     with impatient.client() as client, impatient.client() as other:
         with client.stream("POST", "/v1/completions", json=body) as first:
-            next(first.iter_lines())
+            lines = first.iter_lines()  # kept: the stream is closed with it
+            next(lines)
             response = other.post("/v1/completions", json={"prompt": "b"})
         error = refused(response, 429, "the server is busy with 4 of 4 sequences")
         assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
