@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export GOMP_SPINCOUNT ?= 10000
 export MPLBACKEND ?= Agg
 
-.PHONY: help demo test test-scatter test-lm-eval lint types contracts docs doctest examples plugin bench check venv clean
+.PHONY: help demo test test-scatter test-lm-eval test-browser lint types contracts docs doctest examples plugin bench check venv clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -48,6 +48,11 @@ test-scatter: $(STAMP)  ## build torch-scatter (once, kept in SMA_WHEELS) and ru
 test-lm-eval: $(STAMP)  ## install lm-eval (300 MB) and let it judge a model
 	$(PIP) install --quiet $(PIP_ARGS) -c constraints.txt lm-eval
 	SMA_REQUIRE_LM_EVAL=1 $(BIN)/python -m pytest -q -m lm_eval
+
+test-browser: $(STAMP)  ## run the tests of pages in Chromium, which root gets from Debian where it is missing
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { \
+	    [ "$$(id -u)" = 0 ] && apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium >/dev/null; }
+	SMA_REQUIRE_BROWSER=1 $(BIN)/python -m pytest -q -m browser
 
 lint: $(STAMP)  ## check style and format
 	$(BIN)/ruff check .

@@ -39,6 +39,10 @@ class Engine:
         limits: slots, queue, quantum and piece.
         capture: False never captures a CUDA graph.
 
+    Attributes:
+        channels: the names of the layers that decide, in the order in which activations are told; a layer of several
+            modules appears once for each, as ``name[0]``, ``name[1]``.
+
     Raises:
         ConfigError: the model is no language model of bytes, or is in training mode.
         StreamingError: the model cannot stream; the message says why.
@@ -317,10 +321,7 @@ class Engine:
             self._say(text.ticket, Activated(text.number, position, tokens[slot], *rows[slot]))
 
     def _warm_up(self) -> list[str]:
-        """A few tokens, so that no client waits for what the first calls set up; the names of the layers.
-
-        A layer of several modules appears once for each.
-        """
+        """A few tokens, so that no client waits for what the first calls set up; the channels."""
         slot = self._decoder.join(torch.zeros(1, dtype=torch.int64, device=self.model.embedding.weight.device))
         for _ in range(4):  # a graph is captured at the third
             self._decoder.step({slot: 0})

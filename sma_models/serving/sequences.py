@@ -33,7 +33,7 @@ class Written(NamedTuple):
 
 
 class Activated(NamedTuple):
-    """Which modules a token activated, see :attr:`Engine.channels`, and with which confidence."""
+    """Which modules a token activated, see ``Engine.channels``, and with which confidence."""
 
     sequence: int
     position: int
