@@ -39,8 +39,14 @@ napoleon_use_ivar = True
 # Names of other projects, private names and type variables have no page here. Everything else must resolve.
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn|np|numpy|lightning|omegaconf|pluggy|pathlib|importlib|collections|typing|types)\..*"),
-    (r"py:.*", r"(contextlib|rich|argparse|matplotlib|hypothesis|typer|transformers|tokenizers|fastapi|starlette|uvicorn|pydantic|annotated_types|asyncio|socket|random)\..*|Figure"),
-    (r"py:.*", r"(Tensor|Parameter|Traversable|PathLike|os\.PathLike|Path|Generator|Iterator|Iterable|ModuleType|WithJsonSchema|Random)"),
+    (
+        r"py:.*",
+        r"(contextlib|rich|argparse|matplotlib|hypothesis|typer|transformers|tokenizers|fastapi|starlette|uvicorn|pydantic|annotated_types|asyncio|socket|random)\..*|Figure",
+    ),
+    (
+        r"py:.*",
+        r"(Tensor|Parameter|Traversable|PathLike|os\.PathLike|Path|Generator|Iterator|Iterable|ModuleType|WithJsonSchema|Random)",
+    ),
     (r"py:.*", r"(Callable|Mapping|Sequence|Any|Self|Literal.*|ClassVar|Final|NamedTuple|Protocol|optional)"),
     (r"py:.*", r"(Float|Int|Bool|Activation|jaxtyping)(\..*|\[.*)?"),
     (r"py:.*", r"(sma\w*\..*\.)?(_\w+(\.\w+)*|[A-Z]|Part|Test)"),

@@ -78,7 +78,15 @@ def test_commands_are_understood(line: str) -> None:
 
 
 def test_commands_are_found() -> None:
-    assert {shlex.split(line)[1] for line in commands()} >= {"train", "eval", "inspect", "generate", "specs", "convert"}
+    assert {shlex.split(line)[1] for line in commands()} >= {
+        "train",
+        "eval",
+        "inspect",
+        "generate",
+        "serve",
+        "specs",
+        "convert",
+    }
 
 
 def test_every_module_has_one_reference_page() -> None:

@@ -289,3 +289,13 @@ def test_limits_out_of_range() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             Limits(**values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_greedy_texts_in_low_precision(dtype: torch.dtype) -> None:
+    """Where rounding decides, shapes have to be the same: generate has one row, so the engine has one slot."""
+    model = byte_model().to(dtype)
+    engine = Engine(model, Limits(slots=1, queue=9, quantum=7, prefill_chunk=16))
+    asked = [ask(engine, prompt, 60) for prompt in PROMPTS]
+    rounds(engine)
+    assert [each.written() for each in asked] == [continued(model, prompt, 60) for prompt in PROMPTS]
