@@ -106,6 +106,9 @@ def load_model(text: str, runs: Path, device: str, dtype: str) -> tuple[Model, s
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"device: must be one that this machine has, got {device!r} ({reason})") from error
+    chosen = torch.device(place)
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)
     if text.endswith(".safetensors"):
         from sma.weights import load
 

@@ -129,6 +129,9 @@ class Engine:
     # The thread of the engine.
 
     def _work(self) -> None:
+        device = self.model.embedding.weight.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a matter of each thread; kernels are launched on the current one
         try:
             while True:
                 with self._lock:

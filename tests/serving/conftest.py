@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -144,3 +146,52 @@ def served(model: LanguageModel) -> Iterator[Running]:
 
 def tokens_of(*texts: bytes) -> Tensor:
     return torch.tensor([list(text) for text in texts])
+
+
+@pytest.fixture(scope="module")
+def client(served: Running) -> Iterator[httpx.Client]:
+    with served.client() as one:
+        yield one
+
+
+# What clients say and hear.
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+def complete(client: httpx.Client, **body: Any) -> Any:
+    response = client.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def stream(client: httpx.Client, **body: Any) -> list[Any]:
+    """The objects of a stream, which must end as it should."""
+    with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+        assert response.status_code == 200
+        assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+        events = response.read().decode().split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert all(event.startswith("data: ") for event in events[:-2])
+    return [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+
+
+def refused(response: httpx.Response, status: int, message: str) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"].startswith("application/json")
+    content: dict[str, Any] = response.json()
+    assert list(content) == ["error"]
+    assert list(content["error"]) == ["message", "type", "param", "code"]
+    assert message in content["error"]["message"]
+    return content["error"]
+
+
+def raw(served: Running, data: bytes, seconds: float = 10.0) -> bytes:
+    """What the server says to these bytes, until it closes the connection."""
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=seconds) as connection:
+        connection.sendall(data)
+        parts = []
+        while part := connection.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
