@@ -158,5 +158,8 @@ def serve(service: Service, listening: socket.socket) -> int:
         0 when everything was answered, 128 + n when signal n cut answers off.
     """
     server = make_server(make_app(service), service.limits)
-    server.run(sockets=[listening])
+    try:
+        server.run(sockets=[listening])
+    finally:
+        service.engine.stop()  # a second signal skips the end of the application; no thread may outlive this one
     return 128 + server.signalled if service.cut_off and server.signalled is not None else 0
