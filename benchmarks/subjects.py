@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sma.waiting import waiting_forbidden
 
 LEARNING_RATE = 0.0
 """Adam does all its work, but the weights stay, so that the share of active tokens does too."""
@@ -188,18 +189,6 @@ def capture(step: Callable[[], None], clear: Callable[[], None] = lambda: None) 
         graph.replay()
 
     return replay, torch.cuda.max_memory_allocated()
-
-
-@contextmanager
-def waiting_forbidden() -> Iterator[None]:
-    """Waiting for the device is an error inside the ``with`` block."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this is a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 class LazyGraph:

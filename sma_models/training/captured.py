@@ -9,7 +9,6 @@ runs, does the step again without a capacity, and gives the layer more room.
 from __future__ import annotations
 
 import math
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from torch import Tensor
 from sma.errors import ConfigError
 from sma.layer import SparseMixture
 from sma.routing import Routing
+from sma.waiting import waiting_forbidden
 from sma_models.training.data.datasets import Batch
 from sma_models.training.objective import Score
 from sma_models.training.steps import EagerSteps, Part, StepResult, Work
@@ -67,7 +67,7 @@ class CudaGraphs:
     def rehearse(self, work: Callable[[], Any]) -> None:
         """See :class:`Graphs`."""
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream), _waiting_forbidden():
+        with torch.cuda.stream(self.stream), waiting_forbidden():
             work()
         torch.cuda.current_stream().wait_stream(self.stream)
         torch.cuda.synchronize()
@@ -79,18 +79,6 @@ class CudaGraphs:
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             result = work()
         return graph.replay, result
-
-
-@contextmanager
-def _waiting_forbidden() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this is a prototype
-        before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 @dataclass(frozen=True)
@@ -223,6 +211,7 @@ class CapturedSteps:
         self._result = self._eager.settle
         if self._tensors is not None:
             self._tensors.keep()
+            self.work.optimiser.zero_grad()  # captured passes have gradients of their own
         if self.why_not is None:
             self._observe(self._eager.settle().routings)
 
@@ -295,6 +284,8 @@ class CapturedSteps:
         if not self._seen.issuperset(signatures):
             self._seen.update(signatures)
             return None
+        if not self._passes.keys() >= set(signatures):
+            self._verify_all()  # before the first capture: what a step needed may change the rooms
         for signature, part in zip(signatures, parts, strict=True):
             if signature not in self._passes and not self._capture(signature, part):
                 return None
@@ -304,7 +295,6 @@ class CapturedSteps:
         """Capture the passes over such a part, unless that cannot be."""
         if len(self._passes) >= MOST_SHAPES:
             return False
-        self._verify_all()
         try:
             self._passes[signature] = self._capture_passes(part)
             self.captured += 1
@@ -318,7 +308,7 @@ class CapturedSteps:
         if self._tensors is not None:
             self._tensors.restore()
         self._forget()
-        self._update = None
+        self._update, self._tensors = None, None
         if self.required:
             raise ConfigError(f"train.capture: must be false or null for this model, got true: {reason}")
 

@@ -138,6 +138,29 @@ def test_steps_without_room_do_not_count(
     torch.testing.assert_close(weights(other), weights(work), rtol=1e-7, atol=1e-9)
 
 
+def test_parts_of_several_shapes_while_rooms_change(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step without room is found out just when its neighbour's shape is captured: both are captured anew."""
+    monkeypatch.setattr(captured, "room_for", lambda usage: captured.SMALLEST)
+    always = [f"model.blocks[0].activate.{each}" for each in ("controller=null", "configurator={type: always}")]
+    plan = (*always, "train.accumulate=2", "train.batch_size=32", "train.steps=9", *ADAM, *EXACT)
+
+    def mixed(batches: list[list[Any]]) -> list[list[Any]]:
+        def cut(part: Any) -> Any:
+            return {name: None if tensor is None else tensor[:, :9] for name, tensor in part.items()}
+
+        short = [[first, cut(second)] for first, second in batches]
+        return [*batches[:2], short[2], batches[3], short[4], batches[5], short[6], batches[7], short[8]]
+
+    work, batches = work_of(tiny, *plan)
+    train(work, EagerSteps(work), mixed(batches))
+    other, batches = work_of(tiny, *plan)
+    steps = CapturedSteps(other, required=True, graphs=graphs())
+    train(other, steps, mixed(batches), settle_every=100)
+    steps.settle()
+    assert steps.again > 0
+    torch.testing.assert_close(weights(other), weights(work), rtol=1e-7, atol=1e-9)
+
+
 def test_batch_norm_counts_only_the_steps_that_count(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured, "room_for", lambda usage: max(usage / 2, captured.SMALLEST))
     norm = ("model.blocks[0].norm=batchnorm", "train.steps=8", "train.accumulate=1")
