@@ -3,7 +3,7 @@
     python -m benchmarks                                    # every workload of this device, at full size
     python -m benchmarks run text-4k lm-8k --json FILE      # some, written to a file after each
     python -m benchmarks run --rows ours,flash --rounds 9   # rows whose labels hold one of these words
-    python -m benchmarks run text-4k --without fla          # or without them: some take minutes to compile
+    python -m benchmarks run text-4k --without "(fla)"      # or without them: some take minutes to compile
     python -m benchmarks run --device cpu --scale small     # everything in moments, to see that it runs
     python -m benchmarks sweep rate width --json FILE       # activation rates, lengths, widths
     python -m benchmarks profile text-4k --json FILE        # where the time of a training step goes

@@ -51,19 +51,20 @@ class Flat(nn.Module):
         return y.view_as(x)
 
 
-def ema(causal: bool, dtype: torch.dtype | None) -> Row:
-    """Our moving average; parameters in float32 whatever the input."""
+def ema(causal: bool, dtype: torch.dtype | None, *, graph: bool = False) -> Row:
+    """Our moving average; parameters in float32 whatever the input. ``graph`` captures it as one CUDA graph."""
 
     def build(setting: Setting) -> Subject:
         module = First(EMA.Config().build(d_model=setting.narrow(128), causal=causal)).to(setting.device)
-        return module_subject(module, features(setting, setting.narrow(128), dtype), setting)
+        return module_subject(module, features(setting, setting.narrow(128), dtype), setting, graph=graph)
 
     def check(setting: Setting) -> gate.Case:
         module = First(EMA.Config().build(d_model=16, causal=causal))
         x = features(replace(setting, device=torch.device("cpu"), batch=2, length=300), 16)
         return gate.Case(module, x, lambda module, x, replay: (module(x), None), keep=True)
 
-    return Row("ours" if dtype is None else f"ours, {str(dtype).removeprefix('torch.')}", build, check)
+    of = "" if dtype is None else f", {str(dtype).removeprefix('torch.')}"
+    return Row(f"ours{of}{', graph' if graph else ''}", build, check)
 
 
 def published_ema(causal: bool) -> Row:
@@ -114,19 +115,21 @@ def _call_layer(module: nn.Module, x: Tensor, replay: Any) -> tuple[Tensor, Any]
     return out.output, {"layer": out.routing.detach()}
 
 
-def experts(label: str, make: Callable[[int, int, int, int], nn.Module], ours: bool = False) -> Row:
-    """A mixture of 8 gated experts of which 2 take each token."""
+def experts(
+    label: str, make: Callable[[int, int, int, int], nn.Module], *, ours: bool = False, graph: bool = False
+) -> Row:
+    """A mixture of 8 gated experts of which 2 take each token; ``graph`` captures it as one CUDA graph."""
 
     def build(setting: Setting) -> Subject:
         width = setting.narrow(1024)
         module = Flat(make(width, setting.narrow(2048), 8, 2)).to(setting.device, setting.dtype)
-        return module_subject(module, features(setting, width), setting)
+        return module_subject(module, features(setting, width), setting, graph=graph)
 
     def check(setting: Setting) -> gate.Case:
         x = features(replace(setting, device=torch.device("cpu"), batch=1, length=200), 64)
         return gate.Case(Flat(make(64, 128, 8, 2)), x, lambda module, x, replay: (module(x), None))
 
-    return Row(label, build, check if ours else None)
+    return Row(f"{label}, graph" if graph else label, build, check if ours else None)
 
 
 def mixture(d_model: int, hidden: int, n_experts: int, top_k: int) -> nn.Module:

@@ -114,9 +114,14 @@ def _language() -> Workload:
 
 
 def _ema(causal: bool) -> Workload:
-    rows = (ema(causal, None), ema(causal, torch.float32), published_ema(causal))
+    rows = (
+        ema(causal, None, graph=True),
+        ema(causal, torch.float32, graph=True),
+        ema(causal, None),
+        published_ema(causal),
+    )
     title = f"Moving average, {'causal' if causal else 'bidirectional'}, 50 x 4,096 x 128, 16 states"
-    return Workload(title, 50, 4096, rows, "ours", "published, float32", train="forward and backward")
+    return Workload(title, 50, 4096, rows, "ours, graph", "published, float32", train="forward and backward")
 
 
 def _ffn() -> Workload:
@@ -132,12 +137,14 @@ def _ffn() -> Workload:
 
 def _experts() -> Workload:
     rows = (
+        experts("ours", mixture, ours=True, graph=True),
+        experts("grouped_mm", peers.PlainExperts, graph=True),
         experts("ours", mixture, ours=True),
         experts("grouped_mm", peers.PlainExperts),
         experts("ScatterMoE", peers.ScatterExperts),
     )
     title = "Mixture of 8 gated experts, 2 a token, 1,024 to 2,048, 16K tokens"
-    return Workload(title, 4, 4096, rows, "ours", "grouped_mm", train="forward and backward")
+    return Workload(title, 4, 4096, rows, "ours, graph", "grouped_mm, graph", train="forward and backward")
 
 
 def _prefill(length: int) -> Workload:

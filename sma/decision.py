@@ -30,6 +30,7 @@ class Scored(NamedTuple):
         valid: ``(B, L)`` real tokens.
         position: ``(B, L)`` 0-based position among the real tokens of the stream.
         counts: ``(M, blocks)`` of the active tokens, for :func:`~sma.ops.pack.pack`, or None.
+        padded: whether some tokens may not be real.
     """
 
     x: Tensor
@@ -38,6 +39,7 @@ class Scored(NamedTuple):
     valid: Tensor
     position: Tensor
     counts: Tensor | None
+    padded: bool
 
 
 def score_tokens(
@@ -65,6 +67,7 @@ def score_tokens(
     Raises:
         ShapeError: the logits have the wrong shape, are missing or not finite.
     """
+    padded = valid is not None or lengths is not None
     if valid is None:
         position = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
     else:
@@ -75,12 +78,12 @@ def score_tokens(
     if gate is not None and weights is not None:
         x, score, active, margin, valid, counts = router(x, *weights, gate, valid=valid, lengths=lengths)
         _check_finite(name, margin, None)
-        return Scored(x, score, active, valid, position, counts)
+        return Scored(x, score, active, valid, position, counts, padded)
     if lengths is not None:
         valid = valid_of(lengths, x)
     logits, x = _logits(name, configurator, x, weights, logits, valid)
     score = configurator.score(logits, position)
-    return Scored(x, score, None, valid_of(None, x) if valid is None else valid, position, None)
+    return Scored(x, score, None, valid_of(None, x) if valid is None else valid, position, None, padded)
 
 
 def gate_of(configurator: Configurator) -> Gate | None:
@@ -135,7 +138,7 @@ def route_tokens(
     Raises:
         RoutingError: ``replay`` is of another shape.
     """
-    _, score, active, valid, position, counts = scored
+    _, score, active, valid, position, counts, padded = scored
     if replay is not None:
         active, counts = _replayed(configurator, replay, valid), None
     else:
@@ -144,19 +147,30 @@ def route_tokens(
         if (inside_checkpoint() or torch.compiler.is_compiling()) and not torch.compiler.is_exporting():
             # The decision of the first run is what counts, whatever the second one made of it.
             active, counts = mark_decision(active), None
+    if configurator.everywhere and replay is None and capacity is None and not padded:
+        everything = Packed.of_all(position)
+        return _routing(configurator, scored, active, (everything,) * configurator.n_modules)
     room = None if capacity is None or not valid.numel() else max(1, ceil(capacity * valid.numel()))
     rows = [
         pack(active[..., m], position, capacity=room, counts=None if counts is None else counts[m])
         for m in range(configurator.n_modules)
     ]
-    overflow = None
     if room is not None:
         active = _stack([each.kept for each in rows])
-        overflow = _stack([each.overflow for each in rows if each.overflow is not None])
     shape = (valid.shape[0], valid.shape[1])
-    packed = tuple(Packed.from_rows(each, shape) for each in rows)
-    routing = Routing(active, configurator.weigh(score, active), valid, position, overflow)
-    routing.__dict__["packed"] = packed  # what the cached property would make, but for the capacity
+    return _routing(configurator, scored, active, tuple(Packed.from_rows(each, shape) for each in rows))
+
+
+def _routing(configurator: Configurator, scored: Scored, active: Tensor, packed: tuple[Packed, ...]) -> Routing:
+    overflow = [each.overflow for each in packed if each.overflow is not None]
+    routing = Routing(
+        active,
+        configurator.weigh(scored.score, active),
+        scored.valid,
+        scored.position,
+        _stack(overflow) if overflow else None,
+    )
+    routing.__dict__["packed"] = packed  # the cached property would look for who is active, and knows no capacity
     return routing
 
 

@@ -78,6 +78,7 @@ class Configurator(Part):
         logits_per_module: how many numbers per token and module the router has to supply; 0 when none is needed.
         causal: True when the decision at t depends on positions up to t only. An instance may set it.
         adjustable: False when the rate is fixed, so that neither a loss nor a controller can move it.
+        everywhere: True when every real token is active, so that nobody has to look.
         balance: ``(M,)`` buffer added to the logits in favour of activation; moved by a rate controller, never by a
             gradient.
     """
@@ -86,6 +87,7 @@ class Configurator(Part):
     logits_per_module: int = 1
     causal: bool = True
     adjustable: bool = True
+    everywhere: bool = False
     balance: Tensor
 
     @dataclass(kw_only=True, frozen=True)
@@ -103,6 +105,8 @@ class Configurator(Part):
         own = vars(cls)
         if "gate" not in own and any(step in own for step in ("score", "decide", "weigh")):
             cls.gate = Configurator.gate  # type: ignore[method-assign]  # what a base said of its steps is not true of these
+        if "everywhere" not in own and "decide" in own:
+            cls.everywhere = False
 
     def reset(self, d_model: int) -> None:
         """Initialise what depends on the width of the tokens; called once the width is known."""

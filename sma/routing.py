@@ -32,6 +32,7 @@ class Packed:
         shape: ``(B, L)`` of the input that was compressed.
         row: ``(B * L,)`` int32: the inverse of ``index``, -1 for tokens that are not active.
         overflow: ``()`` int64: active tokens that found no room; None without a capacity.
+        whole: known on the host: the rows are all ``B * L`` tokens of the input, in their order.
     """
 
     index: Tensor
@@ -41,6 +42,7 @@ class Packed:
     shape: tuple[int, int]
     row: Tensor
     overflow: Tensor | None = None
+    whole: bool = False
 
     @property
     def batch(self) -> int:
@@ -84,6 +86,17 @@ class Packed:
         from sma.ops.pack import pack  # here, as the operations know what is packed
 
         return Packed.from_rows(pack(mask, position, capacity=capacity), (mask.shape[0], mask.shape[1]))
+
+    @staticmethod
+    def of_all(position: Tensor) -> Packed:
+        """All tokens of an input without padding, whose original positions are ``position (B, L)``: nothing is looked
+        for, so that nothing is waited for either.
+        """
+        (batch, length), device = position.shape, position.device
+        index = torch.arange(batch * length, device=device)
+        cu_seqlens = torch.arange(batch + 1, device=device) * length
+        row = index.to(torch.int32)
+        return Packed(index, cu_seqlens, position.flatten(), length, (batch, length), row, whole=True)
 
     @staticmethod
     def from_rows(rows: PackedRows, shape: tuple[int, int]) -> Packed:

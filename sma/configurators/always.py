@@ -13,6 +13,7 @@ class Always(Configurator):
 
     logits_per_module = 0
     adjustable = False
+    everywhere = True
 
     def score(self, logits: Tensor, position: Tensor) -> Tensor:
         return at_least_float32(logits).new_ones(*position.shape, self.n_modules)

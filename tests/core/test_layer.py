@@ -19,6 +19,7 @@ from sma.configurators import Always, ExpertChoice, FixedRate, RateController, R
 from sma.errors import ConfigError, RoutingError, ShapeError, StreamingError
 from sma.interfaces import Configurator
 from sma.layer import ActivatedConfig, MixtureConfig, SparselyActivated, SparseMixture
+from sma.ops import using
 from sma.routing import Routing
 from tests.core.parts import Losing, Running
 
@@ -427,3 +428,45 @@ def test_ranks_that_activate_different_modules_train_together(tmp_path: Path) ->
 def test_a_fixed_rate_cannot_be_held_elsewhere(fixed: Configurator, held: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(held))}: must not be given with {type(fixed).__name__}"):
         SparselyActivated(nn.Linear(4, 4), fixed, **held)
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+def test_where_all_are_active_nobody_looks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither is a row searched for, nor do the results change; padding, or a decision of one's own, is looked at."""
+    module = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+    layer = SparselyActivated(module, Always.Config().build())
+    x = torch.randn(2, 5, 3, requires_grad=True)
+    expected = layer(x, valid=torch.ones(2, 5, dtype=torch.bool))
+    assert not expected.routing.packed[0].whole
+
+    def nobody(*_: Any, **__: Any) -> None:
+        raise AssertionError("pack was called")
+
+    with monkeypatch.context() as patched, using(backend):
+        patched.setattr("sma.decision.pack", nobody)
+        out = layer(x)
+        torch.testing.assert_close(out.output, expected.output)
+        (by_x,), (expected_by_x,) = (torch.autograd.grad(each.output.square().sum(), x) for each in (out, expected))
+        torch.testing.assert_close(by_x, expected_by_x)
+        with pytest.raises(AssertionError, match="pack was called"):
+            SparselyActivated(module, Odd.Config().build())(x)
+    for name in ("index", "cu_seqlens", "position", "row", "max_length", "shape"):
+        mine, other = (getattr(each.routing.packed[0], name) for each in (out, expected))
+        assert torch.equal(mine, other) if isinstance(mine, Tensor) else mine == other, name
+    odd = SparselyActivated(module, Odd.Config().build())(x)
+    assert odd.routing.active[..., 0].tolist() == [[False, True, False, True, False]] * 2
+
+
+class Odd(Always):
+    """Decides anew, which its base knows nothing of."""
+
+    def decide(self, score: Tensor, position: Tensor, valid: Tensor) -> Tensor:
+        return (position % 2 == 1)[..., None].expand_as(score)
+
+
+def test_a_module_that_writes_into_its_tokens_leaves_the_input_alone() -> None:
+    x = torch.randn(2, 5, 3)
+    before = x.clone()
+    out = SparselyActivated(nn.ReLU(inplace=True), Always.Config().build(), d_model=3)(x)
+    assert torch.equal(x, before)
+    assert torch.equal(out.output, before.relu())

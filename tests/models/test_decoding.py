@@ -14,7 +14,7 @@ from sma.ops import using
 from sma_models.decoding import Decoder, prefill
 from sma_models.heads import LanguageModel
 from sma_modules.steppers import GAUStepper
-from tests.devices import needs_triton
+from tests.devices import DEVICE, needs_triton
 from tests.models.tiny import SPECS, VOCABULARY, inputs_of, tiny
 
 every_language_model = pytest.mark.parametrize("name", [name for name in SPECS if name.endswith("_lm")])
@@ -314,8 +314,8 @@ def test_at_a_hundred_thousand_tokens(name: str) -> None:
 
 @needs_triton
 def test_with_kernels() -> None:
-    model = tiny("seqboat_lm")
-    tokens = inputs_of(model, batch=2, length=14)
+    model = tiny("seqboat_lm").to(DEVICE)
+    tokens = inputs_of(model, batch=2, length=14).to(DEVICE)
     expected = whole(model, tokens)
     decoder = Decoder(model, 2, rollback=1)
     decoder.join_all(tokens[:, :3])

@@ -19,28 +19,34 @@ DTYPES = (torch.float32, torch.float16) if DEVICE == "cpu" else (torch.float32, 
 _MARGIN = 64
 
 
-def run(backend: str, function: Callable[..., Tensor], args: Sequence[Any]) -> list[Tensor]:
-    """Output of ``function`` and the gradients of its floating-point arguments, under a forced backend."""
+def run(
+    backend: str, function: Callable[..., Tensor], args: Sequence[Any], factors: Tensor | None = None
+) -> list[Tensor]:
+    """Output of ``function`` and the gradients of its floating-point arguments, under a forced backend; ``factors`` of
+    the gradient that comes in, one for each number.
+    """
     args = [a.detach().clone().requires_grad_() if differentiable(a) else a for a in args]
     with using(backend):
         out = function(*args)
         # In bfloat16, so that they are the same numbers in every dtype.
         weights = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=torch.bfloat16).view_as(out)
         inputs = [a for a in args if differentiable(a)]
-        return [out.detach(), *torch.autograd.grad((out * weights.to(out.dtype)).sum(), inputs)]
+        weights = weights.to(out.dtype) if factors is None else weights * factors.view_as(out)
+        return [out.detach(), *torch.autograd.grad((out * weights).sum(), inputs)]
 
 
 def check_low_precision(function: Callable[..., Tensor], args: Sequence[Any], dtype: torch.dtype) -> None:
     """Output and gradients are as precise as those of eager operations, see :mod:`sma.testing.precision`."""
     args = [a.to(dtype) if differentiable(a) else a for a in args]
 
-    def eager(args: Sequence[Any]) -> list[Tensor]:
-        return run("eager", function, args)
-
     wide = [a.double() if differentiable(a) else a for a in args]
-    exact = eager(wide)
-    known = known_to(eager, exact, wide) if dtype == torch.float32 else None
-    check_errors(run("triton", function, args), eager(args), exact, known)
+    exact = run("eager", function, wide)
+    known = None
+    if dtype == torch.float32:
+        # The gradient that comes in is known no better than the rest.
+        factors = torch.ones(exact[0].numel(), dtype=torch.float64, device=exact[0].device)
+        known = known_to(lambda moved: run("eager", function, moved[:-1], moved[-1]), exact, [*wide, factors])
+    check_errors(run("triton", function, args), run("eager", function, args), exact, known)
 
 
 def check_errors(

@@ -116,11 +116,9 @@ def test_the_average_equals_the_reference(backend: str, truncation: int | None, 
 
 
 def test_states_of_averages_come_and_go() -> None:
-    averages = Averages.empty(Room(4, 2, torch.zeros(0, dtype=torch.float64)), D, 3, 6)
-    state = EMAState(
-        numbers(2, D, 3), numbers(2, D, 3, seed=1), torch.tensor([2, 5]), numbers(2, 6, D, seed=2)
-    )  # fmt: skip
-    slots, position = torch.tensor([3, 1]), torch.tensor([17, 4])
+    averages = Averages.empty(Room(4, 2, torch.zeros(0, dtype=torch.float64, device=DEVICE)), D, 3, 6)
+    count, slots, position = (torch.tensor(each, device=DEVICE) for each in ([2, 5], [3, 1], [17, 4]))
+    state = EMAState(numbers(2, D, 3), numbers(2, D, 3, seed=1), count, numbers(2, 6, D, seed=2))
     averages.write(slots, state, position)
     for tensor, back in zip(state.tensors(), averages.read(slots, position).tensors(), strict=True):
         assert torch.equal(tensor, back)

@@ -66,9 +66,11 @@ def test_the_projections(backend: str, size: tuple[int, int, int, int], turned: 
     torch.testing.assert_close(out.skip.double(), F.linear(wide["m"], *skip), rtol=0, atol=tolerance * size[1])
     with using("eager"):
         expected = gau_inputs(F.linear(wide["m"], *mx), wide["gamma"], wide["beta"], position=position)
+    # An angle of many turns is known to one unit in its last place, whoever computes it.
+    turns = 0.0 if position is None else torch.finfo(torch.float64).eps * float(position.max())
     for name, one, other in zip("qkvr", out[1:], expected, strict=True):
         rows = given["active"]
-        bound = tolerance * max(1.0, float(other.abs().max()))
+        bound = (tolerance + turns) * max(1.0, float(other.abs().max()))
         torch.testing.assert_close(one[rows].double(), other[rows], rtol=0, atol=bound, msg=name)
 
 

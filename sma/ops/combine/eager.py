@@ -43,7 +43,7 @@ def combine(
 
 def _placed(h: Tensor, packed: Packed, skip: Tensor | None) -> Tensor:
     """The rows at their places, on top of the skip: ``(B, L, D)``."""
-    if skip is None or packed.fixed or skip.dtype != h.dtype:
+    if skip is None or packed.fixed or packed.whole or skip.dtype != h.dtype:
         y = extract(h, packed)
         return y if skip is None else skip + y
     # The rows are distinct: what is added to each is one number, in the same bits each time.

@@ -5,6 +5,7 @@ The inverse is :func:`sma.ops.extract.extract`; each is the other's gradient, an
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -38,6 +39,8 @@ def compress(x: Float[Tensor, "batch length *features"], packed: Packed) -> Floa
                 [4., 5.]])
     """
     _check(x, packed)
+    if packed.whole:
+        return _copied(x)
     with without_autocast(x.device):
         out: Tensor = OP(x, packed)
     return out
@@ -56,12 +59,19 @@ def compress_through(
         ShapeError: ``x`` does not have the ``(B, L)`` that was packed.
     """
     _check(x, packed)
+    if packed.whole:
+        return _copied(x), x
     if OP.choose(x, packed).name == "triton":
         from sma.ops.compress.triton_kernel import compress_through as run
 
         return run(x, packed)
     with without_autocast(x.device):
         return OP(x, packed), x
+
+
+def _copied(x: Tensor) -> Tensor:
+    """All tokens, for a module to do with as it likes."""
+    return x.flatten(0, 1).clone(memory_format=torch.contiguous_format)
 
 
 def _check(x: Tensor, packed: Packed) -> None:

@@ -37,6 +37,8 @@ def extract(h: Float[Tensor, "active *features"], packed: Packed) -> Float[Tenso
         raise ShapeError(
             f"extract: h must have one row for each of {packed.index.numel()} active tokens, got {h.shape[0]}"
         )
+    if packed.whole:
+        return h.reshape(*packed.shape, *h.shape[1:])
     with without_autocast(h.device):
         out: Tensor = OP(h, packed)
     return out
