@@ -143,8 +143,25 @@ class Decoder:
         """Read several prompts ``(B, L)`` at once, padded on either side with ``valid (B, L)``; see :meth:`join`."""
         self._check_room(prompts.shape[0])
         read = prefill(self.model, prompts, state, valid=valid, chunk=self.prefill_chunk)
-        slots = [self.acquire() for _ in range(prompts.shape[0])]
-        self.write_all(slots, read.state, read.logits)
+        return self.resume(read.state, read.logits)
+
+    def resume(self, state: StackState, logits: Tensor | None = None) -> list[int]:
+        """Give the sequences of a state slots of their own, to go on from there.
+
+        Args:
+            state: of one or several sequences.
+            logits: ``(B, V)`` of their next tokens; zeros if None.
+
+        Returns:
+            The slots, in the order of the sequences.
+
+        Raises:
+            StreamingError: there are not so many free slots, or the state does not fit the model.
+        """
+        sequences = position_of(state).numel()
+        self._check_room(sequences)
+        slots = [slot for slot, taken in enumerate(self._taken) if taken is None][:sequences]
+        self._write(slots, state, logits)
         return slots
 
     def acquire(self) -> int:
@@ -153,11 +170,7 @@ class Decoder:
         Raises:
             StreamingError: every slot is taken.
         """
-        self._check_room(1)
-        slot = self._taken.index(None)
-        self._taken[slot] = 0
-        self._write([slot], self.model.initial_state(1), None)
-        return slot
+        return self.resume(self.model.initial_state(1))[0]
 
     def leave(self, slot: int) -> None:
         """Free a slot.
@@ -169,22 +182,27 @@ class Decoder:
         self._taken[slot] = None
 
     @torch.no_grad()
-    def step(self, tokens: Tensor | Mapping[int, int]) -> Tensor:
+    def step(self, tokens: Tensor | Mapping[int, int], *, live: Tensor | None = None) -> Tensor:
         """One token of every sequence, or of some.
 
         Args:
             tokens: ``(S,)`` integers, the next token of every occupied slot (what stands at free ones does not
                 matter), or the tokens of some slots by their number; the others stay where they are.
+            live: ``(S,)`` bool, on the device: which of the occupied slots take their token, where only the device
+                knows. Not together with ``rollback``, which has to know it here.
 
         Returns:
             Logits ``(S, vocab_size)`` of the tokens after these: ``logits``, which the next step overwrites. Rows
             of slots that took no token keep their values.
 
         Raises:
-            StreamingError: a slot is given that holds no sequence.
-            ShapeError: the tokens have the wrong shape or dtype, or (checked on the CPU) are not in the vocabulary.
+            StreamingError: a slot is given that holds no sequence, or ``live`` in spite of ``rollback``.
+            ShapeError: ``live`` or the tokens have the wrong shape or dtype, or (checked on the CPU) tokens are not in
+                the vocabulary.
         """
-        slots = self._put_tokens(tokens)
+        if live is not None:
+            self._check_live(live)
+        slots = self._put_tokens(tokens, live)
         if not slots:
             return self.logits
         self._decisions = self._advance() if self._graph is None else self._graph.run(self._advance)
@@ -272,8 +290,8 @@ class Decoder:
             self._position += self._live
         return decisions
 
-    def _put_tokens(self, tokens: Tensor | Mapping[int, int]) -> list[int]:
-        """Put the tokens in place; the slots that take one."""
+    def _put_tokens(self, tokens: Tensor | Mapping[int, int], some: Tensor | None) -> list[int]:
+        """Put the tokens in place, and who is to take one; the slots that may."""
         if isinstance(tokens, Mapping):
             slots = sorted(tokens)
             for slot in slots:
@@ -293,11 +311,20 @@ class Decoder:
                     raise ShapeError(
                         f"tokens[{slot}]: must lie in 0..{self.model.vocab_size - 1}, got {int(tokens[slot])}"
                     )
-        if live != self._set_live:
+        if live != self._set_live or some is not None:
             self._live.copy_(torch.tensor(live), non_blocking=True)
             self._set_live = live
+        if some is not None:
+            self._live &= some
+            self._set_live = []  # what the device holds is not known here
         self._tokens.copy_(tokens, non_blocking=True)
         return slots
+
+    def _check_live(self, live: Tensor) -> None:
+        if live.shape != (self.slots,) or live.dtype != torch.bool:
+            raise ShapeError(f"live: must be bool of shape ({self.slots},), got {live.dtype} {tuple(live.shape)}")
+        if self.rollback:
+            raise StreamingError(f"live: must not be given to a decoder with rollback={self.rollback}")
 
     def _check_room(self, sequences: int) -> None:
         if sequences > self.free:

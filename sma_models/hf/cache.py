@@ -12,6 +12,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from sma.errors import StreamingError
+from sma_models.hf.stepping import Stepping
 from sma_models.stack import StackState
 
 MOST_PAST = 256
@@ -63,7 +64,8 @@ class _Read(NamedTuple):
 
 
 class StateLayer(CacheLayerMixin):
-    """The state of all blocks, as the one layer of a :class:`SMACache`.
+    """The state of all blocks, as the one layer of a :class:`SMACache`. While tokens come one at a time it lies in the
+    memory of a :class:`~sma_models.hf.stepping.Stepping`.
 
     Attributes:
         state: after all tokens read; None before the first.
@@ -76,12 +78,55 @@ class StateLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.state: StackState | None = None
+        self._state: StackState | None = None
+        self._home: Stepping | None = None
         self.ahead: Tokens | None = None
         self.batch_size = -1
         self.record_past = False
         self._length = 0
         self._past: deque[_Read] = deque()
+
+    @property
+    def state(self) -> StackState | None:
+        home = self._home
+        if home is not None:
+            home.leave(self)
+        return self._state
+
+    @state.setter
+    def state(self, value: StackState | None) -> None:
+        home = self._home
+        if home is not None:
+            home.forget(self)
+        self._state, self._home = value, None
+
+    def move_in(self, home: Stepping) -> None:
+        """The state lies there from now on, and changes in place."""
+        self._home = home
+        self._state = None
+
+    def move_out(self, state: StackState) -> None:
+        """The state is a value again."""
+        self._state = state
+        self._home = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        home = self._home
+        if home is not None:
+            home.leave(self)
+        return self.__dict__.copy()
+
+    def step(self, stepping: Stepping, tokens: Tokens) -> Tensor:
+        """Logits ``(B, 1, V)`` after one more column."""
+        logits = stepping.step(self, tokens)
+        self._length += 1
+        return logits
+
+    def steps(self, tokens: Tokens) -> bool:
+        """Whether one more column is all there is to do."""
+        there = self._home is not None or self._state is not None
+        fits = tokens.ids.dim() == 2 and tokens.ids.shape == (self.batch_size, 1)
+        return there and fits and self.ahead is None and not self.record_past
 
     def read(self, before: StackState, tokens: Tokens, after: StackState) -> None:
         """Take note of one call of the model, which has read ``tokens``, with those that were ``ahead`` in front."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from sma_models.heads import Classifier, LanguageModel
 from sma_models.hf.base import SMAPreTrainedModel, auxiliary, check_options
 from sma_models.hf.cache import SMACache, Tokens
 from sma_models.hf.configuration import SMAConfig
+from sma_models.hf.stepping import Stepping
 
 PREFILL_CHUNK = 2048
 """A prompt is read in chunks of this many tokens, as by :func:`sma_models.generation.stream`."""
@@ -80,6 +81,10 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
 
     expects = LanguageModel
 
+    def __init__(self, config: SMAConfig, model: Model | None = None) -> None:
+        super().__init__(config, model)
+        self._stepping = Stepping(self.model)
+
     def get_output_embeddings(self) -> nn.Module | None:
         """The head; None where the embedding is its own head."""
         head: nn.Module | None = self.model.head
@@ -130,6 +135,9 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
         if cache is None and not use_cache:
             out, hidden = self._call(tokens, hidden=wants)
             logits = out.logits
+        elif not (labels is not None or wants or output_routings) and self._steps(cache, tokens):
+            logits = cache.layer.step(self._stepping, tokens)
+            return SMACausalLMOutput(None, slice_logits_to_keep(logits, logits_to_keep), cache)
         else:
             cache = SMACache() if cache is None else cache
             some = isinstance(logits_to_keep, int) and logits_to_keep > 0 and not (output_routings or wants)
@@ -140,6 +148,10 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
             loss = loss + auxiliary(out.losses, labels, kwargs.get("num_items_in_batch"))
         return SMACausalLMOutput(loss, logits, cache, hidden, dict(out.routings) if output_routings else None)
+
+    def _steps(self, cache: Any, tokens: Tokens) -> TypeGuard[SMACache]:
+        """Whether this call can be one step of decoding."""
+        return isinstance(cache, SMACache) and cache.layer.steps(tokens) and self._stepping.able()
 
     def _read(
         self, cache: SMACache, tokens: Tokens, keep: int | None, hidden: bool

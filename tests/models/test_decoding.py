@@ -312,6 +312,32 @@ def test_at_a_hundred_thousand_tokens(name: str) -> None:
         decoder.leave(slot)
 
 
+def test_the_device_says_who_takes_a_token() -> None:
+    model = double()
+    tokens = inputs_of(model, batch=3, length=30)
+    decoder = Decoder(model, 3)
+    slots = decoder.resume(*prefill(model, tokens[:, :20]))
+    assert slots == [0, 1, 2]
+    rows = [tokens[i, :20].tolist() for i in range(3)]
+    for t in range(20, 30):
+        live = torch.tensor([True, t % 2 == 0, t < 23])
+        decoder.step(tokens[:, t], live=live)
+        for i in range(3):
+            if live[i]:
+                rows[i].append(int(tokens[i, t]))
+    decoder.step({0: 1, 2: 5})  # and afterwards again who is named here
+    rows[0].append(1)
+    rows[2].append(5)
+    for i, row in enumerate(rows):
+        close(decoder.logits[i], whole(model, torch.tensor([row]))[0, -1])
+    with pytest.raises(ShapeError, match=r"live: must be bool of shape \(3,\), got torch.bool \(2,\)"):
+        decoder.step(tokens[:, 0], live=torch.tensor([True, False]))
+    with pytest.raises(StreamingError, match="live: must not be given to a decoder with rollback=2"):
+        Decoder(model, 3, rollback=2).step(tokens[:, 0], live=torch.ones(3, dtype=torch.bool))
+    with pytest.raises(StreamingError, match="0 of 3 slots are free, got 2 sequences"):
+        decoder.resume(prefill(model, tokens[:2]).state)
+
+
 @needs_triton
 def test_with_kernels() -> None:
     model = tiny("seqboat_lm").to(DEVICE)
