@@ -118,6 +118,7 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
+        from sma.ops.column_sums.triton_kernel import column_sums
         from sma_modules.ops.feed_forward import triton_kernel
 
         x, up, gate, down, a, b = ctx.saved_tensors
@@ -140,7 +141,7 @@ class _FeedForward(torch.autograd.Function):
             grad_gate,
             sums[1] if need[4] else None,
             grad.t() @ hidden if need[5] else None,
-            grad.sum(0) if need[6] else None,
+            column_sums(grad, grad.dtype) if need[6] else None,
             None,
         )
 
