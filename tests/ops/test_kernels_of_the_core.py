@@ -254,6 +254,29 @@ def test_dropout_of_combine(drop_sum: bool) -> None:
     torch.testing.assert_close(y.detach(), grad_of_h + grad_skip)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("capacity", [None, 7, 200])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_rows_alone(rate: float, capacity: int | None, dropout: float) -> None:
+    """Without anything but rows and weights, gradients are what they are next to a residual, and zero without one."""
+    packed = Packed.from_mask(mask_of(3, 30, rate), capacity=capacity)
+    missing = packed.index >= 90
+    h = numbers(packed.index.numel(), 20).masked_fill(missing[:, None], torch.nan)
+    weight = numbers(3, 30).masked_fill(packed.row.view(3, 30) < 0, torch.nan)
+    grads = []
+    for residual in (None, torch.zeros(3, 30, 20, device=DEVICE, requires_grad=True)):
+        inputs = differentiable(h, weight)
+        torch.manual_seed(0)
+        with using("triton"):
+            y = combine(inputs[0], packed, weight=inputs[1], residual=residual, dropout=dropout)
+        grads.append(torch.autograd.grad(y, inputs, torch.linspace(-1, 1, y.numel(), device=DEVICE).view_as(y)))
+    (rows, weights), (expected_rows, expected_weights) = grads
+    assert torch.equal(rows, expected_rows)
+    assert error_of(weights, expected_weights)[0] <= 2e-5
+    assert not rows[missing].any()
+    assert not weights.flatten()[packed.row < 0].any()
+
+
 def test_nothing_that_is_not_active_leaks() -> None:
     mask = mask_of(3, 20)
     packed = Packed.from_mask(mask)
@@ -298,7 +321,7 @@ def test_operators_are_sound() -> None:
     packed = Packed.from_mask(mask_of(2, 9))
     x, h, mask = numbers(18, 4), numbers(packed.index.numel(), 4), mask_of(2, 9)
     none = (None,) * 7
-    options = (True, False, False, 1.0, 0.0, False)
+    options, plain = (True, False, False, 1.0, 0.0, False), (False, False, False, 1.0, 0.0, False)
     calls: list[tuple[Any, tuple[Any, ...]]] = [
         (rows.take, (x, packed.index)),
         (rows.add_, (x.clone(), packed.index, h)),
@@ -308,7 +331,8 @@ def test_operators_are_sound() -> None:
         (packing.place, (mask, packing.count(mask), None, 18, True)),
         (packing.place, (mask, packing.count(mask), None, 18, False)),
         (merge.forward, (h, packed.row, *none, *options)),
-        (merge.backward, (x, x, h, packed.row, *none[:5], *options, False, True, True)),
+        (merge.backward, (x, x, h, packed.index, packed.row, *none[:5], *options, False, True, True)),
+        (merge.backward, (x, x, h, packed.index, packed.row, *none[:5], *plain, True, False, False)),
         (norm_kernel.forward, (x, None, None, True, 1e-5)),
         (norm_kernel.backward, (x, x, None, None, True, 1e-5)),
     ]
@@ -381,6 +405,9 @@ def test_kernels_fit_the_hardware() -> None:
         grads |= dict.fromkeys(("grad_weight", "shares"), "*fp32")
         backward = {**flags, "STORE_SUM": True, "STORE_SKIP": True}
         asked.append(Compilation(module, "backward_kernel", {**pointers, **norm, **grads}, backward, options))
+        alone = {"D": d, "HAS_WEIGHT": True, "DROP": True, "BLOCK_R": block_t, "BLOCK_D": block_d, "BLOCK_T": 256}
+        types = {**pointers, **norm, **grads, "index": "*i64", "rows": "i32"}
+        asked.append(Compilation(module, "rows_backward_kernel", types, alone, options))
     asked.append(
         Compilation(
             "sma.ops.narrow_linear.triton_kernel",

@@ -1,4 +1,7 @@
-"""combine in one kernel forward and one backward. Only the sum in front of the activation is kept for the backward."""
+"""combine in one kernel forward and one backward, which takes the active rows alone where nothing else has a gradient.
+
+Only the sum in front of the activation is kept for the backward.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ from sma.routing import Packed
 
 PARTS = 1 << 16
 """Probabilities of dropout are multiples of one part."""
+ZEROS = 256
+"""So many gradients of weights a program sets to zero at a time."""
 
 
 @triton.jit
@@ -213,6 +218,48 @@ def backward_kernel(
         tl.store(share, tl.sum(sum_bias, 0)[None, :], mask=d < D)
 
 
+@triton.jit
+def rows_backward_kernel(
+    grad,
+    h,
+    index,
+    row,
+    weight,
+    seed,
+    grad_h,
+    grad_weight,
+    tokens,
+    rows,
+    dropped,
+    scaled_up,
+    D: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    DROP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Where the rows alone have a gradient, and their weights: a block of rows, and zeros for what is not active."""
+    program = tl.program_id(0).to(tl.int64)
+    r = program * BLOCK_R + tl.arange(0, BLOCK_R)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    t = tl.load(index + r, mask=r < rows, other=-1)
+    there = (t >= 0) & (t < tokens)
+    cells = there[:, None] & (d < D)
+    g = tl.load(grad + t[:, None] * D + d, mask=cells, other=0).to(tl.float32)
+    if DROP:
+        g = tl.where(_kept(seed, t, dropped, BLOCK_D), g * scaled_up, 0.0)
+    if HAS_WEIGHT:
+        value = tl.load(h + r[:, None] * D + d, mask=cells, other=0).to(tl.float32)
+        tl.store(grad_weight + t, tl.sum(g * value, 1), mask=there)
+        g = g * tl.load(weight + t, mask=there, other=0).to(tl.float32)[:, None]
+        for start in range(program * BLOCK_T, tokens, tl.num_programs(0) * BLOCK_T):
+            other = start + tl.arange(0, BLOCK_T)
+            inactive = tl.load(row + other, mask=other < tokens, other=0) < 0
+            tl.store(grad_weight + other, tl.zeros((BLOCK_T,), tl.float32), mask=inactive)
+    tl.store(grad_h + r[:, None] * D + d, g.to(grad_h.dtype.element_ty), mask=(r < rows)[:, None] & (d < D))
+
+
 def _dropped(dropout: float) -> tuple[int, float]:
     """The parts that are dropped, and what the rest is multiplied by."""
     dropped = min(round(dropout * PARTS), PARTS - 1)
@@ -311,10 +358,16 @@ def forward(
     return out, total
 
 
+def _rows_only(silu: bool, norm: bool, skip_bias: Tensor | None, need_residual: bool, need_skip: bool) -> bool:
+    """Whether a gradient arrives at active tokens and nowhere else."""
+    return not (silu or norm or need_residual or need_skip or skip_bias is not None)
+
+
 def _backward_fake(
     grad: Tensor,
     total: Tensor,
     h: Tensor,
+    index: Tensor,
     row: Tensor,
     weight: Tensor | None,
     skip_bias: Tensor | None,
@@ -331,6 +384,7 @@ def _backward_fake(
     need_residual: bool,
     need_skip: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows_only = _rows_only(silu, norm, skip_bias, need_residual, need_skip)
     apart = need_skip and seed is not None and drop_sum
     parameters = sum(each is not None for each in (skip_bias, norm_weight, norm_bias))
 
@@ -340,7 +394,7 @@ def _backward_fake(
     return (
         part(need_residual or (need_skip and not apart), *grad.shape, dtype=grad.dtype),
         part(apart, *grad.shape, dtype=grad.dtype),
-        torch.zeros_like(h) if fixed else torch.empty_like(h),
+        torch.zeros_like(h) if fixed and not rows_only else torch.empty_like(h),
         part(weight is not None, row.numel()),
         part(True, parameters, shares(grad.shape[0], h.shape[1])[1], h.shape[1]),
     )
@@ -351,6 +405,7 @@ def backward(
     grad: Tensor,
     total: Tensor,
     h: Tensor,
+    index: Tensor,
     row: Tensor,
     weight: Tensor | None,
     skip_bias: Tensor | None,
@@ -372,12 +427,34 @@ def backward(
     they are there.
     """
     outs = _backward_fake(
-        grad, total, h, row, weight, skip_bias, norm_weight, norm_bias, seed, silu, norm, centred, eps, dropout,
+        grad, total, h, index, row, weight, skip_bias, norm_weight, norm_bias, seed, silu, norm, centred, eps, dropout,
         drop_sum, fixed, need_residual, need_skip,
     )  # fmt: skip
     grad_sum, grad_skip, grad_h, grad_weight, share = outs
     tokens, d = grad.shape
     block_t, block_d, warps = sizes(d)
+    if _rows_only(silu, norm, skip_bias, need_residual, need_skip):
+        rows_backward_kernel[(max(1, triton.cdiv(h.shape[0], block_t)),)](
+            grad,
+            h,
+            index,
+            row,
+            h if weight is None else weight,
+            row if seed is None else seed,
+            grad_h,
+            grad_weight,
+            tokens,
+            h.shape[0],
+            *_dropped(dropout),
+            D=d,
+            HAS_WEIGHT=weight is not None,
+            DROP=seed is not None,
+            BLOCK_R=block_t,
+            BLOCK_D=block_d,
+            BLOCK_T=ZEROS,
+            num_warps=warps,
+        )
+        return outs
     each, programs = shares(tokens, d)
     backward_kernel[(programs,)](
         grad,
@@ -421,6 +498,7 @@ class _Combine(torch.autograd.Function):
     def forward(
         ctx: Any,
         h: Tensor,
+        index: Tensor,
         row: Tensor,
         weight: Tensor | None,
         skip: Tensor | None,
@@ -433,7 +511,7 @@ class _Combine(torch.autograd.Function):
     ) -> Tensor:
         seed = draw_seed(h.device) if options.dropout > 0 else None
         out, total = forward(h, row, weight, skip, skip_bias, residual, norm_weight, norm_bias, seed, *options)
-        ctx.save_for_backward(total, h, row, weight, skip_bias, norm_weight, norm_bias, seed)
+        ctx.save_for_backward(total, h, index, row, weight, skip_bias, norm_weight, norm_bias, seed)
         ctx.options, ctx.fixed = options, fixed
         ctx.dtypes = [None if each is None else each.dtype for each in (skip, residual)]
         result: Tensor = out
@@ -442,11 +520,11 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        total, h, row, weight, skip_bias, norm_weight, norm_bias, seed = ctx.saved_tensors
-        _, _, _, need_skip, _, need_residual, *_ = ctx.needs_input_grad
+        total, h, index, row, weight, skip_bias, norm_weight, norm_bias, seed = ctx.saved_tensors
+        _, _, _, _, need_skip, _, need_residual, *_ = ctx.needs_input_grad
         grads = backward(
-            grad.contiguous(), total, h, row, weight, skip_bias, norm_weight, norm_bias, seed, *ctx.options, ctx.fixed,
-            need_residual, need_skip,
+            grad.contiguous(), total, h, index, row, weight, skip_bias, norm_weight, norm_bias, seed, *ctx.options,
+            ctx.fixed, need_residual, need_skip,
         )  # fmt: skip
         grad_sum, grad_skip, grad_h, grad_weight, share = grads
         by_skip_bias, by_norm_weight, by_norm_bias = totals(share, skip_bias, norm_weight, norm_bias)
@@ -454,6 +532,7 @@ class _Combine(torch.autograd.Function):
         for_skip = grad_skip if grad_skip.numel() else grad_sum
         return (
             grad_h,
+            None,
             None,
             None if weight is None else grad_weight.to(weight.dtype),
             for_skip.to(skip_dtype) if need_skip else None,
@@ -492,6 +571,7 @@ def combine(
     )
     flat: Tensor = _Combine.apply(
         h.contiguous(),
+        packed.index,
         packed.row,
         None if weight is None else weight.contiguous().view(-1),
         _rows(skip, d),
