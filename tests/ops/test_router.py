@@ -20,7 +20,7 @@ from sma.ops import Gate, pack, router, using
 from sma.ops.router import Routed
 from tests.devices import DEVICE, error_of, needs_triton
 from tests.kernels import Compilation, compile_all
-from tests.ops.test_kernels_of_the_core import assert_precise, assert_same, mask_of, numbers, results
+from tests.ops.test_kernels_of_the_core import DTYPES, assert_precise, assert_same, mask_of, numbers, results
 
 SQUARE = torch.eye(20, device=DEVICE)
 LENGTHS = torch.tensor([40, 13], device=DEVICE)
@@ -78,7 +78,7 @@ def test_equal_to_the_reference(kind: str, modules: int, logits: int, learned: b
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_precision(dtype: torch.dtype) -> None:
     assert_precise(through({}), lambda seed: inputs_of(1, 2, seed), dtype)
 
@@ -210,12 +210,16 @@ def test_kernels_fit_the_hardware() -> None:
     backward = {"x": "*bf16", "grad_x": "*bf16", "grad_score": "*fp32", "shares": "*fp32"}
     asked: list[Compilation] = []
     for d, modules, pairs in ((128, 1, True), (616, 1, True), (80, 2, True), (2048, 8, False)):
-        common = {"D": d, "M": modules, "PAIRS": pairs, "LEARNED": True, "BLOCK_D": kernels.BLOCK_D}
-        once = {**common, "MASK": 2, "EACH": 32, "BLOCK_T": kernels.FORWARD_T}
-        back = {**common, "HAS_THROUGH": True, "TOKENS": 256, "BLOCK_T": kernels.BACKWARD_T}
-        module, options = "sma.ops.router.triton_kernel", {"num_warps": kernels.WARPS}
-        asked.append(Compilation(module, "forward_kernel", {**tensors, **numbers_of, **forward}, once, options))
-        asked.append(Compilation(module, "backward_kernel", {**tensors, **numbers_of, **backward}, back, options))
+        common = {"D": d, "M": modules, "PAIRS": pairs, "LEARNED": True}
+        block_d, forward_warps = kernels.forward_sizes(d)
+        once = {**common, "MASK": 2, "EACH": 32, "BLOCK_T": kernels.FORWARD_T, "BLOCK_D": block_d}
+        back = {**common, "HAS_THROUGH": True, "TOKENS": 256}
+        back |= {"BLOCK_T": kernels.BACKWARD_T, "BLOCK_D": kernels.BACKWARD_D}
+        module, warps = "sma.ops.router.triton_kernel", (forward_warps, kernels.BACKWARD_WARPS)
+        for name, own, sizes, count in zip(
+            ("forward_kernel", "backward_kernel"), (forward, backward), (once, back), warps, strict=True
+        ):
+            asked.append(Compilation(module, name, {**tensors, **numbers_of, **own}, sizes, {"num_warps": count}))
     packing = dict.fromkeys(("index", "where", "position", "cu_seqlens", "overflow"), "*i64")
     packing |= dict.fromkeys(("mask", "kept"), "*i1") | dict.fromkeys(("counts", "row"), "*i32")
     packing |= dict.fromkeys(("total", "length", "batch", "blocks", "rows", "step", "stride"), "i32")

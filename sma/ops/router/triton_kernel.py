@@ -14,13 +14,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sma.ops.column_sums.triton_kernel import column_sums
 from sma.ops.kernel import kernel
 from sma.ops.pack.triton_kernel import LEAST_COUNTED, count_block
 from sma.ops.router import Gate, Routed
 
-BLOCK_D = 128
-FORWARD_T, BACKWARD_T = LEAST_COUNTED, 16
-WARPS = 4
+FORWARD_T = LEAST_COUNTED
+BACKWARD_T, BACKWARD_D, BACKWARD_WARPS = 32, 128, 4
 
 
 @triton.jit
@@ -126,7 +126,7 @@ def backward_kernel(
     C: tl.constexpr = 2 * M if PAIRS else M
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     share = shares + program.to(tl.int64) * (C * D + C + 1)
-    scale = _temperature(log_temperature, temperature, LEARNED)
+    inverse = tl.div_rn(1.0, _temperature(log_temperature, temperature, LEARNED))
     by_log_temperature = tl.zeros((BLOCK_T,), tl.float32)
     for m in tl.static_range(M):
         if m > 0:
@@ -136,12 +136,13 @@ def backward_kernel(
         by_bias = tl.zeros((BLOCK_T,), tl.float32)
         for first in range(0, TOKENS, BLOCK_T):
             t = program.to(tl.int64) * TOKENS + first + tl.arange(0, BLOCK_T)
+            # All three at once: none waits for another.
             real = tl.load(score + t * M + m, mask=t < tokens, other=0) != 0  # NaN is
-            u = tl.load(margin + t * M + m, mask=real, other=0)
-            g = tl.load(grad_score + t * M + m, mask=real, other=0)
+            u = tl.load(margin + t * M + m, mask=t < tokens, other=0)
+            g = tl.load(grad_score + t * M + m, mask=t < tokens, other=0)
             # s (1 - s), but not from s, of which little is left of 1 - s near 1.
-            e = tl.exp(-tl.abs(tl.div_rn(u, scale)))
-            g = tl.div_rn(g * tl.div_rn(e, (1.0 + e) * (1.0 + e)), scale)
+            e = tl.exp(-tl.abs(u) * inverse)
+            g = tl.where(real, g * inverse * tl.div_rn(e, (1.0 + e) * (1.0 + e)), 0.0)
             # Rows without a gradient are not even looked at.
             touched = g != 0
             cells = touched[:, None] & (d < D)
@@ -171,6 +172,11 @@ def backward_kernel(
                 tl.store(share + C * D + m, biases)
     if tl.program_id(1) == 0:
         tl.store(share + C * D + C, tl.sum(by_log_temperature))
+
+
+def forward_sizes(d: int) -> tuple[int, int]:
+    """Features that are read at a time, and warps: what lets an H100 hold all programs of 16,000 tokens at once."""
+    return (128, 4) if d <= 128 else (256, 8)
 
 
 def tokens_per_program(tokens: int) -> int:
@@ -218,6 +224,7 @@ def forward(
     outs = _forward_fake(x, weight, bias, balance, log_temperature, valid, lengths, temperature, threshold)
     score, active, margin, seen, counts = outs
     given = valid if lengths is None else lengths
+    block_d, warps = forward_sizes(x.shape[2])
     forward_kernel[(counts.shape[1],)](
         x,
         weight,
@@ -241,10 +248,15 @@ def forward(
         MASK=0 if given is None else 1 if lengths is None else 2,
         EACH=count_block(x.shape[0] * x.shape[1]),
         BLOCK_T=FORWARD_T,
-        BLOCK_D=BLOCK_D,
-        num_warps=WARPS,
+        BLOCK_D=block_d,
+        num_warps=warps,
     )
     return outs
+
+
+def _sums_dtype(weight: Tensor, log_temperature: Tensor | None) -> torch.dtype:
+    """Of the gradients of weight, bias and log_temperature, which come out in one row."""
+    return weight.dtype if log_temperature is None or log_temperature.dtype == weight.dtype else torch.float32
 
 
 def _backward_fake(
@@ -257,7 +269,8 @@ def _backward_fake(
     through: Tensor | None,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), weight.new_empty(weight.numel() + weight.shape[0] + 1, dtype=torch.float32)
+    dtype = _sums_dtype(weight, log_temperature)
+    return torch.empty_like(x), weight.new_empty(weight.numel() + weight.shape[0] + 1, dtype=dtype)
 
 
 @kernel("router_backward", fake=_backward_fake)
@@ -292,7 +305,7 @@ def _backward(
     each = tokens_per_program(tokens)
     programs = triton.cdiv(tokens, each)
     shares = x.new_empty(programs, outputs * d + outputs + 1, dtype=torch.float32)
-    backward_kernel[(programs, triton.cdiv(d, BLOCK_D))](
+    backward_kernel[(programs, triton.cdiv(d, BACKWARD_D))](
         x,
         weight,
         x if log_temperature is None else log_temperature,
@@ -310,10 +323,10 @@ def _backward(
         HAS_THROUGH=through is not None,
         TOKENS=each,
         BLOCK_T=BACKWARD_T,
-        BLOCK_D=BLOCK_D,
-        num_warps=WARPS,
+        BLOCK_D=BACKWARD_D,
+        num_warps=BACKWARD_WARPS,
     )
-    return grad_x, shares.sum(0)
+    return grad_x, column_sums(shares, _sums_dtype(weight, log_temperature))
 
 
 class _Router(torch.autograd.Function):
