@@ -12,7 +12,8 @@ from torch import Tensor
 from sma.checkpointing import inside_checkpoint, mark_decision
 from sma.errors import RoutingError, ShapeError
 from sma.interfaces import Configurator
-from sma.ops import Gate, narrow_linear, pack, router
+from sma.ops import Gate, narrow_linear, pack
+from sma.ops.router import Compressor, routed_compress
 from sma.padding import valid_of
 from sma.routing import Packed, Routing
 
@@ -31,6 +32,9 @@ class Scored(NamedTuple):
         position: ``(B, L)`` 0-based position among the real tokens of the stream.
         counts: ``(M, blocks)`` of the active tokens, for :func:`~sma.ops.pack.pack`, or None.
         padded: whether some tokens may not be real.
+        compress: what brings the tokens of the first module together, and gives ``x`` and the score their gradient, see
+            :func:`~sma.ops.router.routed_compress`; None where they have it.
+        tokens: ``(K, D)`` of the first module, where it was asked.
     """
 
     x: Tensor
@@ -40,6 +44,8 @@ class Scored(NamedTuple):
     position: Tensor
     counts: Tensor | None
     padded: bool
+    compress: Compressor | None = None
+    tokens: Tensor | None = None
 
 
 def score_tokens(
@@ -76,9 +82,9 @@ def score_tokens(
         position = position + seen[:, None]
     gate = None if weights is None or logits is not None else gate_of(configurator)
     if gate is not None and weights is not None:
-        x, score, active, margin, valid, counts = router(x, *weights, gate, valid=valid, lengths=lengths)
-        _check_finite(name, margin, None)
-        return Scored(x, score, active, valid, position, counts, padded)
+        routed, compress = routed_compress(x, *weights, gate, valid=valid, lengths=lengths)
+        _check_finite(name, routed.margin, None)
+        return Scored(routed.x, routed.score, routed.active, routed.valid, position, routed.counts, padded, compress)
     if lengths is not None:
         valid = valid_of(lengths, x)
     logits, x = _logits(name, configurator, x, weights, logits, valid)
@@ -126,8 +132,8 @@ def _check_finite(name: str, values: Tensor, valid: Tensor | None) -> None:
 
 def route_tokens(
     configurator: Configurator, scored: Scored, *, replay: Routing | None = None, capacity: float | None = None
-) -> Routing:
-    """The routing that follows from scores.
+) -> tuple[Routing, Scored]:
+    """The routing that follows from scores, and the scores with their gradient.
 
     Args:
         configurator: who decides.
@@ -138,7 +144,7 @@ def route_tokens(
     Raises:
         RoutingError: ``replay`` is of another shape.
     """
-    _, score, active, valid, position, counts, padded = scored
+    _, score, active, valid, position, counts, padded, *_ = scored
     if replay is not None:
         active, counts = _replayed(configurator, replay, valid), None
     else:
@@ -161,7 +167,12 @@ def route_tokens(
     return _routing(configurator, scored, active, tuple(Packed.from_rows(each, shape) for each in rows))
 
 
-def _routing(configurator: Configurator, scored: Scored, active: Tensor, packed: tuple[Packed, ...]) -> Routing:
+def _routing(
+    configurator: Configurator, scored: Scored, active: Tensor, packed: tuple[Packed, ...]
+) -> tuple[Routing, Scored]:
+    if scored.compress is not None:
+        tokens, x, score = scored.compress(packed[0])
+        scored = scored._replace(x=x, score=score, compress=None, tokens=tokens)
     overflow = [each.overflow for each in packed if each.overflow is not None]
     routing = Routing(
         active,
@@ -171,7 +182,7 @@ def _routing(configurator: Configurator, scored: Scored, active: Tensor, packed:
         _stack(overflow) if overflow else None,
     )
     routing.__dict__["packed"] = packed  # the cached property would look for who is active, and knows no capacity
-    return routing
+    return routing, scored
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

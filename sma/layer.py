@@ -396,14 +396,17 @@ class SparseMixture(nn.Module):
         weights = router if router is not None or logits is not None else self._weights(x)
         scored = score_tokens(type(self).__name__, self.configurator, x, weights, logits, valid, lengths, seen)
         capacity = self.capacity if replay is None and (state is None or self.capacity_streams) else None
-        routing = route_tokens(self.configurator, scored, replay=replay, capacity=capacity)
+        routing, scored = route_tokens(self.configurator, scored, replay=replay, capacity=capacity)
         losses = {} if self.rate_loss is None else {"rate": self.rate_loss(scored.score, routing.active, scored.valid)}
         x, confidence = scored.x, weights_of(routing.confidence)
         members: list[Part] = []
         states: list[State | None] = []
         for m, (module, layout) in enumerate(zip(self._members, self.layouts, strict=True)):
             before = state.members[m] if state is not None else None
-            tokens, x = compress_through(x, routing.packed[m])
+            if m == 0 and scored.tokens is not None:
+                tokens = scored.tokens
+            else:
+                tokens, x = compress_through(x, routing.packed[m])
             if layout == "padded" and self.window is not None:
                 result = call_windowed(module, tokens, routing.packed[m], before, self.window)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,9 @@ from sma.errors import ShapeError
 from sma.interfaces import Configurator
 from sma.layer import SparseMixture
 from sma.ops import Gate, pack, router, using
-from sma.ops.router import Routed
+from sma.ops.compress import compress as compress_plain
+from sma.ops.router import Routed, routed_compress
+from sma.routing import Packed
 from tests.devices import DEVICE, error_of, needs_triton
 from tests.kernels import Compilation, compile_all
 from tests.ops.test_kernels_of_the_core import DTYPES, assert_precise, assert_same, mask_of, numbers, results
@@ -208,18 +211,19 @@ def test_kernels_fit_the_hardware() -> None:
     numbers_of = {"tokens": "i32", "length": "i32", "temperature": "fp32", "threshold": "fp32"}
     forward = {"x": "*bf16", "valid": "*i64", "active": "*i1", "seen": "*i1", "counts": "*i32"}
     backward = {"x": "*bf16", "grad_x": "*bf16", "grad_score": "*fp32", "shares": "*fp32"}
+    backward |= {"rows": "*bf16", "row": "*i32"}
     asked: list[Compilation] = []
     for d, modules, pairs in ((128, 1, True), (616, 1, True), (80, 2, True), (2048, 8, False)):
         common = {"D": d, "M": modules, "PAIRS": pairs, "LEARNED": True}
         block_d, forward_warps = kernels.forward_sizes(d)
         once = {**common, "MASK": 2, "EACH": 32, "BLOCK_T": kernels.FORWARD_T, "BLOCK_D": block_d}
-        back = {**common, "HAS_THROUGH": True, "TOKENS": 256}
-        back |= {"BLOCK_T": kernels.BACKWARD_T, "BLOCK_D": kernels.BACKWARD_D}
-        module, warps = "sma.ops.router.triton_kernel", (forward_warps, kernels.BACKWARD_WARPS)
-        for name, own, sizes, count in zip(
-            ("forward_kernel", "backward_kernel"), (forward, backward), (once, back), warps, strict=True
-        ):
-            asked.append(Compilation(module, name, {**tensors, **numbers_of, **own}, sizes, {"num_warps": count}))
+        back = {**common, "TOKENS": 256, "BLOCK_T": kernels.BACKWARD_T, "BLOCK_D": kernels.BACKWARD_D}
+        module, options = "sma.ops.router.triton_kernel", {"num_warps": forward_warps}
+        asked.append(Compilation(module, "forward_kernel", {**tensors, **numbers_of, **forward}, once, options))
+        for rows in (False, True):
+            flags, options = {"HAS_THROUGH": not rows, "HAS_ROWS": rows}, {"num_warps": kernels.BACKWARD_WARPS}
+            types = {**tensors, **numbers_of, **backward}
+            asked.append(Compilation(module, "backward_kernel", types, {**back, **flags}, options))
     packing = dict.fromkeys(("index", "where", "position", "cu_seqlens", "overflow"), "*i64")
     packing |= dict.fromkeys(("mask", "kept"), "*i1") | dict.fromkeys(("counts", "row"), "*i32")
     packing |= dict.fromkeys(("total", "length", "batch", "blocks", "rows", "step", "stride"), "i32")
@@ -240,19 +244,66 @@ def layer_of(configurator: Configurator) -> SparseMixture:
 @pytest.mark.parametrize("config", [TemperedSoftmax.Config(), Sigmoid.Config(temperature=0.7, threshold=0.55)])
 @pytest.mark.parametrize("capacity", [None, 0.3])
 def test_a_layer_on_kernels_is_the_eager_layer(config: Configurator.Config, capacity: float | None) -> None:
-    x, valid = numbers(2, 40, 8), mask_of(2, 40, 0.8)
+    valid = mask_of(2, 40, 0.8)
     outcomes: dict[str, list[Tensor]] = {}
     for backend in ("triton", "eager"):
-        layer = layer_of(config.build(n_modules=2)).with_capacity(capacity)
+        layer, x = layer_of(config.build(n_modules=2)).with_capacity(capacity), numbers(2, 40, 8).requires_grad_()
         with using(backend):
             out = layer(x, valid=valid)
             out.output.square().sum().backward()
+        assert x.grad is not None
         outcomes[backend] = [out.output, out.routing.confidence * out.routing.active, out.routing.active.float()]
-        outcomes[backend] += [each.grad for each in layer.parameters() if each.grad is not None]
-        assert len(outcomes[backend]) == 3 + len(list(layer.parameters()))
+        outcomes[backend] += [x.grad, *(each.grad for each in layer.parameters() if each.grad is not None)]
+        assert len(outcomes[backend]) == 4 + len(list(layer.parameters()))
     for one, two in zip(outcomes["triton"], outcomes["eager"], strict=True):
         two = two.detach()
         assert error_of(one, two)[0] <= 1e-5 * max(1.0, float(two.abs().max()))
+
+
+@needs_triton
+@pytest.mark.parametrize("modules", [1, 2])
+@pytest.mark.parametrize("capacity", [None, 0.3, 1.0])
+@pytest.mark.parametrize("used", [each for each in itertools.product((False, True), repeat=3) if any(each)])
+def test_router_and_compress_share_a_backward(modules: int, capacity: float | None, used: tuple[bool, ...]) -> None:
+    """Whichever of tokens, scores (also those of tokens that are not active) and the rest of x has a gradient."""
+    outcomes: dict[str, list[Tensor]] = {}
+    for backend in ("triton", "eager"):
+        layer = layer_of(TemperedSoftmax.Config().build(n_modules=modules)).with_capacity(capacity)
+        x = numbers(2, 40, 8).requires_grad_()
+        with using(backend):
+            parts = layer.parts(x, valid=mask_of(2, 40, 0.8))
+            places = [
+                packed.index.clamp(max=79)[:, None] * (packed.index < 80)[:, None] for _, packed, _ in parts.members
+            ]
+            several = zip(parts.members, places, strict=True)
+            losses = (
+                sum(((each.output.cos() * place).sum() for each, place in several), torch.zeros((), device=DEVICE)),
+                (parts.routing.confidence[..., 0] * numbers(2, 40, seed=3)).sum(),
+                (parts.x @ numbers(8, 8, seed=4)).sin().sum(),
+            )
+            loss = sum(
+                (each for each, there in zip(losses, used, strict=True) if there), torch.zeros((), device=DEVICE)
+            )
+            wanted = [x, layer.router.weight, layer.router.bias, layer.configurator.temp]
+            grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+        outcomes[backend] = [torch.zeros_like(at) if g is None else g for g, at in zip(grads, wanted, strict=True)]
+    for one, two in zip(outcomes["triton"], outcomes["eager"], strict=True):
+        assert error_of(one, two)[0] <= 1e-5 * max(1.0, float(two.abs().max()))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_shared_backward_is_precise(dtype: torch.dtype) -> None:
+    packed, seen = Packed.from_mask(mask_of(2, 40)), mask_of(2, 40)[..., None]
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, balance: Tensor, log_temperature: Tensor) -> tuple[Tensor, Tensor]:
+        routed, compress = routed_compress(x, weight, bias, Gate(balance.detach(), log_temperature))
+        tokens, score = compress_plain(routed.x, packed), routed.score
+        if compress is not None:
+            tokens, _, score = compress(packed)
+        return tokens, score * seen + 0 * balance.sum()
+
+    assert_precise(run, lambda seed: inputs_of(1, 2, seed), dtype)
 
 
 @needs_triton

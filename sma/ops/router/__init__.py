@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from sma.errors import ShapeError
 from sma.ops.backend import Op
 from sma.ops.kernel import why_not_triton
 from sma.ops.narrow_linear import WIDEST
+from sma.routing import Packed
 
 OP = Op("router")
 
@@ -77,6 +79,10 @@ class Routed(NamedTuple):
     counts: Tensor | None
 
 
+Compressor = Callable[[Packed], tuple[Tensor, Tensor, Tensor]]
+"""From what was packed to its tokens ``(K, D)``, the tokens ``(B, L, D)`` passed through, and their scores."""
+
+
 def router(
     x: Float[Tensor, "batch length d_in"],
     weight: Float[Tensor, "d_out d_in"],
@@ -109,6 +115,38 @@ def router(
         >>> routed.active.flatten().tolist()
         [True, False]
     """
+    _check(x, weight, bias, gate, valid, lengths)
+    with torch.autocast(x.device.type, enabled=False):
+        out: Routed = OP(x, weight, bias, gate, valid, lengths)
+    return out
+
+
+def routed_compress(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gate: Gate,
+    *,
+    valid: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Routed, Compressor | None]:
+    """:func:`router`, and what compresses the tokens once they are packed, if the two can share a backward pass.
+
+    They can on the kernels. The gradient of ``x`` is written once then, not spread first and added to by the router.
+    Neither ``x`` nor the score that are returned has a gradient before the compressor returned them anew, and the ``x``
+    it returns is under the conditions of :func:`router`. Without a compressor all is as :func:`router` returns it.
+    """
+    _check(x, weight, bias, gate, valid, lengths)
+    arguments = x, weight, bias, gate, valid, lengths
+    with torch.autocast(x.device.type, enabled=False):
+        if torch.compiler.is_compiling() or OP.choose(*arguments).name != "triton":
+            return OP(*arguments), None
+        from sma.ops.router.triton_kernel import routed_compress as run
+
+        return run(*arguments)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, gate: Gate, valid: Tensor | None, lengths: Tensor | None) -> None:
     modules = gate.balance.numel()
     if x.dim() != 3 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or bias.shape != weight.shape[:1]:
         raise ShapeError(
@@ -124,9 +162,6 @@ def router(
     for name, value, shape in (("valid", valid, x.shape[:2]), ("lengths", lengths, x.shape[:1])):
         if value is not None and value.shape != shape:
             raise ShapeError(f"router: {name} must be {tuple(shape)}, got {tuple(value.shape)}")
-    with torch.autocast(x.device.type, enabled=False):
-        out: Routed = OP(x, weight, bias, gate, valid, lengths)
-    return out
 
 
 def _why_not(

@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sma.ops.column_sums.triton_kernel import column_sums
+from sma.ops.compress.triton_kernel import add_, take
 from sma.ops.kernel import kernel
 from sma.ops.pack.triton_kernel import LEAST_COUNTED, count_block
-from sma.ops.router import Gate, Routed
+from sma.ops.router import Compressor, Gate, Routed
+from sma.routing import Packed
 
 FORWARD_T = LEAST_COUNTED
 BACKWARD_T, BACKWARD_D, BACKWARD_WARPS = 32, 128, 4
@@ -106,6 +108,8 @@ def backward_kernel(
     score,
     margin,
     grad_score,
+    rows,
+    row,
     grad_x,
     shares,
     tokens,
@@ -115,12 +119,14 @@ def backward_kernel(
     PAIRS: tl.constexpr,
     LEARNED: tl.constexpr,
     HAS_THROUGH: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``grad_x = through + grad_margin W`` (in place when through is there), and this program's share of the gradients
-    of weight ``(C, D)``, bias ``(C,)`` and log_temperature, one behind the other.
+    """``grad_x = through + grad_margin W`` (in place when through is there; or with the ``rows`` of those tokens that
+    have one in its place), and this program's share of the gradients of weight ``(C, D)``, bias ``(C,)`` and
+    log_temperature, one behind the other.
     """
     program = tl.program_id(0)
     C: tl.constexpr = 2 * M if PAIRS else M
@@ -156,6 +162,10 @@ def backward_kernel(
                 new += tl.load(grad_x + place, mask=cells, other=0).to(tl.float32)
                 tl.store(grad_x + place, new.to(grad_x.dtype.element_ty), mask=cells)
             else:
+                if HAS_ROWS:
+                    r = tl.load(row + t, mask=t < tokens, other=-1).to(tl.int64)
+                    mask = (r >= 0)[:, None] & (d < D)
+                    new += tl.load(rows + r[:, None] * D + d, mask=mask, other=0).to(tl.float32)
                 tl.store(grad_x + place, new.to(grad_x.dtype.element_ty), mask=(t < tokens)[:, None] & (d < D))
         weights = tl.sum(by_weight, 0)
         biases = tl.sum(by_bias)
@@ -298,8 +308,10 @@ def _backward(
     grad_score: Tensor,
     through: Tensor | None,
     temperature: float,
+    rows: Tensor | None = None,
+    row: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same; ``through`` becomes the gradient of x."""
+    """The same; ``through`` becomes the gradient of x, or ``rows (K, D)`` arrived for the tokens in ``row (B L,)``."""
     grad_x = torch.empty_like(x) if through is None else through
     tokens, (outputs, d), modules = x.shape[0] * x.shape[1], weight.shape, score.shape[2]
     each = tokens_per_program(tokens)
@@ -312,6 +324,8 @@ def _backward(
         score,
         margin,
         grad_score,
+        x if rows is None else rows,
+        x if row is None else row,
         grad_x,
         shares,
         tokens,
@@ -321,6 +335,7 @@ def _backward(
         PAIRS=outputs > modules,
         LEARNED=log_temperature is not None,
         HAS_THROUGH=through is not None,
+        HAS_ROWS=rows is not None,
         TOKENS=each,
         BLOCK_T=BACKWARD_T,
         BLOCK_D=BACKWARD_D,
@@ -357,19 +372,69 @@ class _Router(torch.autograd.Function):
     def backward(ctx: Any, through: Tensor | None, grad_score: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight, log_temperature, score, margin = ctx.saved_tensors
         if grad_score is None:
-            by_temperature = None if log_temperature is None else torch.zeros_like(log_temperature)
-            by_bias = weight.new_zeros(weight.shape[0])
-            return through, torch.zeros_like(weight), by_bias, None, by_temperature, *([None] * 4)
+            return through, *_no_gradients(weight, log_temperature), *([None] * 4)
         run = backward if torch.compiler.is_compiling() else _backward
         through = None if through is None else through.contiguous()
-        grad_x, flat = run(x, weight, log_temperature, score, margin, grad_score.contiguous(), through, ctx.temperature)
-        sizes = (weight.numel(), weight.shape[0], 1)
-        by_weight, by_bias, by_temperature = (each.to(weight.dtype) for each in flat.split_with_sizes(sizes))
-        if log_temperature is None:
-            by_temperature = None
+        grad_x, sums = run(x, weight, log_temperature, score, margin, grad_score.contiguous(), through, ctx.temperature)
+        return grad_x, *_gradients(sums, weight, log_temperature), *([None] * 4)
+
+
+def _gradients(sums: Tensor, weight: Tensor, log_temperature: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of weight, bias, balance and log_temperature."""
+    sizes = (weight.numel(), weight.shape[0], 1)
+    by_weight, by_bias, by_temperature = (each.to(weight.dtype) for each in sums.split_with_sizes(sizes))
+    by_weight = by_weight.view(weight.shape)
+    if log_temperature is None:
+        return by_weight, by_bias, None, None
+    return by_weight, by_bias, None, by_temperature.view(log_temperature.shape).to(log_temperature.dtype)
+
+
+def _no_gradients(weight: Tensor, log_temperature: Tensor | None) -> tuple[Tensor | None, ...]:
+    by_temperature = None if log_temperature is None else torch.zeros_like(log_temperature)
+    return torch.zeros_like(weight), weight.new_zeros(weight.shape[0]), None, by_temperature
+
+
+class _Compress(torch.autograd.Function):
+    """compress of the tokens whose scores are known, so that one kernel writes what both give to the gradient of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        log_temperature: Tensor | None,
+        score: Tensor,
+        margin: Tensor,
+        index: Tensor,
+        row: Tensor,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, log_temperature, score, margin, index, row)
+        ctx.temperature = temperature
+        return take(x.view(row.numel(), -1), index), x.view_as(x), score.view_as(score)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor | None, through: Tensor | None, grad_score: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, log_temperature, score, margin, index, row = ctx.saved_tensors
+        through = None if through is None else through.contiguous()
+        rows = None if grad is None else grad.contiguous()
+        if rows is not None and through is not None:
+            add_(through.view(row.numel(), -1), index, rows)
+            rows = None
+        nothing: list[None] = [None] * 5
+        if grad_score is None:
+            grad_x = through if rows is None else take(rows, row).view(x.shape)
+            by_weight, by_bias, _, by_temperature = _no_gradients(weight, log_temperature)
         else:
-            by_temperature = by_temperature.view(log_temperature.shape).to(log_temperature.dtype)
-        return grad_x, by_weight.view(weight.shape), by_bias, None, by_temperature, *([None] * 4)
+            scored = score, margin, grad_score.contiguous()
+            grad_x, sums = _backward(x, weight, log_temperature, *scored, through, ctx.temperature, rows, row)
+            by_weight, by_bias, _, by_temperature = _gradients(sums, weight, log_temperature)
+        return grad_x, by_weight, by_bias, by_temperature, *nothing
 
 
 def router(x: Tensor, weight: Tensor, bias: Tensor, gate: Gate, valid: Tensor | None, lengths: Tensor | None) -> Routed:
@@ -381,3 +446,21 @@ def router(x: Tensor, weight: Tensor, bias: Tensor, gate: Gate, valid: Tensor | 
         threshold,
     )  # fmt: skip
     return Routed(through, score, active, margin, seen if valid is None else valid, counts)
+
+
+def routed_compress(
+    x: Tensor, weight: Tensor, bias: Tensor, gate: Gate, valid: Tensor | None, lengths: Tensor | None
+) -> tuple[Routed, Compressor]:
+    """See :func:`sma.ops.router.routed_compress`."""
+    x = x.contiguous()
+    with torch.no_grad():
+        routed = router(x, weight, bias, gate, valid, lengths)
+
+    def compress(packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+        out: tuple[Tensor, Tensor, Tensor] = _Compress.apply(
+            x, weight.contiguous(), bias, gate.log_temperature, routed.score, routed.margin, packed.index, packed.row,
+            gate.temperature,
+        )  # fmt: skip
+        return out
+
+    return routed, compress
