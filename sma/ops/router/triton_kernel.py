@@ -22,7 +22,7 @@ from sma.ops.router import Compressor, Gate, Routed
 from sma.routing import Packed
 
 FORWARD_T = LEAST_COUNTED
-BACKWARD_T, BACKWARD_D, BACKWARD_WARPS = 32, 128, 4
+BACKWARD_T, BACKWARD_D, BACKWARD_WARPS = 64, 64, 4
 
 
 @triton.jit
@@ -394,7 +394,7 @@ def _no_gradients(weight: Tensor, log_temperature: Tensor | None) -> tuple[Tenso
     return torch.zeros_like(weight), weight.new_zeros(weight.shape[0]), None, by_temperature
 
 
-class _Compress(torch.autograd.Function):
+class _RoutedCompress(torch.autograd.Function):
     """compress of the tokens whose scores are known, so that one kernel writes what both give to the gradient of x."""
 
     @staticmethod
@@ -457,7 +457,7 @@ def routed_compress(
         routed = router(x, weight, bias, gate, valid, lengths)
 
     def compress(packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
-        out: tuple[Tensor, Tensor, Tensor] = _Compress.apply(
+        out: tuple[Tensor, Tensor, Tensor] = _RoutedCompress.apply(
             x, weight.contiguous(), bias, gate.log_temperature, routed.score, routed.margin, packed.index, packed.row,
             gate.temperature,
         )  # fmt: skip

@@ -26,8 +26,8 @@ def _normal(x, EXACT: tl.constexpr):
     """Distribution function and density of the normal distribution, the former to 16 bits unless EXACT.
 
     It is half of ``erfcx(|x| / sqrt(2)) exp(-x^2 / 2)`` below 0, and the density has the same exponential. The scaled
-    complementary error function is a polynomial here, with the smallest largest relative error (1.5e-5) up to 5.5,
-    beyond which less than 2e-8 is left: half the instructions of erf, of which the kernels have more than of bytes.
+    complementary error function is a polynomial here, the one with the least largest relative error (1.5e-5) up to
+    5.5, beyond which less than 2e-8 is left. erf takes so many instructions that memory would wait for them.
     """
     exponential = tl.exp2(x * x * -0.7213475204444817)
     if EXACT:
