@@ -73,18 +73,21 @@ def place_kernel(
         count = tl.load(counts + at, mask=at < blocks, other=0)
         before += tl.where(at < block * (BLOCK // EACH), count, 0)
         found += count
-    token = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first = block.to(tl.int64) * BLOCK
+    token = first + tl.arange(0, BLOCK)
+    # One division of 64 bits, the others of 32, which are several times as fast.
+    along = (first % length).to(tl.int32) + tl.arange(0, BLOCK)
+    sequence, column = first // length + along // length, along % length
     inside = token < total
     active = tl.load(mask + token * step, mask=inside, other=0).to(tl.int32)
     rank = tl.sum(before) + tl.cumsum(active) - active
     placed = (active > 0) & (rank < rows)
     tl.store(row + token, tl.where(placed, rank, -1), mask=inside)
     tl.store(index + rank, token, mask=placed)
-    column = token % length
-    t = tl.load(position + (token // length) * stride + column, mask=placed, other=0) if HAS_POSITION else column
+    t = tl.load(position + sequence * stride + column, mask=placed, other=0) if HAS_POSITION else column
     tl.store(where + rank, t.to(tl.int64), mask=placed)
     bound = tl.minimum(rank, rows).to(tl.int64)
-    tl.store(cu_seqlens + token // length, bound, mask=inside & (column == 0))
+    tl.store(cu_seqlens + sequence, bound, mask=inside & (column == 0))
     end = tl.minimum(rank + active, rows).to(tl.int64)
     tl.store(cu_seqlens + batch + token * 0, end, mask=token == total - 1)
     if SPARE:

@@ -382,8 +382,8 @@ class _Router(torch.autograd.Function):
 def _gradients(sums: Tensor, weight: Tensor, log_temperature: Tensor | None) -> tuple[Tensor | None, ...]:
     """Of weight, bias, balance and log_temperature."""
     sizes = (weight.numel(), weight.shape[0], 1)
-    by_weight, by_bias, by_temperature = (each.to(weight.dtype) for each in sums.split_with_sizes(sizes))
-    by_weight = by_weight.view(weight.shape)
+    by_weight, by_bias, by_temperature = sums.split_with_sizes(sizes)
+    by_weight, by_bias = by_weight.view(weight.shape).to(weight.dtype), by_bias.to(weight.dtype)
     if log_temperature is None:
         return by_weight, by_bias, None, None
     return by_weight, by_bias, None, by_temperature.view(log_temperature.shape).to(log_temperature.dtype)
