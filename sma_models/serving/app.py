@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sma_models.serving.engine import Engine
@@ -46,12 +47,11 @@ class Service:
 
     Attributes:
         created: when this began, in seconds since 1970.
-        cut_off: answers that the end of the server broke off.
     """
 
     def __init__(self, engine: Engine, model: str, key: str | None = None) -> None:
         self.engine, self.model, self.limits = engine, model, engine.limits
-        self.created, self.cut_off = int(time.time()), 0
+        self.created = int(time.time())
         self._key = None if key is None else key.encode()
 
     def check_key(self, request: Request) -> None:
@@ -87,7 +87,8 @@ class Service:
         """The body of a request.
 
         Raises:
-            RequestError: 415, it is not said to be JSON; 413, it is too large; 408, it takes too long.
+            RequestError: 415, it is not said to be JSON; 413, it is too large; 408, it takes too long; 400, it ends
+                before it is complete, which nobody hears.
         """
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
@@ -105,6 +106,8 @@ class Service:
         except TimeoutError:
             message = f"body: must arrive within {self.limits.body_seconds} s"
             raise RequestError(408, message, headers={"Connection": "close"}) from None
+        except ClientDisconnect:
+            raise RequestError(400, "body: must be complete, got the end of the connection") from None
         if size > most:
             raise RequestError(413, f"body: must hold at most {most} bytes", headers={"Connection": "close"})
         return b"".join(parts)
@@ -177,9 +180,6 @@ class Answer(Response):
                 work.result()
             elif not gone.done():
                 await self._too_late(work, scope, receive, send)
-        except asyncio.CancelledError:
-            self._service.cut_off += 1
-            raise
         finally:
             self._service.engine.cancel(self._ticket)
             for task in (work, gone):

@@ -10,16 +10,16 @@ from typing import Any
 
 import h11
 import uvicorn
-from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sma.errors import ConfigError
 from sma_models.serving.app import Service, make_app
 from sma_models.serving.errors import error_content
-from sma_models.serving.limits import Limits
 
 _LINGER = 1.0
-"""Seconds in which a client that was turned away may finish sending, to nobody."""
+"""Seconds in which a client that was turned away may finish sending, to nobody, or hears that its answer is cut off."""
+_TICK = 0.05
+"""Seconds between looks at whether a second signal came."""
 
 
 class Protocol(H11Protocol):
@@ -92,15 +92,50 @@ class Protocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Ends as it should after a signal: everything that was there is answered first."""
+    """Ends as it should after a signal: everything that was there is answered first, or is told why not.
+
+    Attributes:
+        signalled: the last signal that came, None if none did.
+        cut_off: answers that the end of the server broke off.
+    """
 
     signalled: int | None = None
+    cut_off = 0
+    _hurried = False
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.signalled = sig
-        # A second signal, of either kind, is meant.
-        self.force_exit = self.force_exit or self.should_exit
+        self._hurried = self.should_exit  # a second signal, of either kind, is meant
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        breaking_off = asyncio.create_task(self._break_off())
+        try:
+            await super().shutdown(sockets)  # waits until every answer has come to its end
+        finally:
+            breaking_off.cancel()
+
+    async def _break_off(self) -> None:
+        """End the answers that are left when the time is over or a second signal comes.
+
+        None of them is cancelled, which would be logged as a failure of the application: the engine stops, which they
+        hear, and connections that are still there are closed.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._service.limits.drain_seconds
+        while not self._hurried and loop.time() < end:
+            await asyncio.sleep(_TICK)
+        left = list(self.server_state.tasks)
+        self.cut_off = len(left)
+        await asyncio.to_thread(self._service.engine.stop)
+        if left:
+            await asyncio.wait(left, timeout=_LINGER)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -130,25 +165,24 @@ def address_of(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def make_server(app: FastAPI, limits: Limits) -> Server:
+def make_server(service: Service) -> Server:
     """A server that is not running yet; ``server.run(sockets=[...])`` runs it until a signal or ``should_exit``."""
+    limits = service.limits
     bounded = type("Protocol", (Protocol,), {"most": limits.connections, "head_seconds": limits.head_seconds})
-    return Server(
-        uvicorn.Config(
-            app,
-            http=bounded,
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            h11_max_incomplete_event_size=limits.head_bytes,
-            timeout_keep_alive=max(1, round(limits.head_seconds)),
-            timeout_graceful_shutdown=limits.drain_seconds,  # type: ignore[arg-type]
-        )
+    config = uvicorn.Config(
+        make_app(service),
+        http=bounded,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=limits.head_bytes,
+        timeout_keep_alive=max(1, round(limits.head_seconds)),
     )
+    return Server(config, service)
 
 
 def serve(service: Service, listening: socket.socket) -> int:
@@ -157,9 +191,9 @@ def serve(service: Service, listening: socket.socket) -> int:
     Returns:
         0 when everything was answered, 128 + n when signal n cut answers off.
     """
-    server = make_server(make_app(service), service.limits)
+    server = make_server(service)
     try:
         server.run(sockets=[listening])
     finally:
-        service.engine.stop()  # a second signal skips the end of the application; no thread may outlive this one
-    return 128 + server.signalled if service.cut_off and server.signalled is not None else 0
+        service.engine.stop()  # where the server failed; no thread may outlive this one
+    return 128 + server.signalled if server.cut_off and server.signalled is not None else 0

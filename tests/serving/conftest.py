@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sma_models.generation import generate
 from sma_models.heads import LanguageModel
-from sma_models.serving.app import Service, make_app
+from sma_models.serving.app import Service
 from sma_models.serving.engine import Engine
 from sma_models.serving.limits import Limits
 from sma_models.serving.sampling import Sampling
@@ -123,7 +123,7 @@ def until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
 def running(model: LanguageModel, limits: Limits = SMALL, key: str | None = None) -> Iterator[Running]:
     """A server of its own."""
     service = Service(Engine(model, limits), "tiny", key)
-    server = make_server(make_app(service), limits)
+    server = make_server(service)
     listening = bind("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     url = address_of(listening)

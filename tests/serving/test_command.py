@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from sma_models.training.loop import Outcome
 from sma_models.training.recipe import load_recipe
 from sma_models.training.run import Run
 from tests.models.tiny import tiny as tiny_model
-from tests.serving.conftest import byte_model, continued
+from tests.serving.conftest import SMALL, byte_model, continued, running
 from tests.training.conftest import run_recipe, tiny  # noqa: F401  # fixtures, used by their names
 
 ROOT = Path(__file__).parents[2]
@@ -179,17 +180,56 @@ def test_sigterm_lets_everyone_finish(process: tuple[subprocess.Popen[str], str]
         httpx.get(f"{url}/health", trust_env=False)
 
 
-def test_a_second_signal_does_not_wait(process: tuple[subprocess.Popen[str], str]) -> None:
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_does_not_wait(process: tuple[subprocess.Popen[str], str], second: signal.Signals) -> None:
     server, url = process
     body = {"prompt": "def ", "max_tokens": 4096, "n": 16, "stream": True}
+    half = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
+    half.sendall(
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sk-1\r\n"
+        b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    )
     with (
+        half,
         httpx.Client(base_url=url, headers={"Authorization": "Bearer sk-1"}, trust_env=False, timeout=60) as client,
         client.stream("POST", "/v1/completions", json=body) as response,
     ):
-        lines = response.iter_lines()  # kept: the stream is closed with it
+        lines = response.iter_lines()
         next(lines)
         server.send_signal(signal.SIGTERM)
         threading.Event().wait(0.5)
         assert server.poll() is None
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(10) == 128 + signal.SIGTERM
+        server.send_signal(second)
+        *_, error, done = [line for line in lines if line]
+        assert json.loads(error.removeprefix("data: "))["error"]["message"] == "the server is shutting down"
+        assert done == "data: [DONE]"
+        assert server.wait(10) == 128 + second
+    assert server.stderr is not None
+    assert server.stderr.read() == ""
+
+
+def test_a_second_signal_with_nothing_to_answer(process: tuple[subprocess.Popen[str], str]) -> None:
+    server, url = process
+    assert httpx.get(f"{url}/health", trust_env=False).status_code == 200
+    server.send_signal(signal.SIGINT)
+    threading.Event().wait(0.1)
+    server.send_signal(signal.SIGINT)
+    assert server.wait(10) in (0, -signal.SIGINT, 128 + signal.SIGINT)  # it may have been at its end already
+    assert server.stderr is not None
+    assert server.stderr.read() in ("", "interrupted\n")
+
+
+def test_when_the_time_to_finish_is_over(caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        running(byte_model(), replace(SMALL, drain_seconds=0.2)) as one,
+        one.client() as client,
+        client.stream("POST", "/v1/completions", json={"prompt": "def ", "max_tokens": 5000, "stream": True}) as answer,
+    ):
+        lines = answer.iter_lines()
+        next(lines)
+        one.server.should_exit = True
+        *_, error, done = [line for line in lines if line]
+    assert json.loads(error.removeprefix("data: "))["error"]["message"] == "the server is shutting down"
+    assert done == "data: [DONE]"
+    assert one.server.cut_off == 1
+    assert caplog.records == []
