@@ -8,6 +8,7 @@
     python -m benchmarks sweep rate width --json FILE       # activation rates, lengths, widths
     python -m benchmarks profile text-4k --json FILE        # where the time of a training step goes
     python -m benchmarks stream --json FILE                 # ten million tokens read and decoded from, along the way
+    python -m benchmarks exact RUN --json FILE              # one text read in every way: how far the logits are apart
     python -m benchmarks draw                               # figures of the documentation, from benchmarks/results
 
 A row is timed only if a small case of it is right. All rows of a workload take turns, round after round, so that the
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +31,7 @@ from benchmarks.tables import HEAD, remarks, text_table, workload_cells
 from benchmarks.timing import Clock
 from benchmarks.workloads import WORKLOADS
 
-COMMANDS = ("run", "sweep", "profile", "stream", "draw")
+COMMANDS = ("run", "sweep", "profile", "stream", "exact", "draw")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -55,19 +57,35 @@ def _parser() -> argparse.ArgumentParser:
         each = commands.add_parser(name, help=meaning)
         each.set_defaults(command=command)
         each.add_argument("names", nargs="*", metavar="NAME", help="of workloads (or sweeps); all by default")
-        each.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         each.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="bfloat16 on a GPU, else float32")
+        _add_common(each)
         each.add_argument("--scale", choices=("full", "small"), default="full", help="small: to see that it runs")
         each.add_argument("--rounds", type=int, default=5)
         each.add_argument("--rows", default="", metavar="WORDS", help="only rows with one of these words, by commas")
         each.add_argument("--without", default="", metavar="WORDS", help="no rows with one of these words")
         each.add_argument("--reference", type=Path, metavar="PATH", help="the published standalone SeqBoat")
-        each.add_argument("--json", type=Path, metavar="FILE")
+    _add_exact(commands)
     draw = commands.add_parser("draw", help="figures from the results of sweeps")
     draw.set_defaults(command=draw_figures)
     draw.add_argument("files", nargs="*", type=Path, help="by default all of benchmarks/results")
     draw.add_argument("--out", type=Path, default=ROOT / "docs" / "_static")
     return parser
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--json", type=Path, metavar="FILE")
+
+
+def _add_exact(commands: Any) -> None:
+    exact = commands.add_parser("exact", help="one text read in every way: how far the logits are apart")
+    exact.set_defaults(command=exactness, scale="full")
+    exact.add_argument("run", metavar="RUN", help="a run, weights and spec in a .safetensors, or a Transformers folder")
+    exact.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER")
+    exact.add_argument("--tokens", type=int, default=100_000)
+    exact.add_argument("--text", type=Path, metavar="FILE", help="by default Python that lm_stdlib does not train on")
+    exact.add_argument("--dtype", choices=("bfloat16", "float16", "float32", "float64"), default="float32")
+    _add_common(exact)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -130,6 +148,17 @@ def stream(options: argparse.Namespace) -> None:
         print(show(result), flush=True)
 
 
+def exactness(options: argparse.Namespace) -> None:
+    """Read a text in every way."""
+    from benchmarks.exactness import exactness, read_model, read_text, show
+
+    setting, record, _ = _start(options)
+    model = read_model(options.run, options.runs, setting.device, setting.dtype)
+    record.exactness.append(exactness(model, read_text(options.text, options.tokens)))
+    record.write(options.json)
+    print(show(record.exactness[-1]))
+
+
 def draw_figures(options: argparse.Namespace) -> None:
     """Draw what sweeps measured."""
     from benchmarks.figures import draw, draw_text_run
@@ -145,7 +174,7 @@ def _start(options: argparse.Namespace) -> tuple[Setting, Record, Clock]:
     dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     about = environment(device, dtype, options.scale)
     print(", ".join(f"{key} {value}" for key, value in about.items() if value is not None))
-    return Setting(device, dtype, reference=options.reference), Record(about), Clock(device)
+    return Setting(device, dtype, reference=getattr(options, "reference", None)), Record(about), Clock(device)
 
 
 def _sized(setting: Setting, batch: int, length: int, scale: str) -> Setting:

@@ -61,6 +61,7 @@ class Record:
         sweeps: what :mod:`benchmarks.sweeps` measured.
         profiles: what :mod:`benchmarks.profiles` measured.
         streams: what :mod:`benchmarks.streaming` measured.
+        exactness: what :mod:`benchmarks.exactness` measured.
     """
 
     environment: dict[str, Any]
@@ -69,6 +70,7 @@ class Record:
     sweeps: list[dict[str, Any]] = field(default_factory=list)
     profiles: list[dict[str, Any]] = field(default_factory=list)
     streams: list[dict[str, Any]] = field(default_factory=list)
+    exactness: list[dict[str, Any]] = field(default_factory=list)
 
     def write(self, path: Path | None) -> None:
         """Write everything so far, so that an interrupted run keeps what it has; no path, no file."""

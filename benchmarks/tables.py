@@ -117,3 +117,34 @@ def stream_cells(stream: Mapping[str, Any]) -> list[list[str]]:
             ]
         )
     return lines
+
+
+EXACT_HEAD = ("read", "logits off by", "relative", "decisions that differ")
+
+
+def exact_title(result: Mapping[str, Any]) -> str:
+    """What was read by what."""
+    return (
+        f"{result['tokens']:,} bytes of text, {result['layers']} layers of width {result['width']}, trained to "
+        f"{result['bits_a_byte']:.2f} bits a byte, {result['dtype']}; logits up to {result['largest_logit']:.1f}"
+    )
+
+
+def exact_cells(result: Mapping[str, Any]) -> list[list[str]]:
+    """A line for each way of reading, against the parallel pass."""
+    lines = []
+    for row in result["rows"]:
+        decisions = "-" if row["decisions"] is None else f"{row['decisions']:,}"
+        lines.append([row["way"], f"{row['logits']:.1e}", f"{row['relative']:.1e}", decisions])
+    return lines
+
+
+GREEDY_HEAD = ("greedy after", "tokens", "again", "Transformers", "served", "parallel")
+
+
+def greedy_cells(result: Mapping[str, Any]) -> list[list[str]]:
+    """A line for each point: tokens that are the same, from the first one on."""
+    return [
+        [f"{point['after']:,}", str(point["tokens"]), *(str(point["same"][way]) for way in GREEDY_HEAD[2:])]
+        for point in result["greedy"]
+    ]
