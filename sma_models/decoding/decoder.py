@@ -10,7 +10,7 @@ from torch import Tensor
 from sma.errors import ConfigError, ShapeError, StreamingError
 from sma.stepping import Decision, Moment, Room
 from sma_models.decoding.graph import Graph
-from sma_models.decoding.prompts import prefill
+from sma_models.decoding.prompts import Reader
 from sma_models.decoding.steps import ModelStepper, position_of
 from sma_models.heads import LanguageModel
 from sma_models.stack import StackState
@@ -32,9 +32,10 @@ class Decoder:
         slots: how many sequences there is room for.
         rollback: how many of its last tokens a sequence can take back, for drafts that are rejected.
         prefill_chunk: prompts are read this many tokens at a time.
-        capture: False never captures a graph.
+        capture: False never captures a graph, neither of steps nor of chunks.
 
     Attributes:
+        reader: reads the prompts, and says whether their chunks are captured.
         logits: ``(S, vocab_size)`` of the token after the last one of every slot; written in place.
 
     Raises:
@@ -66,7 +67,8 @@ class Decoder:
                 raise ConfigError(f"{name}: must be at least {least}, got {value}")
         if model.training:
             raise ConfigError("model: must be in evaluation mode to decode, call model.eval() first")
-        self.model, self.slots, self.rollback, self.prefill_chunk = model, slots, rollback, prefill_chunk
+        self.model, self.slots, self.rollback = model, slots, rollback
+        self.reader = Reader(model, prefill_chunk, capture=capture)
         weight = model.embedding.weight
         with torch.no_grad():
             self._stepper = ModelStepper(model, Room(slots, rollback, weight.detach()))
@@ -78,7 +80,7 @@ class Decoder:
         self._taken: list[int | None] = [None] * slots  # tokens since the slot was written, None where it is free
         self._set_live: list[bool] = [False] * slots
         able = capture and weight.is_cuda and not self._stepper.why_uncaptured()
-        self._graph = Graph(weight.device) if able else None
+        self._graph: Graph[dict[str, Decision]] | None = Graph(weight.device) if able else None
 
     @property
     def uncaptured(self) -> dict[str, str]:
@@ -142,7 +144,7 @@ class Decoder:
     def join_all(self, prompts: Tensor, state: StackState | None = None, *, valid: Tensor | None = None) -> list[int]:
         """Read several prompts ``(B, L)`` at once, padded on either side with ``valid (B, L)``; see :meth:`join`."""
         self._check_room(prompts.shape[0])
-        read = prefill(self.model, prompts, state, valid=valid, chunk=self.prefill_chunk)
+        read = self.reader.read(prompts, state, valid=valid)
         return self.resume(read.state, read.logits)
 
     def resume(self, state: StackState, logits: Tensor | None = None) -> list[int]:

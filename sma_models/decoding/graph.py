@@ -1,18 +1,18 @@
-"""A step as a CUDA graph."""
+"""A step, or a chunk, as a CUDA graph."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Generic, TypeVar, cast
 
 import torch
 
-from sma.stepping import Decision
-
+T = TypeVar("T")
 WARMUP = 2
 """Runs before the capture. In the first, kernels are compiled and libraries set up; the second must need neither."""
 
 
-class Graph:
+class Graph(Generic[T]):
     """Runs a function of no arguments plainly a few times, then captures it and replays what was captured.
 
     The function reads and writes tensors that stay where they are, and returns tensors that a replay fills anew. One
@@ -28,14 +28,14 @@ class Graph:
         self.device = device
         self._runs = 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._returned: dict[str, Decision] = {}
+        self._returned: T | None = None
 
     @property
     def ready(self) -> bool:
         """Whether the function was captured."""
         return self._graph is not None
 
-    def run(self, function: Callable[[], dict[str, Decision]]) -> dict[str, Decision]:
+    def run(self, function: Callable[[], T]) -> T:
         """One run; what it returns is overwritten by the next."""
         with torch.cuda.device(self.device):
             if self._graph is None and self.failure is None and self._runs == WARMUP:
@@ -44,9 +44,9 @@ class Graph:
                 self._runs += 1
                 return function()
             self._graph.replay()
-            return self._returned
+            return cast("T", self._returned)
 
-    def _capture(self, function: Callable[[], dict[str, Decision]]) -> None:
+    def _capture(self, function: Callable[[], T]) -> None:
         """Record the function, which does not run meanwhile."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.device)

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from sma.errors import ConfigError
+from sma.errors import ConfigError, StreamingError
+from sma.interfaces import BlockOutput
+from sma.state import difference
+from sma_models.decoding.fixed import why_not_fixed, with_fixed_rows
+from sma_models.decoding.graph import Graph
 from sma_models.heads import LanguageModel, check_tokens, without_padding
 from sma_models.stack import StackState
+
+_MOST_TOKENS = 32_768
+"""In a chunk with a row for every token: with more of them the device is busy, and inactive tokens cost time."""
+_MOST_GRAPHS = 4
+"""Chunks of further numbers of prompts are launched."""
 
 
 class Prefilled(NamedTuple):
@@ -35,7 +45,146 @@ def check_prompt(model: LanguageModel, prompt: Tensor, valid: Tensor | None, chu
     return prompt
 
 
-@torch.no_grad()
+class Reader:
+    """Reads prompts through the parallel path, in chunks, so that memory does not grow with them.
+
+    On a CUDA device the host takes far longer to launch a chunk than the device to compute it, as every layer waits to
+    hear how many tokens are active. There whole chunks without padding have a row for every token in every layer,
+    whoever is active, and are captured as a CUDA graph, one for each number of prompts that are read together, unless
+    a part of the model says why not (:attr:`uncaptured`). The shape of a chunk alone decides how it is run, so that
+    results never depend on what was read before. Chunks of more than 32,768 tokens keep the device busy, and have
+    rows for the active tokens only.
+
+    Args:
+        model: that reads, in evaluation mode. Its weights are used where they lie, and may change in place.
+        chunk: how many columns are read at once.
+        capture: False never captures a graph, and has rows for the active tokens only.
+
+    Raises:
+        ConfigError: the chunk is below 1.
+    """
+
+    def __init__(self, model: LanguageModel, chunk: int = 2048, *, capture: bool = True) -> None:
+        if chunk < 1:
+            raise ConfigError(f"prefill_chunk: must be at least 1, got {chunk}")
+        self.model, self.chunk = model, chunk
+        self._why_not = _why_uncaptured(model, capture)
+        self._fixed: LanguageModel | None = None
+        self._wholes: dict[int, _Whole] = {}
+
+    @property
+    def uncaptured(self) -> dict[str, str]:
+        """Why whole chunks are not captured, by the name of the part that is in the way, ``""`` for the whole.
+
+        Where a capture was tried and failed, what CUDA said is the reason.
+        """
+        failures = [whole.graph.failure for whole in self._wholes.values() if whole.graph.failure is not None]
+        return self._why_not | ({"": failures[0]} if failures else {})
+
+    @property
+    def captured(self) -> bool:
+        """Whether whole chunks are replayed from a CUDA graph."""
+        return any(whole.graph.ready for whole in self._wholes.values())
+
+    @torch.no_grad()
+    def read(self, prompt: Tensor, state: StackState | None = None, *, valid: Tensor | None = None) -> Prefilled:
+        """Read prompts; arguments and errors as for :func:`prefill`."""
+        prompt = check_prompt(self.model, prompt, valid, self.chunk)
+        weight = self.model.embedding.weight
+        state = self.model.initial_state(prompt.shape[0]) if state is None else state
+        last = torch.zeros(prompt.shape[0], self.model.stack.d_model, dtype=weight.dtype, device=prompt.device)
+        for start in range(0, prompt.shape[1], self.chunk):
+            columns = slice(start, start + self.chunk)
+            mask = None if valid is None else valid[:, columns]
+            out = self.read_chunk(prompt[:, columns], state, valid=mask)
+            state, last = cast("StackState", out.state), _last(out.x, mask, last)
+        return Prefilled(state, self.model.logits(last))
+
+    @torch.no_grad()
+    def read_chunk(self, tokens: Tensor, state: StackState, *, valid: Tensor | None = None) -> BlockOutput:
+        """One chunk.
+
+        Args:
+            tokens: ``(B, L)``, L at most the chunk.
+            state: to go on from.
+            valid: ``(B, L)`` bool, True on real tokens.
+
+        Returns:
+            What the stack of the model gives. Features and routings are overwritten by the next chunk; the state is a
+            value.
+        """
+        whole = tokens.shape[1] == self.chunk and valid is None and tokens.numel() <= _MOST_TOKENS
+        if self._why_not or not whole:
+            return self.model.stack(self.model.embed(tokens), state, valid=valid)  # type: ignore[no-any-return]
+        if self._fixed is None:
+            self._fixed = with_fixed_rows(self.model)
+        batch = tokens.shape[0]
+        if batch not in self._wholes and len(self._wholes) < _MOST_GRAPHS:
+            self._wholes[batch] = _Whole(self._fixed, tokens)
+        if batch in self._wholes:
+            return self._wholes[batch].run(tokens, state)
+        return self._fixed.stack(self._fixed.embed(tokens), state)  # type: ignore[no-any-return]
+
+
+def _why_uncaptured(model: LanguageModel, capture: bool) -> dict[str, str]:
+    device = model.embedding.weight.device
+    if not capture:
+        return {"": "capture is False"}
+    if device.type != "cuda":
+        return {"": f"a CUDA graph needs a CUDA device, the model is on {device}"}
+    if model.training:
+        return {"": "the model is in training mode"}
+    return why_not_fixed(model)
+
+
+class _Whole:
+    """A whole chunk of some prompts, in tensors that stay where they are."""
+
+    def __init__(self, model: LanguageModel, tokens: Tensor) -> None:
+        self._model, self._tokens, self._state = model, tokens.clone(), model.initial_state(tokens.shape[0])
+        self.graph: Graph[BlockOutput] = Graph(tokens.device)
+
+    def run(self, tokens: Tensor, state: StackState) -> BlockOutput:
+        """What the stack gives; see :meth:`Reader.read_chunk`.
+
+        Raises:
+            StreamingError: the state is of another model or batch.
+        """
+        self._check(state)
+        self._tokens.copy_(tokens)
+        _copy(self._state, state)
+        out = self.graph.run(self._forward)
+        state = cast("StackState", out.state)
+        after = state.map(torch.empty_like)
+        _copy(after, state)
+        return replace(out, state=after)
+
+    def _check(self, state: StackState) -> None:
+        problem = difference(self._state, state.kinds(), state.named_tensors())
+        rows = {tensor.shape[0] for tensor in state.tensors()} - {self._tokens.shape[0]}
+        if problem is not None:
+            raise StreamingError(f"state: does not fit the model: {problem}")
+        if rows:
+            raise StreamingError(
+                f"state: must be of {self._tokens.shape[0]} sequences like the input, got {rows.pop()}"
+            )
+
+    def _forward(self) -> BlockOutput:
+        with torch.autocast(self._tokens.device.type, enabled=False):
+            return self._model.stack(self._model.embed(self._tokens), self._state)  # type: ignore[no-any-return]
+
+
+def _copy(to: StackState, given: StackState) -> None:
+    """In a few launches, where a copy of each tensor would take as many as there are."""
+    pairs: dict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    for place, tensor in zip(to.tensors(), given.tensors(), strict=True):
+        places, tensors = pairs.setdefault((place.dtype, tensor.dtype), ([], []))
+        places.append(place)
+        tensors.append(tensor)
+    for places, tensors in pairs.values():
+        torch._foreach_copy_(places, tensors)
+
+
 def prefill(
     model: LanguageModel,
     prompt: Tensor,
@@ -43,8 +192,10 @@ def prefill(
     *,
     valid: Tensor | None = None,
     chunk: int = 2048,
+    capture: bool = True,
 ) -> Prefilled:
-    """Read prompts through the parallel path, ``chunk`` tokens at a time.
+    """Read prompts through the parallel path, ``chunk`` tokens at a time. Of many prompts, one :class:`Reader` reads
+    all.
 
     Args:
         model: that reads.
@@ -52,6 +203,7 @@ def prefill(
         state: to go on from; None for the beginning of a stream.
         valid: ``(B, L)`` bool, True on real tokens, padding may lie anywhere; every row needs one.
         chunk: how many columns are read at once.
+        capture: False never captures a CUDA graph, see :class:`Reader`.
 
     Raises:
         ConfigError: the chunk is below 1, the prompt is empty or a row of it is all padding.
@@ -64,17 +216,7 @@ def prefill(
         >>> prefill(model, torch.tensor([[72, 101, 108]]), chunk=2).logits.shape
         torch.Size([1, 256])
     """
-    prompt = check_prompt(model, prompt, valid, chunk)
-    weight = model.embedding.weight
-    state = model.initial_state(prompt.shape[0]) if state is None else state
-    last = torch.zeros(prompt.shape[0], model.stack.d_model, dtype=weight.dtype, device=prompt.device)
-    for start in range(0, prompt.shape[1], chunk):
-        columns = slice(start, start + chunk)
-        mask = None if valid is None else valid[:, columns]
-        out = model.stack(model.embed(prompt[:, columns]), state, valid=mask)
-        state, last = out.state, _last(out.x, mask, last)
-    assert state is not None
-    return Prefilled(state, model.logits(last))
+    return Reader(model, chunk, capture=capture).read(prompt, state, valid=valid)
 
 
 def _last(features: Tensor, valid: Tensor | None, before: Tensor) -> Tensor:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from sma.configurators import Always
 from sma.errors import ConfigError, ExportError, SMAError
 from sma.interfaces import Model
-from sma.layer import SparseMixture
 from sma.ops import using
 from sma.padding import valid_of
 from sma.stepping import Moment, Room
+from sma_models.decoding.fixed import why_not_fixed, with_fixed_rows
 from sma_models.decoding.steps import ModelStepper, position_of
 from sma_models.heads import LanguageModel, Retrieval
 from sma_models.stack import StackState
+
+M = TypeVar("M", bound=Model)
 
 
 @dataclass(frozen=True)
@@ -255,27 +255,15 @@ def _check_sizes(capacity: float = 1.0, **sizes: int) -> None:
             raise ConfigError(f"{name}: must be at least 1, got {value}")
 
 
-def _fixed(model: Any, capacity: float) -> Any:
-    """The model with a fixed number of rows everywhere. Its weights are shared, nothing else is.
+def _fixed(model: M, capacity: float) -> M:
+    """The model with a fixed number of rows everywhere.
 
     Raises:
         ExportError: a layer has no rows of a fixed number.
     """
-    weights = {id(each): each for each in (*model.parameters(), *model.buffers())}
-    fixed = copy.deepcopy(model, weights)  # what is in there already is not copied
-    for name, layer in fixed.named_modules():
-        if not isinstance(layer, SparseMixture):
-            continue
-        for module, layout in zip(layer._members, layer.layouts, strict=True):
-            if layout == "padded":
-                raise ExportError(
-                    f"{name}: cannot be exported: {type(module).__name__} (layout 'padded') takes rows as long as the "
-                    "longest sequence of active tokens, which is not known beforehand"
-                )
-        # Not with_capacity: what losses and running averages would make of rows without a token does not count here.
-        layer.capacity = 1.0 if isinstance(layer.configurator, Always) else capacity
-        layer.capacity_streams = True
-    return fixed
+    for name, reason in why_not_fixed(model).items():
+        raise ExportError(f"{name}: cannot be exported: {reason}")
+    return with_fixed_rows(model, capacity)
 
 
 def _trace(

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from sma_models.serving.limits import Limits
 from sma_models.serving.sampling import Likelihood, draw, likelihoods
 from sma_models.serving.sequences import Activated, Event, Failed, Finished, Prompt, Read, Text, Ticket, Written
 from sma_models.serving.text import ends_with_stop
+
+if TYPE_CHECKING:
+    from sma_models.stack import StackState
 
 _PROMPTS_A_ROUND = 8
 """Short prompts that are read between two steps at most: each costs a pass, however short."""
@@ -232,13 +236,13 @@ class Engine:
 
     @torch.no_grad()
     def _read(self, prompt: Prompt, size: int) -> None:
-        """One piece, exactly as :func:`sma_models.decoding.prefill` reads it."""
+        """One piece, exactly as a :class:`sma_models.decoding.Decoder` reads it."""
         model, wish = self.model, prompt.ticket.wish
         piece = prompt.tokens[prompt.at : prompt.at + size]
         tokens = torch.tensor([list(piece)], device=model.embedding.weight.device)
         state = model.initial_state(1) if prompt.state is None else prompt.state
-        out = model.stack(model.embed(tokens), state)
-        before, prompt.state, prompt.last = prompt.last, out.state, model.logits(out.x[:, -1])
+        out = self._decoder.reader.read_chunk(tokens, state)
+        before, prompt.state, prompt.last = prompt.last, cast("StackState", out.state), model.logits(out.x[:, -1])
         if wish.of_prompt and wish.likelihoods is not None:
             found = self._likelihoods_of(model.logits(out.x[0]), before, tokens[0], wish.likelihoods)
             for text in prompt.texts:
@@ -325,8 +329,10 @@ class Engine:
 
     def _warm_up(self) -> list[str]:
         """A few tokens, so that no client waits for what the first calls set up; the channels."""
-        slot = self._decoder.join(torch.zeros(1, dtype=torch.int64, device=self.model.embedding.weight.device))
-        for _ in range(4):  # a graph is captured at the third
+        reader = self._decoder.reader
+        length = 1 if reader.uncaptured else 4 * reader.chunk  # graphs are captured at the third chunk, and step
+        slot = self._decoder.join(torch.zeros(length, dtype=torch.int64, device=self.model.embedding.weight.device))
+        for _ in range(4):
             self._decoder.step({slot: 0})
         self._decoder.leave(slot)
         return [

@@ -1,0 +1,198 @@
+"""Prompts are read in whole chunks that a graph could hold, and the results are those of the parallel model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sma
+from sma.errors import StreamingError
+from sma_models.decoding import Decoder, Reader, prefill, prompts
+from sma_models.decoding.fixed import why_not_fixed
+from sma_models.decoding.graph import WARMUP
+from sma_models.heads import LanguageModel
+from tests.models.test_decoding import close, double, every_language_model, whole
+from tests.models.tiny import inputs_of, tiny
+
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Every tensor in something that a function returned."""
+    if isinstance(value, Tensor):
+        return [value]
+    if is_dataclass(value):
+        return [each for field in fields(value) for each in tensors_of(getattr(value, field.name))]
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
+    return [each for item in inside for each in tensors_of(item)]
+
+
+class Replayed:
+    """Does on a CPU what a graph does: from the capture on, results lie where those of the capture lay."""
+
+    failure: str | None = None
+
+    def __init__(self, device: torch.device) -> None:
+        self.runs = 0
+        self.returned: Any = None
+
+    @property
+    def ready(self) -> bool:
+        return self.returned is not None
+
+    def run(self, function: Callable[[], Any]) -> Any:
+        self.runs += 1
+        if self.runs <= WARMUP:
+            return function()
+        if self.returned is None:
+            self.returned = function()
+            for tensor in tensors_of(self.returned):  # while it is captured nothing runs
+                tensor.zero_()
+        with torch.no_grad():
+            for place, tensor in zip(tensors_of(self.returned), tensors_of(function()), strict=True):
+                assert place.shape == tensor.shape
+                place.copy_(tensor)
+        return self.returned
+
+
+@pytest.fixture
+def replaying(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole chunks run as on a CUDA device."""
+    monkeypatch.setattr(prompts, "Graph", Replayed)
+    monkeypatch.setattr(prompts, "_why_uncaptured", lambda model, capture: why_not_fixed(model))
+
+
+@every_language_model
+@pytest.mark.usefixtures("replaying")
+def test_replayed_chunks_are_the_parallel_model(name: str) -> None:
+    model = double(name)
+    reader = Reader(model, 7)
+    for seed, batch, length in ((0, 2, 40), (1, 2, 35), (2, 1, 29)):
+        tokens = inputs_of(model, batch=batch, length=length, seed=seed)
+        read = reader.read(tokens[:, :-1])
+        close(read.logits, whole(model, tokens)[:, -2])
+        with torch.no_grad():
+            close(model(tokens[:, -1:], read.state).logits[:, 0], whole(model, tokens)[:, -1])
+    assert reader.captured
+    assert not reader.uncaptured
+
+
+@pytest.mark.usefixtures("replaying")
+def test_states_are_values_and_routings_those_of_the_chunk() -> None:
+    model = double()
+    reader, tokens = Reader(model, 8), inputs_of(model, batch=1, length=48)
+    chunks = tokens.unflatten(1, (-1, 8)).unbind(1)
+    states: list[Any] = [model.initial_state(1)]
+    active = []
+    for chunk in chunks:
+        out = reader.read_chunk(chunk, states[-1])
+        states.append(out.state)
+        active.append({name: routing.active.clone() for name, routing in out.routings.items()})
+    with torch.no_grad():
+        routings = model(tokens).routings
+        for i, chunk in enumerate(chunks):
+            launched: Any = model(chunk, states[i]).state
+            for one, other in zip(launched.tensors(), states[i + 1].tensors(), strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    for name, routing in routings.items():
+        assert torch.equal(torch.cat([each[name] for each in active], 1), routing.active)
+
+
+@every_language_model
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_chunk_keeps_the_dtypes_of_a_state(name: str, dtype: torch.dtype) -> None:
+    """What is put into the tensors of a graph is not rounded."""
+    model = deepcopy(tiny(name)).to(dtype)
+    before = model.initial_state(1)
+    after = prefill(model, inputs_of(model, batch=1, length=20), before).state
+    assert [each.dtype for each in before.tensors()] == [each.dtype for each in after.tensors()]
+
+
+@pytest.mark.usefixtures("replaying")
+def test_what_is_no_whole_chunk_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = double()
+    reader, tokens = Reader(model, 8), inputs_of(model, batch=2, length=47)
+    valid = torch.ones_like(tokens, dtype=torch.bool)
+    valid[0, :5] = False
+    close(reader.read(tokens, valid=valid).logits, prefill(model, tokens, valid=valid).logits)
+    reader.read(tokens[:, :7])
+    assert not reader._wholes
+    monkeypatch.setattr(prompts, "_MOST_TOKENS", 15)
+    reader.read(tokens)
+    assert not reader._wholes
+    reader.read(tokens[:1])
+    assert list(reader._wholes) == [1]
+    monkeypatch.setattr(prompts, "_MOST_GRAPHS", 1)
+    monkeypatch.setattr(prompts, "_MOST_TOKENS", 16)
+    close(reader.read(tokens).logits, whole(model, tokens)[:, -1])
+    assert list(reader._wholes) == [1]
+
+
+@pytest.mark.usefixtures("replaying")
+def test_a_state_that_does_not_fit_is_refused() -> None:
+    model = double()
+    reader, tokens = Reader(model, 8), inputs_of(model, batch=2, length=16)
+    with pytest.raises(StreamingError, match="state: must be of 2 sequences like the input, got 1"):
+        reader.read(tokens, model.initial_state(1))
+    with pytest.raises(StreamingError, match="state: does not fit the model: "):
+        reader.read(tokens, double("seqboat_lm").initial_state(2))
+    close(reader.read(tokens).logits, whole(model, tokens)[:, -1])
+
+
+@pytest.mark.usefixtures("replaying")
+def test_a_failed_capture_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = double()
+    reader, tokens = Reader(model, 8), inputs_of(model, batch=1, length=32)
+    monkeypatch.setattr(Replayed, "failure", "operation not permitted when stream is capturing")
+    reader.read(tokens)
+    assert reader.uncaptured == {"": "operation not permitted when stream is capturing"}
+
+
+def test_why_chunks_are_not_captured() -> None:
+    model = tiny("seqboat_small_lm")
+    assert Reader(model).uncaptured == {"": "a CUDA graph needs a CUDA device, the model is on cpu"}
+    assert Reader(model, capture=False).uncaptured == {"": "capture is False"}
+    decoder = Decoder(model, 1, prefill_chunk=3, capture=False)
+    assert (decoder.reader.chunk, decoder.reader.captured) == (3, False)
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    stock: Any = nn.Sequential(sma.SparselyActivated(encoder, causal=True).with_window(4))
+    assert why_not_fixed(stock) == {
+        "0": "TransformerEncoderLayer (layout 'padded') takes rows as long as the longest sequence of active tokens, "
+        "which is not known beforehand"
+    }
+
+
+@needs_a_gpu
+@every_language_model
+def test_captured_chunks_are_the_launched_ones(name: str) -> None:
+    model: LanguageModel = deepcopy(tiny(name)).cuda()
+    tokens = inputs_of(model, batch=2, length=300).cuda()
+    captured, launched = Reader(model, 32), Reader(model, 32, capture=False)
+    first = captured.read(tokens)
+    assert captured.captured, captured.uncaptured
+    torch.testing.assert_close(first.logits, launched.read(tokens).logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(first.logits.cpu(), whole(tiny(name), tokens.cpu())[:, -1], rtol=0, atol=1e-4)
+    # The first chunks of the first reading were launched, with the same shapes: the same bits.
+    again = captured.read(tokens)
+    assert torch.equal(first.logits, again.logits)
+    assert all(map(torch.equal, first.state.tensors(), again.state.tensors()))
+    assert not launched.captured
+
+
+@needs_a_gpu
+def test_captured_chunks_do_not_wait() -> None:
+    from sma.waiting import waiting_forbidden
+
+    model: LanguageModel = deepcopy(tiny("seqboat_lm")).cuda()
+    reader, tokens = Reader(model, 64), inputs_of(model, batch=1, length=64).cuda()
+    state: Any = model.initial_state(1)
+    for _ in range(WARMUP + 1):
+        state = reader.read_chunk(tokens, state).state
+    with waiting_forbidden():
+        reader.read_chunk(tokens, state)
