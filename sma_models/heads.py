@@ -192,8 +192,10 @@ class LanguageModel(Model):
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits ``(..., vocab_size)`` of features ``(..., D)``, as the stack gives them."""
-        out: Tensor = linear(features, self.embedding.weight) if self.head is None else self.head(features)
-        return out
+        if self.head is not None:
+            out: Tensor = self.head(features)
+            return out
+        return linear(features.to(self.embedding.weight.device), self.embedding.weight)  # the stack may lie elsewhere
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -268,15 +270,16 @@ class _Encoder(Model):
         if self.positions is not None:
             column = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape)
             position = column if valid is None else (valid.cumsum(1) - 1).clamp(min=0)
-            x = x + self.positions(position).to(x.dtype)
+            x = x + self.positions(position).to(x)
         out = self.stack(x, valid=valid, lengths=lengths, replay=replay)
+        features = out.x.to(inputs.device)  # the stack may lie elsewhere
         if self.pool == "mean":
             count = valid.sum(1) if valid is not None else lengths
-            pooled = out.x.mean(1) if count is None else out.x.sum(1) / count.clamp(min=1)[:, None]
+            pooled = features.mean(1) if count is None else features.sum(1) / count.clamp(min=1)[:, None]
         elif valid is None:
-            pooled = out.x[:, 0]
+            pooled = features[:, 0]
         else:
-            pooled = out.x[torch.arange(x.shape[0], device=x.device), valid.int().argmax(1)]
+            pooled = features[torch.arange(features.shape[0], device=features.device), valid.int().argmax(1)]
         return pooled, dict(out.routings), dict(out.losses)
 
     def _check(self, inputs: Tensor) -> None:

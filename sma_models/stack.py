@@ -100,7 +100,7 @@ class Stack(nn.Module):
 
         Returns:
             Features ``(B, L, D)`` (padding holds zeros), state, and routings and losses named ``layers.<i>.<...>``, in
-            the columns of ``x``.
+            the columns and on the device of ``x``; the state of a block is on the device of the block.
 
         Raises:
             ShapeError: ``valid`` or ``lengths`` do not fit ``x``.
@@ -113,6 +113,11 @@ class Stack(nn.Module):
         if torch.is_autocast_enabled(x.device.type):  # or every layer would read and write float32
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = self.dropout(alignment.align(x))
+        device = x.device  # blocks may lie on others, and what they are given is brought there by hooks
+
+        def restored(tensor: Tensor) -> Tensor:
+            return alignment.restore(tensor.to(device))
+
         states: list[State | None] = []
         routings: dict[str, Routing] = {}
         losses: dict[str, Tensor] = {}
@@ -127,13 +132,14 @@ class Stack(nn.Module):
             )
             x = out.x
             states.append(out.state)
-            routings.update({f"layers.{i}.{name}": _moved(r, alignment.restore) for name, r in out.routings.items()})
-            losses.update({f"layers.{i}.{name}": loss for name, loss in out.losses.items()})
+            routings.update({f"layers.{i}.{name}": _moved(r, restored) for name, r in out.routings.items()})
+            losses.update({f"layers.{i}.{name}": loss.to(device) for name, loss in out.losses.items()})
         for name in replay or {}:
             if name not in routings:
                 raise RoutingError(f"replay: no layer {name!r} decides; there are {', '.join(routings) or 'none'}")
         if self.final_norm is not None:
             x = self.final_norm(x, lengths=lengths)
+        x = x.to(device)
         if lengths is not None:
             x = alignment.restore(x.masked_fill(~valid_of(lengths, x)[..., None], 0.0))
         return BlockOutput(x, None if state is None else replace(state, layers=tuple(states)), routings, losses)

@@ -50,22 +50,29 @@ class SMAPreTrainedModel(Loadable, PreTrainedModel):
                 model = _build(typed)
         self.model = model
         self.gradient_checkpointing = bool(self.model.stack.checkpoint)
-        self._no_split_modules = [type(self.model).__name__]  # weights are used by more than their own module
+        # Within a block, weights are used by more than their own module.
+        self._no_split_modules = sorted({type(layer).__name__ for layer in self.model.stack.layers})
         self.post_init()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As of every model of Transformers; ``device_map`` must put all of the model on one device.
+        """As of every model of Transformers; ``device_map`` may put blocks on several devices.
 
         Raises:
-            ConfigError: it does not.
+            ConfigError: it divides a block, or leaves a part on the disk, or on the CPU for another device.
             SpecError: the spec in ``config.json`` is not valid, or names what is not registered here.
         """
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
-        if len(devices) > 1 or "disk" in devices:
-            raise ConfigError(f"device_map: must put the model on one device, got {', '.join(sorted(devices))}")
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.is_meta:
+                places = ", ".join(sorted({str(device) for device in model.hf_device_map.values()}))
+                raise ConfigError(f"device_map: must leave nothing where it does not compute, got {places} for {name}")
+        for i, layer in enumerate(model.model.stack.layers):
+            devices = places_of(layer)
+            if len(devices) > 1:
+                name = f"model.stack.layers.{i}"
+                raise ConfigError(f"device_map: must keep {name} on one device, got {', '.join(devices)}")
         return loaded
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -121,6 +128,10 @@ class SMAPreTrainedModel(Loadable, PreTrainedModel):
         """
         if not isinstance(input_ids, Tensor):
             raise ShapeError(f"input_ids: must be a tensor (B, L), got {type(input_ids).__name__}")
+        if len(set(getattr(self, "hf_device_map", {}).values())) > 1:  # accelerate may have brought them elsewhere
+            place = self.model.embedding.weight.device
+            input_ids = input_ids.to(place)
+            attention_mask = None if attention_mask is None else attention_mask.to(place)
         pad = self.config.pad_token_id
         if pad is None and self.can_generate():
             pad = self.generation_config.pad_token_id
@@ -145,7 +156,7 @@ class SMAPreTrainedModel(Loadable, PreTrainedModel):
             out = self.model(tokens.ids, *state, valid=tokens.valid)
         *before, last = seen
         alignment = Alignment.of(tokens.valid, (tokens.ids.shape[0], tokens.ids.shape[1]))
-        before = [alignment.restore(each) for each in before]
+        before = [alignment.restore(each.to(tokens.ids.device)) for each in before]
         if tokens.valid is not None:
             before = [each.masked_fill(~tokens.valid[..., None], 0) for each in before]
         return out, (*before, last)
@@ -162,6 +173,11 @@ def _watched(stack: Stack) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def places_of(block: nn.Module) -> list[str]:
+    """The devices that the numbers of a block are on."""
+    return sorted({str(each.device) for each in (*block.parameters(), *block.buffers())})
 
 
 def _build(typed: StackConfig) -> Model:
@@ -183,11 +199,15 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name}: has no {option}, got {type(value).__name__}")
 
 
-def auxiliary(losses: Mapping[str, Tensor], labels: Tensor, num_items: Tensor | int | None) -> Tensor | float:
-    """The sum of the auxiliary losses, means over a batch like the loss itself.
+def with_auxiliary(
+    loss: Tensor, losses: Mapping[str, Tensor], labels: Tensor, num_items: Tensor | int | None
+) -> Tensor:
+    """The loss and the sum of the auxiliary losses, means over a batch like the loss itself.
 
     The Trainer accumulates gradients over ``num_items`` labels in parts, and divides the loss of a part by all of them;
     so an auxiliary loss counts by the share of the part.
     """
-    total = sum(losses.values(), start=0.0)
-    return total if num_items is None else total * (labels.ne(-100).sum() / num_items)
+    if not losses:
+        return loss
+    total = torch.stack([each.to(loss.device) for each in losses.values()]).sum()
+    return loss + (total if num_items is None else total * (labels.ne(-100).sum() / num_items).to(loss.device))

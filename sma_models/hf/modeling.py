@@ -16,7 +16,7 @@ from sma.errors import ConfigError, StreamingError
 from sma.interfaces import Model
 from sma.routing import Routing
 from sma_models.heads import Classifier, LanguageModel
-from sma_models.hf.base import SMAPreTrainedModel, auxiliary, check_options
+from sma_models.hf.base import SMAPreTrainedModel, check_options, with_auxiliary
 from sma_models.hf.cache import SMACache, Tokens
 from sma_models.hf.configuration import SMAConfig
 from sma_models.hf.stepping import Stepping
@@ -146,7 +146,7 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
-            loss = loss + auxiliary(out.losses, labels, kwargs.get("num_items_in_batch"))
+            loss = with_auxiliary(loss, out.losses, labels, kwargs.get("num_items_in_batch"))
         return SMACausalLMOutput(loss, logits, cache, hidden, dict(out.routings) if output_routings else None)
 
     def _steps(self, cache: Any, tokens: Tokens) -> TypeGuard[SMACache]:
@@ -244,7 +244,7 @@ class SMAForSequenceClassification(SMAPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=out.logits, config=self.config, **kwargs)
-            loss = loss + auxiliary(out.losses, labels, kwargs.get("num_items_in_batch"))
+            loss = with_auxiliary(loss, out.losses, labels, kwargs.get("num_items_in_batch"))
         return SMASequenceClassifierOutput(loss, out.logits, hidden, dict(out.routings) if output_routings else None)
 
 
