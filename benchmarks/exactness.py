@@ -32,6 +32,8 @@ from sma_models.training.data.lm import load_stdlib
 TOKENS = 100_000
 CHUNK = 2048
 """Prompts are read in such chunks, as by :func:`sma_models.generation.generate` and by Transformers."""
+POINTS = (1_000, 10_000)
+"""Where to look along the text, as well as at its end."""
 GREEDY = 200
 """Tokens that are written after each point."""
 
@@ -82,9 +84,9 @@ def exactness(model: LanguageModel, text: bytes, say: Say = print) -> dict[str, 
         say: is told what was found, line by line.
 
     Returns:
-        For the results: sizes, for each way the largest difference of a logit from that of the parallel pass, also as a
-        share of logits that are larger than 1, and decisions that differ; for each point how many tokens of the greedy
-        texts are the same.
+        For the results: sizes, for each way the largest difference of a logit from that of the parallel pass, in all of
+        the text and up to points along it, also as a share of logits that are larger than 1, and decisions that differ;
+        for each point how many tokens of the greedy texts are the same.
     """
     weight = model.embedding.weight
     tokens = torch.tensor([list(text)], device=weight.device)
@@ -97,7 +99,7 @@ def exactness(model: LanguageModel, text: bytes, say: Say = print) -> dict[str, 
         say(f"{name}: {row['logits']:.1e}, {row['decisions']} decisions differ")
     rows.append({"way": "served, log-probabilities", **_served_difference(model, text, whole)})
     say(f"{rows[-1]['way']}: {rows[-1]['logits']:.1e}")
-    points = [point for point in (1_000, 10_000) if point < len(text)] + [len(text)]
+    points = [point for point in POINTS if point < len(text)] + [len(text)]
     return {
         "layers": len(model.stack.layers),
         "width": model.stack.d_model,
@@ -186,6 +188,7 @@ def _difference(passed: Passed, whole: Passed) -> dict[str, Any]:
     apart = (passed.logits - whole.logits.to(wide)).abs()
     return {
         "logits": float(apart.max()),
+        "along": _along(apart.amax(-1)),
         "relative": float((apart / whole.logits.to(wide).abs().clamp(min=1)).max()),
         "decisions": sum(int((active != whole.active[name]).sum()) for name, active in passed.active.items()),
     }
@@ -213,7 +216,13 @@ def _served_difference(model: LanguageModel, text: bytes, whole: Passed) -> dict
     expected = whole.logits[:-1].double().cpu().log_softmax(-1).gather(-1, after).squeeze(-1)
     apart = (own - expected).abs()
     relative = apart / expected.abs().clamp(min=1)
-    return {"logits": float(apart.max()), "relative": float(relative.max()), "decisions": None}
+    found = {"logits": float(apart.max()), "along": _along(apart), "relative": float(relative.max())}
+    return {**found, "decisions": None}
+
+
+def _along(apart: Tensor) -> list[float]:
+    """The largest of so many differences ``(N,)`` up to each of :data:`POINTS`."""
+    return [float(apart[:point].max()) for point in POINTS if point <= apart.shape[0]]
 
 
 def greedy(model: LanguageModel, text: bytes, points: list[int]) -> list[dict[str, Any]]:

@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tables import (
+    EXACT_HEAD,
+    GREEDY_HEAD,
     HEAD,
     PROFILE_HEAD,
     STREAM_HEAD,
+    exact_cells,
+    exact_title,
+    greedy_cells,
     markdown_table,
     profile_cells,
     remarks,
@@ -72,6 +77,19 @@ def streams(folder: Path = RESULTS) -> str:
     if (STATIC / figure_name("stream")).exists():
         parts.append(f"![Times and memory along a stream](../_static/{figure_name('stream')})")
     return "\n\n".join([*parts, markdown_table(STREAM_HEAD, stream_cells(found[-1]))])
+
+
+def exactness(folder: Path = RESULTS) -> str:
+    """For each device and dtype the latest: how far the ways of reading are apart, and how long greedy texts agree."""
+    found: dict[tuple[str, str], str] = {}
+    for record in _records(folder):
+        for result in record.get("exactness", []):
+            environment = record["environment"]
+            parts = [f"{exact_title(result)}. {_environment(environment)}"]
+            parts.append(markdown_table(EXACT_HEAD, exact_cells(result)))
+            parts.append(markdown_table(GREEDY_HEAD, greedy_cells(result)))
+            found[environment["device"], result["dtype"]] = "\n\n".join(parts)
+    return "\n\n".join(found.values()) or NOTHING
 
 
 def workloads(folder: Path = RESULTS) -> str:
@@ -184,5 +202,6 @@ PARTS = {
     "benchmark_sweeps": sweeps,
     "benchmark_profiles": profiles,
     "benchmark_streams": streams,
+    "benchmark_exactness": exactness,
 }
 """What the documentation fills in, by the name of its mark."""

@@ -119,7 +119,7 @@ def stream_cells(stream: Mapping[str, Any]) -> list[list[str]]:
     return lines
 
 
-EXACT_HEAD = ("read", "logits off by", "relative", "decisions that differ")
+EXACT_HEAD = ("read", "logits off by", "in the first 1,000", "in the first 10,000", "relative", "decisions that differ")
 
 
 def exact_title(result: Mapping[str, Any]) -> str:
@@ -135,7 +135,9 @@ def exact_cells(result: Mapping[str, Any]) -> list[list[str]]:
     lines = []
     for row in result["rows"]:
         decisions = "-" if row["decisions"] is None else f"{row['decisions']:,}"
-        lines.append([row["way"], f"{row['logits']:.1e}", f"{row['relative']:.1e}", decisions])
+        along = [f"{apart:.1e}" for apart in row["along"]]
+        along += ["-"] * (2 - len(along))  # the text was shorter
+        lines.append([row["way"], f"{row['logits']:.1e}", *along, f"{row['relative']:.1e}", decisions])
     return lines
 
 

@@ -22,6 +22,8 @@ from benchmarks.subjects import Setting, model_subject
 from benchmarks.sweeps import crossover
 from benchmarks.tables import HEAD, remarks, workload_cells
 from benchmarks.workloads import WORKLOADS
+from sma.weights import save
+from tests.models.tiny import tiny
 
 SMALL = ["--device", "cpu", "--scale", "small", "--rounds", "2"]
 STANDALONE = """
@@ -259,3 +261,44 @@ def test_a_stream_is_read_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "| 1,000 |" in pages.streams(tmp_path)
     with pytest.raises(SystemExit, match="as long as a number says, got ten"):
         main(["stream", "ten", *SMALL])
+
+
+def test_one_text_is_read_in_every_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import exactness
+
+    monkeypatch.setattr(exactness, "GREEDY", 8)
+    monkeypatch.setattr(exactness, "CHUNK", 32)
+    save(tiny("seqboat_small_lm", vocab_size=256, tie_embeddings=False), tmp_path / "model.safetensors")
+    (tmp_path / "text").write_bytes(Path(__file__).read_bytes()[:200])
+    path, options = tmp_path / "exact.json", ["--device", "cpu", "--tokens", "150", "--text", str(tmp_path / "text")]
+    main(["exact", str(tmp_path / "model.safetensors"), *options, "--dtype", "float64", "--json", str(path)])
+    assert "greedy after" in capsys.readouterr().out
+    (result,) = json.loads(path.read_text())["exactness"]
+    ways = {row["way"]: row for row in result["rows"]}
+    assert set(ways) == {
+        "in chunks of 32",
+        "in chunks of 1 to 64",
+        "decoder, launched",
+        "Transformers, 32 at a time",
+        "Transformers, token by token",
+        "served, log-probabilities",
+    }
+    assert all(0 < row["logits"] < 1e-10 and row["relative"] <= row["logits"] for row in ways.values())
+    assert all(row["decisions"] == 0 for way, row in ways.items() if not way.startswith("served"))
+    assert [point["after"] for point in result["greedy"]] == [150]
+    assert set(result["greedy"][0]["same"].values()) == {8}
+    assert "| decoder, launched |" in pages.exactness(tmp_path)
+    with pytest.raises(ValueError, match="at most the 200 bytes of the text, got 1000"):
+        main(["exact", str(tmp_path / "model.safetensors"), *options, "--tokens", "1000"])
+
+
+def test_a_way_that_is_wrong_is_seen() -> None:
+    from benchmarks.exactness import Passed, _along, _difference, _same
+
+    whole = Passed(torch.tensor([[4.0, -8.0], [0.5, 1.0]]), {"layer": torch.tensor([[True], [False]])})
+    other = Passed(torch.tensor([[4.0, -10.0], [0.5, 2.0]]), {"layer": torch.tensor([[True], [True]])})
+    assert _difference(other, whole) == {"logits": 2.0, "along": [], "relative": 1.0, "decisions": 1}
+    assert _along(torch.arange(2000.0)) == [999.0]
+    assert (_same([1, 2, 3], [1, 2, 4]), _same([1, 2], [1, 2])) == (2, 2)
