@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import sma
 from benchmarks import gate, peers
 from benchmarks.shares import Ours
-from benchmarks.subjects import Setting, Subject, Task, model_subject
+from benchmarks.subjects import LazyGraph, Setting, Subject, Task, model_subject
+from sma_models.decoding.prompts import Reader
 from sma_models.heads import LanguageModel
 
 SLACK = 1.05
@@ -141,16 +142,20 @@ def linear_attention(kind: str, task: Task, layers: int, *, graph: bool = False,
     return Row(f"{kind} (fla), graph" if graph else f"{kind} (fla)", build)
 
 
-def prefill(label: str, make: Callable[[Setting], nn.Module], chunk: int | None = None) -> Row:
+def prefill(label: str, make: Callable[[Setting], nn.Module], *, graph: bool = False, chunk: int | None = None) -> Row:
     """The forward pass of a language model over a long context.
 
     Args:
         label: what the table calls it.
         make: the model; an :class:`~benchmarks.shares.Ours` settles its share of active tokens on the first chunk.
-        chunk: tokens at a time, with a state, which only ours can do; None for all at once.
+        graph: capture the pass as one CUDA graph.
+        chunk: tokens at a time, with a state, as a :class:`~sma_models.decoding.prompts.Reader` reads prompts, which
+            only ours can do; None for all at once.
     """
 
     def build(setting: Setting) -> Subject:
+        if graph and setting.device.type != "cuda":
+            raise RuntimeError("not available: CUDA graphs need a CUDA device")
         module = make(setting).to(setting.device).eval()
         ours = module if isinstance(module, Ours) else None
         tokens, _ = LM.draw(setting)
@@ -163,16 +168,15 @@ def prefill(label: str, make: Callable[[Setting], nn.Module], chunk: int | None 
         @torch.no_grad()
         def forward() -> None:
             with setting.autocast():
-                if chunk is None or ours is None:
-                    module(tokens)
-                    return
-                state = ours.model.initial_state(setting.batch)  # type: ignore[operator]
-                for part in torch.split(tokens, chunk, 1):
-                    state = ours.model(part, state).state
+                module(tokens)
 
         settle = None if ours is None else lambda: ours.settle(beginning)
         share = settle() if settle is not None else None
-        return Subject(module, forward, settle=settle, share=share)
+        if chunk is None or ours is None:
+            return Subject(module, LazyGraph(forward) if graph else forward, settle=settle, share=share)
+        model: Any = ours.model.to(setting.dtype)
+        reader = Reader(model, chunk)
+        return Subject(model, lambda: reader.read(tokens) and None, share=share)
 
     is_ours = label.startswith("ours")
     return Row(label, build, (lambda setting: model_case("seqboat_lm", setting)) if is_ours else None)
@@ -180,9 +184,10 @@ def prefill(label: str, make: Callable[[Setting], nn.Module], chunk: int | None 
 
 def prefills(length: int) -> tuple[Row, ...]:
     """Our language model and its peers over a context of ``length`` tokens."""
+    share = 0.3
 
-    def ours(setting: Setting) -> nn.Module:
-        return Ours(load("seqboat_lm", setting).build(), 0.3)
+    def ours(*overrides: str) -> Callable[[Setting], nn.Module]:
+        return lambda setting: Ours(load("seqboat_lm", setting, *overrides).build(), share)
 
     def flash(setting: Setting) -> nn.Module:
         return peers.transformer(LM, setting.depth(12), 512, 8, 2048)
@@ -190,5 +195,13 @@ def prefills(length: int) -> tuple[Row, ...]:
     def retnet(setting: Setting) -> nn.Module:
         return peers.linear_attention("RetNet", LM, num_hidden_layers=setting.depth(12), **RETNET)
 
-    chunked = [prefill(f"ours r=0.3, chunks of {CHUNK:,}", ours, CHUNK)] if length > CHUNK else []
-    return (prefill("ours r=0.3", ours), *chunked, prefill(FLASH, flash), prefill("RetNet (fla)", retnet))
+    chunked = [prefill(f"ours r={share:g}, chunks of {CHUNK:,}, graph", ours(), chunk=CHUNK)]
+    return (
+        prefill(f"ours r={share:g}, graph", ours(_capacity(SLACK * share)), graph=True),
+        prefill(f"ours r={share:g}", ours()),
+        *(chunked if length > CHUNK else []),
+        prefill(FLASH_GRAPH, flash, graph=True),
+        prefill(FLASH, flash),
+        prefill("RetNet (fla), graph", retnet, graph=True),
+        prefill("RetNet (fla)", retnet),
+    )
