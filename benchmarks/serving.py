@@ -48,7 +48,8 @@ class Heard:
 def serving(run: str, options: list[str]) -> Iterator[tuple[str, int]]:
     """``sma serve`` on a port that is free, in a process of its own: host and port."""
     command = [sys.executable, "-m", "sma_models.cli", "serve", run, "--port", "0", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
     assert process.stderr is not None
     try:
         said = process.stderr.readline()

@@ -57,7 +57,7 @@ class RateLoss(Configurable):
         elif self.kind == "hinge":
             loss = torch.relu(rate - self.target)
         else:
-            loss = _cross_entropy(rate, self.target) - _cross_entropy(rate.new_tensor(self.target), self.target)
+            loss = _cross_entropy(rate, self.target) - _cross_entropy(torch.full_like(rate, self.target), self.target)
         return self.weight * loss
 
 

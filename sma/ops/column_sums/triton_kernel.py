@@ -13,7 +13,7 @@ BLOCK_R, BLOCK_D = 128, 32
 WARPS = 8
 MOST_ROWS = 256
 """So many rows one program adds up by itself; of more, several take a share each."""
-PROGRAMS = 16 * 132
+PROGRAMS = 8 * 132
 """About how many there are then: all that run at once on an H100."""
 
 

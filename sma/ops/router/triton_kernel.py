@@ -80,13 +80,13 @@ def forward_kernel(
                 real = inside & (tl.load(valid + t, mask=inside, other=0) != 0)
             if MASK == 2:
                 real = inside & (t % length < tl.load(valid + t // length, mask=inside, other=0))
-            u = tl.zeros((BLOCK_T,), tl.float32)
+            products = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)  # lanes add up once, at the end
             for start in range(0, D, BLOCK_D):
                 d = start + tl.arange(0, BLOCK_D)
                 w = _difference(weight, m, d, D, d < D, PAIRS)
                 part = tl.load(x + t[:, None] * D + d, mask=real[:, None] & (d < D), other=0).to(tl.float32)
-                u += tl.sum(part * w, 1)
-            u = tl.where(real, u + _difference(bias, m, 0, 1, True, PAIRS), 0.0) + offset
+                products += part * w
+            u = tl.where(real, tl.sum(products, 1) + _difference(bias, m, 0, 1, True, PAIRS), 0.0) + offset
             z = tl.div_rn(u, scale)
             e = tl.exp(-tl.abs(z))  # never too large
             s = tl.where(real, tl.div_rn(tl.where(z >= 0, 1.0, e), 1.0 + e), 0.0)
