@@ -33,54 +33,57 @@ def chunked(x: Tensor, log_q: Tensor, weight: Tensor, direct: Tensor | None) -> 
     Returns:
         ``(B, L, D)``.
     """
-    steps = torch.arange(CHUNK + 1, device=x.device, dtype=x.dtype)
-    powers = F.threshold(torch.exp(log_q[:, None] * steps[:, None]), NEGLIGIBLE, 0.0)  # (D, C + 1, N)
-    taps = torch.bmm(powers[:, :-1], weight[..., None])[..., 0]
-    if direct is not None:
-        taps = torch.cat([taps[:, :1] + direct[:, None], taps[:, 1:]], 1)
-    out_of = (powers[:, 1:] * weight[:, None]).transpose(1, 2)
     length, missing = x.shape[1], -x.shape[1] % CHUNK
     padded = F.pad(x, (0, 0, 0, missing)) if missing else x
-    y: Tensor = _Chunked.apply(padded, taps, powers[:, :-1].flip(1), out_of, powers[:, -1])  # type: ignore[no-untyped-call]
+    y: Tensor = _Chunked.apply(padded, log_q, weight, direct)  # type: ignore[no-untyped-call]
     return y[:, :length] if missing else y
 
 
 class _Chunked(torch.autograd.Function):
-    """The large part, by hand to keep every large tensor contiguous. Chunks are the rows of ``(D, B * chunks, C)``.
+    """By hand to keep large tensors contiguous and small ones few. Chunks are the rows of ``(D, B * chunks, C)``.
 
-    Arguments: ``x (B, chunks * C, D)``; ``taps (D, C)``, what a token gives to those after it in its chunk; ``into
-    (D, C, N)``, what it gives to the state that leaves the chunk; ``out_of (D, N, C)``, what the state that enters a
-    chunk gives to its tokens; ``fade (D, N)``, what a chunk leaves of that state.
+    In between there are ``taps (D, C)``, what a token gives to those after it in its chunk; ``into (D, C, N)``, what it
+    gives to the state that leaves the chunk; ``out_of (D, N, C)``, what the state that enters a chunk gives to its
+    tokens; ``fade (D, N)``, what a chunk leaves of that state. All of them are ``powers (D, C + 1, N)`` of q, times
+    ``weight``.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, taps: Tensor, into: Tensor, out_of: Tensor, fade: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, log_q: Tensor, weight: Tensor, direct: Tensor | None) -> Tensor:
+        powers = F.threshold(torch.exp(log_q[:, None] * _steps(x)), NEGLIGIBLE, 0.0)
+        taps = torch.bmm(powers[:, :-1], weight[..., None])[..., 0]
+        if direct is not None:
+            taps[:, 0] += direct
+        into, out_of = powers[:, :-1].flip(1), (powers[:, 1:] * weight[:, None]).transpose(1, 2)
         rows, within = _to_rows(x), _toeplitz(taps)
-        entering = _handed_on(torch.bmm(rows, into), fade, x.shape[0])
-        ctx.save_for_backward(rows, within, into, out_of, fade, entering)
+        entering = _handed_on(torch.bmm(rows, into), powers[:, -1], x.shape[0])
+        ctx.save_for_backward(rows, within, into, out_of, entering, powers, weight)
         return _from_rows(torch.bmm(rows, within).baddbmm_(entering, out_of), x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, within, into, out_of, entering, powers, weight = ctx.saved_tensors
         with without_autocast(grad.device):  # somebody may call this inside of it
-            return _gradients(grad, *ctx.saved_tensors)
+            grad_rows, fade = _to_rows(grad), powers[:, -1]
+            # The gradient of the states is handed on in the other direction.
+            leaving = _handed_on(torch.bmm(grad_rows, out_of.transpose(1, 2)), fade, grad.shape[0], back=True)
+            grad_x = torch.bmm(grad_rows, within.transpose(1, 2)).baddbmm_(leaving, into.transpose(1, 2))
+            by_taps = _diagonals(torch.bmm(rows.transpose(1, 2), grad_rows))
+            by_into = torch.bmm(rows.transpose(1, 2), leaving).flip(1)
+            by_out_of = torch.bmm(grad_rows.transpose(1, 2), entering)  # (D, C, N)
+            # Each power, but for the first and the last, has a part in all three.
+            by_weight = torch.bmm(by_taps[:, None], powers[:, :-1])[:, 0] + (by_out_of * powers[:, 1:]).sum(1)
+            by_powers = F.pad(by_into.baddbmm_(by_taps[..., None], weight[:, None]), (0, 0, 0, 1))
+            by_powers[:, 1:].addcmul_(by_out_of, weight[:, None])
+            by_powers[:, -1] += (leaving * entering).sum(1)
+            by_log_q = by_powers.mul_(powers).mul_(_steps(grad)).sum(1)
+        return _from_rows(grad_x, grad), by_log_q, by_weight, by_taps[:, 0] if ctx.needs_input_grad[3] else None
 
 
-def _gradients(
-    grad: Tensor, rows: Tensor, within: Tensor, into: Tensor, out_of: Tensor, fade: Tensor, entering: Tensor
-) -> tuple[Tensor, ...]:
-    grad_rows = _to_rows(grad)
-    # The gradient of the states is handed on in the other direction.
-    leaving = _handed_on(torch.bmm(grad_rows, out_of.transpose(1, 2)), fade, grad.shape[0], back=True)
-    grad_x = torch.bmm(grad_rows, within.transpose(1, 2)).baddbmm_(leaving, into.transpose(1, 2))
-    return (
-        _from_rows(grad_x, grad),
-        _diagonals(torch.bmm(rows.transpose(1, 2), grad_rows)),
-        torch.bmm(rows.transpose(1, 2), leaving),
-        torch.bmm(entering.transpose(1, 2), grad_rows),
-        (leaving * entering).sum(1),
-    )
+def _steps(like: Tensor) -> Tensor:
+    """``(C + 1, 1)``: exponents."""
+    return torch.arange(CHUNK + 1, device=like.device, dtype=like.dtype)[:, None]
 
 
 def _to_rows(x: Tensor) -> Tensor:
