@@ -61,10 +61,13 @@ def compress_through(
     _check(x, packed)
     if packed.whole:
         return _copied(x), x
-    if OP.choose(x, packed).name == "triton":
+    backend = OP.choose(x, packed).name
+    if backend == "triton":
         from sma.ops.compress.triton_kernel import compress_through as run
 
         return run(x, packed)
+    if backend == "eager" and x.device.type == "cpu" and not packed.fixed and not torch.compiler.is_compiling():
+        return eager.compress_through(x, packed)
     with without_autocast(x.device):
         return OP(x, packed), x
 
