@@ -65,7 +65,7 @@ def test_nothing_to_drop() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_in_place_and_onto_another_are_the_same(p: float, dtype: torch.dtype) -> None:
     """Also where PyTorch's own dropout takes over, and with the same gradients."""
-    x, onto = (torch.randn(3, 4, 5, dtype=dtype, requires_grad=True) for _ in range(2))
+    x, onto = (torch.rand(3, 4, 5, dtype=dtype, requires_grad=True) for _ in range(2))  # in sums nothing cancels
 
     def drawn(function: Callable[[], Tensor]) -> tuple[Tensor, ...]:
         torch.manual_seed(3)
@@ -78,6 +78,24 @@ def test_in_place_and_onto_another_are_the_same(p: float, dtype: torch.dtype) ->
     for want, have, also in zip(plain, added, inside, strict=True):
         torch.testing.assert_close(have, want)
         assert torch.equal(also, want)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25, 1e-9])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_rows_are_added_before(p: float, dtype: torch.dtype) -> None:
+    """The mask is that of the place at which a row lands."""
+    index = torch.tensor([1, 5, 6, 11])
+    inputs = [torch.rand(*shape, dtype=dtype, requires_grad=True) for shape in ((3, 4, 5), (3, 4, 5), (4, 5))]
+    x, onto, rows = inputs
+
+    def drawn(function: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+        torch.manual_seed(3)
+        y = function()
+        return (y, *torch.autograd.grad(y.square().sum(), inputs))
+
+    plain = drawn(lambda: onto + dropout(x.flatten(0, 1).index_add(0, index, rows).view_as(x), p))
+    for want, have in zip(plain, drawn(lambda: add_dropout(x, p, onto, rows, index)), strict=True):
+        torch.testing.assert_close(have, want)
 
 
 def test_onto_a_wider_one() -> None:

@@ -30,11 +30,11 @@ def combine(
         h = h * weight.reshape(-1).index_select(0, rows).to(h.dtype)[:, None]
     if not plan.drop_sum:
         h = dropout(h, plan.dropout)
-    y = _placed(h, packed, skip)
-    y = y if skip_bias is None else y + skip_bias.to(y.dtype)
-    if plan.drop_sum and residual is not None:
-        y = add_dropout(y, plan.dropout, residual)
+    if plan.drop_sum and residual is not None and skip is not None and skip_bias is None and _adds(h, packed, skip):
+        y = add_dropout(skip, plan.dropout, residual, h, packed.index)
     else:
+        y = _placed(h, packed, skip)
+        y = y if skip_bias is None else y + skip_bias.to(y.dtype)
         y = dropout(y, plan.dropout) if plan.drop_sum else y
         y = y if residual is None else y + residual
     y = F.silu(y) if plan.activation == "silu" else y
@@ -43,8 +43,13 @@ def combine(
 
 def _placed(h: Tensor, packed: Packed, skip: Tensor | None) -> Tensor:
     """The rows at their places, on top of the skip: ``(B, L, D)``."""
-    if skip is None or packed.fixed or packed.whole or skip.dtype != h.dtype:
+    if skip is None or not _adds(h, packed, skip):
         y = extract(h, packed)
         return y if skip is None else skip + y
     # The rows are distinct: what is added to each is one number, in the same bits each time.
     return torch.index_add(skip.flatten(0, 1), 0, packed.index, h).view_as(skip)
+
+
+def _adds(h: Tensor, packed: Packed, skip: Tensor) -> bool:
+    """The rows can be added to those of the skip."""
+    return not packed.fixed and not packed.whole and skip.dtype == h.dtype
