@@ -15,6 +15,8 @@ def row_norm(x: Tensor, norm: RowNorm) -> Tensor:
     own = norm.weight is not None and norm.weight.shape == width and norm.weight.dtype == wide.dtype
     if norm.centred:
         affine = (norm.weight, norm.bias) if own else (None, None)
+        if not own and wide.device.type == "cpu":  # where PyTorch takes its time without a weight
+            affine = (wide.new_ones(width), wide.new_zeros(width))
         out = F.layer_norm(wide, width, *affine, norm.eps)
         if own:
             return out.to(x.dtype)

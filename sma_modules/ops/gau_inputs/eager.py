@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,9 +17,33 @@ def gau_inputs_eager(
     """The default backend."""
     z = gamma.shape[1]
     h = (mx.shape[1] - z) // 2
-    shared, r, v = F.silu(mx).split_with_sizes([z, h, h], dim=-1)
+    sizes = (z, h, h)
+    if mx.device.type == "cpu" and not torch.compiler.is_compiling():
+        shared, r, v = _SiluParts.apply(mx, sizes)  # type: ignore[no-untyped-call]
+    else:
+        shared, r, v = F.silu(mx).split_with_sizes(sizes, dim=-1)
     q, k = queries_and_keys(shared, gamma, beta, position, theta)
     return q, k, v, r
+
+
+class _SiluParts(torch.autograd.Function):
+    """``SiLU(mx)`` in parts, whose gradients are not brought together first."""
+
+    @staticmethod
+    def forward(ctx: Any, mx: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(mx)
+        ctx.sizes = sizes
+        return F.silu(mx).split_with_sizes(sizes, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (mx,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody will differentiate this
+            return torch.ops.aten.silu_backward(torch.cat(grads, -1), mx), None
+        out = torch.empty_like(mx)
+        for grad, part, own in zip(grads, *(each.split_with_sizes(ctx.sizes, -1) for each in (mx, out)), strict=True):
+            torch.ops.aten.silu_backward.grad_input(grad, part, grad_input=own)
+        return out, None
 
 
 def queries_and_keys(

@@ -119,7 +119,8 @@ def window_attention(
     _check_options(causal, window, chunk, activation, bias, bias_table, dropout)
     _check_tensors(q, k, v, gate)
     _check_rows(q.shape[0], q_cu, q_position, "q")
-    _check_rows(k.shape[0], k_cu, k_position, "k")
+    if k_cu is not q_cu or k_position is not q_position or k.shape[0] != q.shape[0]:
+        _check_rows(k.shape[0], k_cu, k_position, "k")
     if q_cu.shape != k_cu.shape:
         raise ShapeError(
             f"window_attention: q_cu and k_cu must have the same length, got {q_cu.numel()} and {k_cu.numel()}"

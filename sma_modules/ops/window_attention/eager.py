@@ -119,7 +119,9 @@ def lookup(table: Tensor, index: Tensor) -> Tensor:
 
 def place(x: Tensor, rows: Tensor, n_rows: int) -> Tensor:
     """Zeros ``(n_rows, f)`` with ``x (R, f)`` at ``rows``, which are all different (but for those nobody reads)."""
-    return x.new_zeros(n_rows, *x.shape[1:]).index_copy_(0, rows, x)
+    out = x.new_zeros(n_rows, *x.shape[1:])
+    # A sum onto zeros is the same, and on a CPU twice as fast; elsewhere sums are in no order.
+    return out.index_add_(0, rows, x.contiguous()) if x.device.type == "cpu" else out.index_copy_(0, rows, x)
 
 
 def window_attention_eager(

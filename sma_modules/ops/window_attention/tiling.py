@@ -112,7 +112,8 @@ def tile(n_queries: int, n_keys: int, layout: Layout, rule: Rule, finite: bool) 
     """
     reach, batch = rule.reach, layout.q_cu.numel() - 1
     max_q, max_k = max(min(layout.max_q, n_queries), 1), max(min(layout.max_k, n_keys), 1)
-    sequences = _sequence(layout.q_cu, n_queries), _sequence(layout.k_cu, n_keys)
+    queries = _sequence(layout.q_cu, n_queries)
+    sequences = queries, queries if layout.aligned else _sequence(layout.k_cu, n_keys)
     if reach is None:
         return _whole(layout, sequences, max_q, max_k)
     chunked = rule.chunk is not None and rule.chunk == reach + 1 and layout.k_start is None and layout.aligned
@@ -126,8 +127,11 @@ def tile(n_queries: int, n_keys: int, layout: Layout, rule: Rule, finite: bool) 
         return _whole(layout, sequences, max_q, max_k)
     first, n_blocks = _first_rows(layout, block, gap, bound)
     q_rows = first[sequences[0]] + _rank(layout.q_cu, sequences[0])
-    index = _rank(layout.k_cu, sequences[1]) - (layout.k_cu.diff() - layout.q_cu.diff())[sequences[1]]
-    k_rows = torch.where(index >= -left, first[sequences[1]] + left + index, -1)
+    if layout.aligned:
+        k_rows = q_rows + left
+    else:
+        index = _rank(layout.k_cu, sequences[1]) - (layout.k_cu.diff() - layout.q_cu.diff())[sequences[1]]
+        k_rows = torch.where(index >= -left, first[sequences[1]] + left + index, -1)
     span = block + left + right
     return Tiling(
         block, span, left, n_blocks, block, q_rows, k_rows, *sequences, chunked=chunked, spare=int(not layout.aligned)
