@@ -12,9 +12,10 @@ from sma.checkpointing import mark_decision
 from sma.configurators import FixedRate
 from sma.errors import BackendError, ShapeError
 from sma.layer import SparselyActivated
-from sma.ops import compress, extract, operations, segment_sum, using
+from sma.ops import compress, extract, narrow_linear, operations, segment_sum, using
 from sma.ops.backend import Op
 from sma.ops.compress import OP as COMPRESS
+from sma.ops.compress import compress_through
 from sma.ops.extract import OP as EXTRACT
 from sma.ops.segment_sum import OP as SEGMENT_SUM
 from sma.routing import Packed
@@ -118,6 +119,36 @@ def test_each_is_the_gradient_of_the_other() -> None:
     x, h = numbers(2, 4, 3).requires_grad_(), numbers(5, 3)
     (grad,) = torch.autograd.grad(compress(x, packed), x, h)
     assert torch.equal(grad, extract(h, packed))
+
+
+@pytest.mark.parametrize("used", [("tokens",), ("x",), ("logits",), ("tokens", "x", "logits")], ids=",".join)
+def test_gradients_that_pass_through_are_the_sum(used: tuple[str, ...]) -> None:
+    """On a CPU they are added in place; gradients of gradients see the same sums."""
+    mask = torch.tensor([[True, False, True, False], [False, True, True, True]])
+    packed = Packed.from_mask(mask)
+    x, weight, bias, after = numbers(2, 4, 6), numbers(2, 6), numbers(2), numbers(3, 6)
+    inputs = [each.requires_grad_() for each in (x, weight, bias, after)]
+
+    def loss() -> Tensor:
+        logits, through = narrow_linear(x, weight, bias)
+        tokens, through = compress_through(through, packed)
+        parts = {"tokens": tokens, "x": through @ after.t(), "logits": logits}
+        return torch.stack([parts[name].pow(3).sum() for name in used]).sum()
+
+    def gradients() -> list[Tensor]:
+        first = torch.autograd.grad(loss(), inputs, allow_unused=True, materialize_grads=True)
+        graph = torch.autograd.grad(loss(), inputs, create_graph=True, allow_unused=True, materialize_grads=True)
+        total = torch.stack([each.square().sum() for each in graph]).sum()
+        second = torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)
+        for with_graph, without in zip(graph, first, strict=True):
+            torch.testing.assert_close(with_graph, without)
+        return [*first, *second]
+
+    ours = gradients()
+    with using("reference"):
+        theirs = gradients()
+    for have, want in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(have, want)
 
 
 def test_compile_keeps_one_graph_through_the_gradient() -> None:
