@@ -144,7 +144,6 @@ def _ways(model: LanguageModel) -> dict[str, Callable[[Tensor], Iterable[Passed]
     ways: dict[str, Callable[[Tensor], Iterable[Passed]]] = {
         f"in chunks of {CHUNK:,}": lambda tokens: _in_chunks(model, tokens, CHUNK),
         "in chunks of 1 to 64": lambda tokens: _in_chunks(model, tokens, 64, vary=True),
-        "token by token": lambda tokens: _in_chunks(model, tokens, 1),
         "decoder, launched": lambda tokens: _stepwise(model, tokens, capture=False),
         f"Transformers, {CHUNK:,} at a time": lambda tokens: _by_transformers(hugging_face, tokens, CHUNK),
         "Transformers, token by token": lambda tokens: _by_transformers(hugging_face, tokens, 1),
@@ -179,9 +178,7 @@ def _stepwise(model: LanguageModel, tokens: Tensor, capture: bool) -> Iterator[P
 def _by_transformers(model: SMAForCausalLM, tokens: Tensor, size: int) -> Iterator[Passed]:
     cache = SMACache()
     for chunk in tokens.split(size, 1):  # type: ignore[no-untyped-call]
-        out = model(
-            chunk, cache=cache
-        )  # who was active is not asked: single tokens are then decoded in place
+        out = model(chunk, cache=cache)  # who was active is not asked: single tokens are then decoded in place
         assert out.logits is not None
         yield _of(out.logits, {})
 

@@ -138,6 +138,10 @@ class StateLayer(CacheLayerMixin):
             while len(self._past) > 1 and sum(read.tokens.length for read in self._past) > MOST_PAST:
                 self._past.popleft()
 
+    def go_on(self, state: StackState, batch_size: int, length: int) -> None:
+        """Stand behind ``length`` columns of ``batch_size`` sequences."""
+        self.state, self.batch_size, self._length, self.is_initialized = state, batch_size, length, True
+
     def activate_past_recording(self) -> None:
         """Remember reads from now on. A state is a value, so all it takes is to keep it."""
         self.record_past = True
@@ -246,6 +250,24 @@ class SMACache(Cache):
 
     def __init__(self) -> None:
         super().__init__(layers=[StateLayer()])
+
+    @classmethod
+    def of(cls, state: StackState, length: int) -> SMACache:
+        """A cache that goes on from a state, for instance from one that was kept in a file.
+
+        Args:
+            state: of a batch; it is used as it is.
+            length: columns that were read, padding included, as :meth:`get_seq_length` told.
+
+        Raises:
+            StreamingError: the state holds nothing.
+        """
+        tensors = state.tensors()
+        if not tensors:
+            raise StreamingError("state: holds no tensor")
+        cache = cls()
+        cache.layer.go_on(state, tensors[0].shape[0], length)
+        return cache
 
     @property
     def layer(self) -> StateLayer:

@@ -11,6 +11,7 @@ from torch import Tensor
 from sma.errors import StreamingError
 from sma_models.hf import SMACache, SMAForCausalLM, from_model
 from sma_models.hf import cache as caches
+from sma_models.stack import StackState
 from tests.hf.test_models import LANGUAGE_MODELS
 from tests.models.tiny import inputs_of, tiny
 
@@ -144,3 +145,17 @@ def test_a_cache_of_another_batch_or_model_is_refused(model: SMAForCausalLM) -> 
     other = from_model(tiny("seqboat_small_lm", n_layers=3))
     with pytest.raises(StreamingError, match=r"layers\.2 must be SeqBoatState, got absent"):
         other(torch.tensor([[1]]), cache=cache)
+
+
+def test_a_cache_goes_on_from_a_state(model: SMAForCausalLM) -> None:
+    tokens = inputs_of(model.model, batch=2, length=20)
+    with torch.no_grad():
+        cache = model(tokens[:, :12], use_cache=True).cache
+        again = SMACache.of(cache.state.clone(), cache.get_seq_length())
+        assert (again.get_seq_length(), again.layer.batch_size, again.nbytes) == (12, 2, cache.nbytes)
+        more = {"max_new_tokens": 4, "do_sample": False}
+        one, other = [model.generate(tokens[:, :13], cache=each, **more) for each in (cache, again)]
+        assert torch.equal(one, other)
+        assert again.get_seq_length() == 16
+    with pytest.raises(StreamingError, match="state: holds no tensor"):
+        SMACache.of(StackState((None,)), 3)
