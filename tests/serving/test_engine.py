@@ -14,7 +14,8 @@ from sma_models.heads import LanguageModel
 from sma_models.serving.engine import Engine
 from sma_models.serving.errors import RequestError
 from sma_models.serving.limits import Limits
-from sma_models.serving.sequences import Activated, Finished, Read, Written
+from sma_models.serving.sequences import Activated, Event, Finished, Read, Written
+from tests.models.test_prompts import replaying  # noqa: F401  # a fixture, used by its name
 from tests.models.tiny import SPECS, tiny
 from tests.serving.conftest import SMALL, ask, byte_model, continued, rounds, tokens_of, until
 
@@ -301,3 +302,28 @@ def test_greedy_texts_in_low_precision(dtype: torch.dtype) -> None:
     asked = [ask(engine, prompt, 60) for prompt in PROMPTS]
     rounds(engine)
     assert [each.written() for each in asked] == [continued(model, prompt, 60) for prompt in PROMPTS]
+
+
+def likelihoods_of(events: list[Event]) -> list[float]:
+    read = [each for event in events if isinstance(event, Read) for each in event.likelihoods]
+    return [each.own for each in read if each is not None]
+
+
+def test_pieces_that_are_replayed_tell_the_same(model: LanguageModel, request: pytest.FixtureRequest) -> None:
+    prompts = [bytes(range(first, first + 100)) for first in (0, 40)]  # of six whole pieces and a rest each, in turn
+
+    def told(replayed: bool) -> list[list[Event]]:
+        engine = Engine(model, SMALL)
+        asked = [ask(engine, prompt, 6, likelihoods=2, of_prompt=True, activations=True) for prompt in prompts]
+        rounds(engine)
+        assert engine._decoder.reader.captured == replayed
+        return [each.events for each in asked]
+
+    launched = told(False)
+    request.getfixturevalue("replaying")
+    for one, other in zip(launched, told(True), strict=True):
+        assert [e for e in one if isinstance(e, Activated)] == [e for e in other if isinstance(e, Activated)]
+        assert [e.token for e in one if isinstance(e, Written)] == [e.token for e in other if isinstance(e, Written)]
+        mine, theirs = map(likelihoods_of, (one, other))
+        assert len(mine) == 99
+        assert mine == pytest.approx(theirs, abs=1e-9)
