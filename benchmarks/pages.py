@@ -1,6 +1,7 @@
 """The documentation's page of results, as Markdown, from the files in ``benchmarks/results``.
 
-Of every workload, sweep and profile the latest measurement at full size is shown, for each device. What was found about
+Of every workload, sweep and profile the latest measurement at full size is shown, for each device, and of a workload
+also an earlier one that has other models beside ours. What was found about
 a workload in words is kept beside the numbers, in ``benchmarks/results/notes/<workload>.md``.
 """
 
@@ -94,19 +95,31 @@ def exactness(folder: Path = RESULTS) -> str:
 
 def workloads(folder: Path = RESULTS) -> str:
     """A section for every workload: what it is, the table, and what was found."""
-    found: dict[tuple[str, str], str] = {}
-    for record in _records(folder):
-        environment = record["environment"]
+    found: dict[str, list[str]] = {}
+    shown: dict[tuple[str, str], set[str]] = {}
+    for record in reversed(_records(folder)):
+        device = record["environment"]["device"]
         for name in dict.fromkeys(row["workload"] for row in record.get("rows", [])):
-            found[name, environment["device"]] = _section(name, record)
+            models = {row["model"] for row in record["rows"] if row["workload"] == name}
+            known = shown.setdefault((name, device), set())
+            if not models <= known:  # a later one does not have them all
+                found.setdefault(name, []).append(_section(name, record))
+            known |= models
     notes = folder / "notes"
     parts = []
-    for name in dict.fromkeys(name for name, _ in found):
-        sections = [text for (workload, _), text in found.items() if workload == name]
+    for name, sections in sorted(found.items(), key=lambda item: _place(item[0])):
         note = notes / f"{name}.md"
         words = [note.read_text(encoding="utf-8").strip()] if note.exists() else []
         parts.append("\n\n".join([f"### {name}", *sections, *words]))
     return "\n\n".join(parts) or NOTHING
+
+
+def _place(workload: str) -> int:
+    """Where a workload stands in the list; those of earlier versions come last."""
+    from benchmarks.workloads import WORKLOADS
+
+    known = list(WORKLOADS)
+    return known.index(workload) if workload in known else len(known)
 
 
 def _section(name: str, record: dict[str, Any]) -> str:

@@ -136,8 +136,25 @@ def test_the_page_shows_the_latest_at_full_size(record: dict[str, Any], tmp_path
     page = pages.workloads(tmp_path)
     assert "1.00..3.00" in page
     assert "70.0..80.0" not in page
-    assert "The rest goes into sorting." in page.split("### ffn")[0]
+    assert "The rest goes into sorting." in page.split("### cpu-lm")[1]
     assert "Remarks: ours r=0.15, graph: not available: " in page
+
+
+def test_the_page_shows_an_earlier_record_with_other_models(record: dict[str, Any], tmp_path: Path) -> None:
+    renamed = {"text-4k": {"published r=0.15": "another r=0.15"}}
+    for name, date in (("a", "2026-02-01"), ("b", "2026-01-01")):
+        content = record | {"environment": record["environment"] | {"scale": "full", "date": date}}
+        if name == "b":
+            content["rows"] = [
+                row | {"model": renamed.get(row["workload"], {}).get(row["model"], row["model"])}
+                for row in record["rows"]
+            ]
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    page = pages.workloads(tmp_path)
+    assert page.index("published r=0.15") < page.index("another r=0.15")
+    tables = {name: text.count("| model |") for name, _, text in (part.partition("\n") for part in page.split("### "))}
+    assert tables.pop("text-4k") == 2
+    assert set(tables.values()) == {0, 1}, "0 is what stands in front of the first"
 
 
 def test_what_was_measured_before_is_still_read() -> None:

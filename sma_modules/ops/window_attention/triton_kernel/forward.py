@@ -109,7 +109,7 @@ def attend_kernel(
             rest = _dot_add(weights.to(values.dtype), values, rest, PRECISION)
 
     if ACTIVATION == SOFTMAX:
-        share = tl.where(total == 0.0, 0.0, 1.0 / total)
+        share = tl.where(total == 0.0, 0.0, tl.div_rn(1.0, total))
         if tile == 0:
             at = statistics + head.to(tl.int64) * n_queries + rows
             tl.store(at, tl.where(total == 0.0, 0.0, largest), mask=own)
