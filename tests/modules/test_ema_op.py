@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sma.errors import ConfigError, ShapeError, StreamingError
 from sma.ops import using
 from sma_modules.ops.ema import EMAState, ema
 from sma_modules.ops.ema.convolution import convolve, fast_size
+from tests.devices import DEVICE, needs_triton
 
 BACKENDS = ("reference", "eager")
 NAMES = ("delta", "alpha", "beta", "gamma", "omega")
@@ -233,6 +235,31 @@ def test_low_precision(dtype: torch.dtype, length: int) -> None:
         error, rounding = (y.double() - exact).abs(), (exact.to(dtype).double() - exact).abs()
         assert error.max() <= 2 * rounding.max()
         assert error.mean() <= 2 * rounding.mean()
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_inputs_are_kept_in_their_own_dtype(dtype: torch.dtype, backend: str) -> None:
+    """Half the bytes, and the same numbers as if they had been kept in float32."""
+    weights = [each.detach().float().to(DEVICE) for each in parameters(3, 2, False)]
+    x = torch.randn(2, 30, 3, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    state = wide = None
+    for chunk in x.split([9, 1, 20], 1):
+        y, state = run(backend, chunk, weights, truncation=5, state=state, return_state=True)
+        expected, wide = run(backend, chunk, weights, truncation=5, state=wide, return_state=True)
+        assert torch.equal(y, expected)
+        assert isinstance(state, EMAState)
+        assert isinstance(wide, EMAState)
+        assert (state.hidden.dtype, state.history.dtype) == (torch.float32, dtype)  # type: ignore[union-attr]
+        wide = replace(wide, history=wide.history.float())  # type: ignore[union-attr]
+    assert torch.equal(state.history, x[:, -5:])  # type: ignore[union-attr, arg-type]
+    if backend == "triton":
+        return  # the kernels read what is kept in the dtype of the chunk
+    # What came in a wider dtype is not rounded because something narrower comes after it.
+    _, state = run(backend, x.float() + 1e-4, weights, truncation=5, return_state=True)
+    _, state = run(backend, x[:, :1], weights, truncation=5, state=state, return_state=True)
+    assert state is not None
+    assert torch.equal(state.history[:, :4], x[:, -4:].float() + 1e-4)  # type: ignore[index]
 
 
 def test_float32_error_of_the_convolution() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from sma.errors import ConfigError, ShapeError, StreamingError
 from sma.ops.backend import Op, forced_backend, without_autocast
 from sma.ops.kernel import FLOATS, why_not_triton
-from sma_modules.ops.ema.state import EMAState, compute_dtype, initial_state
+from sma_modules.ops.ema.state import EMAState, compute_dtype, initial_state, with_history_of
 
 __all__ = ["OP", "Activation", "EMAState", "compute_dtype", "ema", "initial_state"]
 
@@ -110,7 +110,8 @@ def ema(
             activation=activation,
             dropout=dropout,
         )
-    return result
+    y, end = result
+    return y, None if end is None else with_history_of(end, x, state)
 
 
 def _nothing(
@@ -173,6 +174,8 @@ def _check_state(
         have, want = getattr(state, name), getattr(expected, name)
         found = None if have is None else (tuple(have.shape), have.dtype)
         rule = None if want is None else (tuple(want.shape), want.dtype)
+        if name == "history" and found is not None and rule is not None and found[1].is_floating_point:
+            rule = (rule[0], found[1])  # tokens may have come in another dtype before
         if found != rule:
             raise StreamingError(
                 f"ema: state.{name} must be {rule} for x {tuple(x.shape)}, truncation {truncation}, got {found}"

@@ -165,7 +165,7 @@ def _truncated_chunk(
     taps, past = truncation, truncation
     if begins:  # nothing but zeros to remember
         taps, past = min(truncation, x.shape[1]), 0
-    inputs = x if begins or start.history is None else torch.cat([start.history, x], dim=1)
+    inputs = x if begins or start.history is None else torch.cat([start.history.to(x.dtype), x], dim=1)
     y = convolve(inputs, _kernel(decay, taps))[:, past:]
     return y, after_window(latest(inputs, lengths, taps, offset=past), decay, truncation, lengths, start)
 
@@ -191,7 +191,7 @@ def _steps(
     x: Tensor, decay: Decay, truncation: int | None, lengths: Tensor | None, start: EMAState
 ) -> tuple[Tensor, EMAState]:
     """The recurrence, all rows and channels at once."""
-    inputs = x if start.history is None else torch.cat([start.history, x], dim=1)
+    inputs = x if start.history is None else torch.cat([start.history.to(x.dtype), x], dim=1)
     hidden, fresh, count = start.hidden, start.fresh, start.count
     end = EMAState(hidden, fresh, count)
     leaving = None if truncation is None else decay.drive * torch.exp(decay.log_q * truncation)

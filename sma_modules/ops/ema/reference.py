@@ -53,7 +53,8 @@ def _run(
     x: Tensor, lengths: Tensor, q: Tensor, drive: Tensor, truncation: int | None, state: EMAState
 ) -> tuple[Tensor, EMAState]:
     """S_t of every position ``(L, B, D, N)``, and the state after the last real token of each row."""
-    end, end_history = hidden, history = state.hidden, state.history
+    end = hidden = state.hidden
+    end_history = history = None if state.history is None else state.history.to(x.dtype)
     states = []
     for t in range(x.shape[1]):
         real = (t < lengths)[:, None, None]

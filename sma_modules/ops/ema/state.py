@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from sma.state import State
 
 @dataclass(frozen=True)
 class EMAState(State):
-    """State after the last real token of each row, float32 (float64 for float64 inputs).
+    """State after the last real token of each row, float32 (float64 for float64 inputs) but for the inputs kept.
 
     Without truncation only ``hidden`` is there. With truncation K a token leaves the window K steps after it came, so
     the last K inputs are kept; ``fresh`` and ``count`` bound the rounding error of taking tokens out of ``hidden``
@@ -24,7 +24,8 @@ class EMAState(State):
         hidden: ``(B, D, N)``: S_t, with truncation over the last K tokens.
         fresh: ``(B, D, N)``: S over the last ``count`` tokens.
         count: ``(B,)`` int64 in 0..K-1: tokens in ``fresh``.
-        history: ``(B, K, D)``: the last K inputs, newest last, zeros before the beginning of the stream.
+        history: ``(B, K, D)``: the last K inputs, newest last, zeros before the beginning of the stream; in their own
+            dtype, which loses nothing.
     """
 
     hidden: Tensor
@@ -38,6 +39,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def with_history_of(state: EMAState, x: Tensor, before: EMAState | None) -> EMAState:
+    """``state`` with its inputs in the dtype of ``x``, or in a wider one in which some were kept ``before``."""
+    if state.history is None:
+        return state
+    kept = x.dtype if before is None or before.history is None else before.history.dtype
+    return replace(state, history=state.history.to(torch.promote_types(x.dtype, kept)))
+
+
 def finished(y: Tensor, activation: str, dropout: float, dtype: torch.dtype) -> Tensor:
     """Activation and dropout of an output, then its one rounding to ``dtype``."""
     if activation == "silu":
@@ -46,7 +55,7 @@ def finished(y: Tensor, activation: str, dropout: float, dtype: torch.dtype) -> 
 
 
 def initial_state(batch: int, dim: int, n_state: int, truncation: int | None, *, like: Tensor) -> EMAState:
-    """State before the first token, on the device of ``like``, in the dtype that an input like it computes in."""
+    """State before the first token, on the device of ``like``, for inputs in its dtype."""
     dtype = compute_dtype(like)
     hidden = torch.zeros(batch, dim, n_state, dtype=dtype, device=like.device)
     if truncation is None:
@@ -55,5 +64,5 @@ def initial_state(batch: int, dim: int, n_state: int, truncation: int | None, *,
         hidden,
         fresh=torch.zeros_like(hidden),
         count=torch.zeros(batch, dtype=torch.int64, device=like.device),
-        history=torch.zeros(batch, truncation, dim, dtype=dtype, device=like.device),
+        history=torch.zeros(batch, truncation, dim, dtype=like.dtype, device=like.device),
     )

@@ -99,8 +99,7 @@ class Averages:
             return EMAState(hidden)
         row = self._rows(position)
         count = self.count[position % self.count.shape[0], slots]
-        history = self.history[slots[:, None], row].to(hidden.dtype)
-        return EMAState(hidden, self.fresh[version, slots], count, history)
+        return EMAState(hidden, self.fresh[version, slots], count, self.history[slots[:, None], row])
 
     def write(self, slots: Tensor, state: object, position: Tensor) -> None:
         """Make those of ``state`` the averages of ``slots (n,)``, which stand at ``position (n,)``.
