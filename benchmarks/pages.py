@@ -24,6 +24,7 @@ from benchmarks.tables import (
     markdown_table,
     profile_cells,
     remarks,
+    serving_cells,
     stream_cells,
     workload_cells,
 )
@@ -209,7 +210,23 @@ def text_run(folder: Path = TEXT) -> str:
     return f"{markdown_table(head, lines)}\n\n{words}"
 
 
+def serving(folder: Path = RESULTS / "serving") -> str:
+    """A table for every measured server."""
+    head = ("clients", "requests/s", "tokens/s", "first token ms", "99 %", "next token ms", "99 %", "whole s", "99 %")
+    parts = []
+    for file in sorted(folder.glob("*.json")):
+        record = read(file)
+        low, high = record["prompt_bytes"]
+        title = (
+            f"`{record['model']}` with {record['slots']} slots; prompts of {low} to {high} bytes, "
+            f"{record['rows'][0]['tokens']} bytes written. {_environment(record['environment'])}"
+        )
+        parts.append(f"{title}\n\n{markdown_table(head, [serving_cells(row) for row in record['rows']])}")
+    return "\n\n".join(parts) or NOTHING
+
+
 PARTS = {
+    "benchmark_serving": serving,
     "text_run": text_run,
     "benchmark_workloads": workloads,
     "benchmark_sweeps": sweeps,

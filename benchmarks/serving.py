@@ -26,7 +26,7 @@ import torch
 
 import sma
 from benchmarks.results import environment
-from benchmarks.tables import text_table
+from benchmarks.tables import serving_cells, text_table
 from sma.weights import save
 
 ROOT = Path(__file__).parent.parent
@@ -118,13 +118,6 @@ def quantiles(values: list[float]) -> list[float]:
     return [ordered[round(share * (len(ordered) - 1))] for share in (0.5, 0.99)]
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    """A line of the table."""
-    numbers = [f"{row['clients']}", f"{row['requests_per_s']:.1f}", f"{row['tokens_per_s']:.0f}"]
-    numbers += [f"{value:.1f}" for key in ("first_token_ms", "next_token_ms") for value in row[key]]
-    return [*numbers, *(f"{value:.2f}" for value in row["whole_s"])]
-
-
 def main(argv: list[str] | None = None) -> None:
     """Measure, print a table, and write it down."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
@@ -156,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
             asyncio.run(load(place, 1, 2, options.tokens))  # once, to warm up
             for clients in options.clients:
                 rows.append(asyncio.run(load(place, clients, clients * options.requests, options.tokens)))
-    print(text_table(HEAD, [list(UNDER), *map(cells, rows)]))
+    print(text_table(HEAD, [list(UNDER), *map(serving_cells, rows)]))
     if options.json is not None:
         what = {"model": options.run or options.spec, "slots": options.slots, "prompt_bytes": PROMPTS}
         options.json.parent.mkdir(parents=True, exist_ok=True)

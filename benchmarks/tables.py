@@ -150,3 +150,10 @@ def greedy_cells(result: Mapping[str, Any]) -> list[list[str]]:
         [f"{point['after']:,}", str(point["tokens"]), *(str(point["same"][way]) for way in GREEDY_HEAD[2:])]
         for point in result["greedy"]
     ]
+
+
+def serving_cells(row: dict[str, Any]) -> list[str]:
+    """A line about a server: medians, and 99th percentiles."""
+    numbers = [f"{row['clients']}", f"{row['requests_per_s']:.1f}", f"{row['tokens_per_s']:.0f}"]
+    numbers += [f"{value:.1f}" for key in ("first_token_ms", "next_token_ms") for value in row[key]]
+    return [*numbers, *(f"{value:.2f}" for value in row["whole_s"])]

@@ -157,6 +157,22 @@ def test_the_page_shows_an_earlier_record_with_other_models(record: dict[str, An
     assert set(tables.values()) == {0, 1}, "0 is what stands in front of the first"
 
 
+def test_the_page_shows_servers(tmp_path: Path) -> None:
+    assert pages.serving(tmp_path) == pages.NOTHING
+    row = {"clients": 3, "tokens": 7, "requests_per_s": 2.0, "tokens_per_s": 14.0, "whole_s": [3.25, 4.5]}
+    row |= {"first_token_ms": [10.0, 20.0], "next_token_ms": [1.0, 2.0]}
+    about = {
+        "environment": {"device": "this one", "dtype": "float32"},
+        "prompt_bytes": [1, 5],
+        "slots": 2,
+        "model": "m",
+    }
+    (tmp_path / "a.json").write_text(json.dumps({**about, "rows": [row]}))
+    assert "`m` with 2 slots; prompts of 1 to 5 bytes, 7 bytes written. this one, float32." in pages.serving(tmp_path)
+    assert "| 3 | 2.0 | 14 | 10.0 | 20.0 | 1.0 | 2.0 | 3.25 | 4.50 |" in pages.serving(tmp_path)
+    assert "| 128 |" in pages.serving()
+
+
 def test_what_was_measured_before_is_still_read() -> None:
     assert "### text-4k" in pages.workloads()
     assert "### lm-8k" in pages.workloads()
