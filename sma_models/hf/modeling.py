@@ -141,7 +141,8 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
         else:
             cache = SMACache() if cache is None else cache
             some = isinstance(logits_to_keep, int) and logits_to_keep > 0 and not (output_routings or wants)
-            out, logits, hidden = self._read(cache, tokens, int(logits_to_keep) if some else None, wants)
+            keep = int(logits_to_keep) if some else None
+            out, logits, hidden = self._read(cache, tokens, keep, wants, plain=labels is None)
         logits = slice_logits_to_keep(logits, logits_to_keep)
         loss = None
         if labels is not None:
@@ -154,11 +155,12 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
         return isinstance(cache, SMACache) and cache.layer.steps(tokens) and self._stepping.able()
 
     def _read(
-        self, cache: SMACache, tokens: Tokens, keep: int | None, hidden: bool
+        self, cache: SMACache, tokens: Tokens, keep: int | None, hidden: bool, *, plain: bool
     ) -> tuple[Any, Tensor, tuple[Tensor, ...] | None]:
         """Go on from a cache: the output of the last call of the model, logits and hidden states.
 
-        With ``keep``, logits are those of the last columns, and the tokens are read in chunks.
+        With ``keep``, logits are those of the last columns, and the tokens are read in chunks; where they are all that
+        is wanted (``plain``), whole chunks as by the library's own ``generate``, whose output nobody sees.
         """
         if not isinstance(cache, SMACache):
             raise StreamingError(f"cache: must be an SMACache, got {type(cache).__name__}")
@@ -167,7 +169,13 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
             tokens = layer.ahead.then(tokens)
         before = state = self.model.initial_state(tokens.ids.shape[0]) if layer.state is None else layer.state
         logits: list[Tensor] = []
+        out, features = None, None
+        whole = plain and keep is not None and self._stepping.able()
         for chunk in tokens.split(max(tokens.length, 1) if keep is None else PREFILL_CHUNK):
+            if whole and chunk.length == PREFILL_CHUNK:
+                last, state = self._stepping.read(chunk, state, length)
+                logits = [_last([*logits, last], length)]
+                continue
             out, features = self._call(chunk, state, hidden=hidden)
             state = out.state
             logits = [_last([*logits, _last([out.logits], length)], length)]

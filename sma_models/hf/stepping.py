@@ -1,24 +1,26 @@
-"""``generate`` one token at a time, in memory that changes in place."""
+"""``generate`` on its way: prompts in chunks, then one token at a time, in memory that changes in place."""
 
 from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from sma_models.decoding import Decoder
-from sma_models.heads import LanguageModel
+from sma_models.decoding import Decoder, Reader
+from sma_models.heads import LanguageModel, check_tokens, without_padding
 
 if TYPE_CHECKING:
     from sma_models.hf.cache import StateLayer, Tokens
+    from sma_models.stack import StackState
 
 
 class Stepping:
     """A :class:`~sma_models.decoding.Decoder` behind the caches of a model: it holds the state of one cache at a time,
-    the *tenant*, and gives it back as a value as soon as somebody asks for it.
+    the *tenant*, and gives it back as a value as soon as somebody asks for it. And a
+    :class:`~sma_models.decoding.Reader` for the chunks of prompts.
 
     Args:
         model: as it was built. Steps know its parts and not what others put in their place or around them (adapters,
@@ -29,6 +31,7 @@ class Stepping:
         self._model = model
         self._parts = _parts(model)
         self._decoder: Decoder | None = None
+        self._reader: Reader | None = None
         self._weights: tuple[object, ...] = ()
         self._tenant: weakref.ref[StateLayer] | None = None
         self._last: weakref.ref[StateLayer] | None = None
@@ -41,6 +44,11 @@ class Stepping:
     def captured(self) -> bool:
         """Whether steps are replayed from a CUDA graph."""
         return self._decoder is not None and self._decoder.captured
+
+    @property
+    def reads_captured(self) -> bool:
+        """Whether chunks of prompts are."""
+        return self._reader is not None and self._reader.captured
 
     def able(self) -> bool:
         """Whether steps would do what a call of the model does now."""
@@ -63,6 +71,25 @@ class Stepping:
             logits: Tensor = decoder.step(ids, live=None if valid is None else valid.to(device))
             return logits[:, None].to(tokens.ids.device, copy=True)
 
+    def read(self, chunk: Tokens, state: StackState, length: int) -> tuple[Tensor, StackState]:
+        """Logits of the last ``length`` columns of a chunk of a prompt, and the state after it.
+
+        Raises:
+            ShapeError: tokens of the wrong shape, dtype, device or range.
+        """
+        model, valid = self._model, chunk.valid
+        ids = without_padding("language_model", chunk.ids, valid, model.embedding.weight)
+        check_tokens("language_model", ids, model.vocab_size)
+        if valid is not None and bool(valid.all()):
+            valid = None
+        with self._lock:
+            self._look_at_weights()
+            if self._reader is None or self._reader.chunk != chunk.length:
+                self._reader = Reader(model, chunk.length)
+            out = self._reader.read_chunk(ids, state, valid=valid)
+            assert out.state is not None
+            return model.logits(out.x[:, max(chunk.length - length, 0) :]), cast("StackState", out.state)
+
     def leave(self, layer: StateLayer) -> None:
         """Give a tenant its state back; nothing happens to one who has it already."""
         with self._lock:
@@ -84,13 +111,11 @@ class Stepping:
             return self._decoder
         state = layer.state
         assert state is not None
-        other = None if self._tenant is None else self._tenant()
-        if other is not None:
-            self.leave(other)
-        weights = tuple((each.data_ptr(), each.dtype, each.device) for each in self._model.parameters())
-        if self._decoder is None or self._decoder.slots != layer.batch_size or weights != self._weights:
+        self._evict()
+        self._look_at_weights()
+        if self._decoder is None or self._decoder.slots != layer.batch_size:
             self._decoder = None  # its memory goes before that of the next one comes
-            self._decoder, self._weights = Decoder(self._model, layer.batch_size), weights
+            self._decoder = Decoder(self._model, layer.batch_size)
             self._decoder.resume(state)
         else:
             if self._last is None or self._last() is not layer:
@@ -99,6 +124,18 @@ class Stepping:
         self._tenant = self._last = weakref.ref(layer)
         layer.move_in(self)
         return self._decoder
+
+    def _evict(self) -> None:
+        other = None if self._tenant is None else self._tenant()
+        if other is not None:
+            self.leave(other)
+
+    def _look_at_weights(self) -> None:
+        """Graphs know the weights by where they lie."""
+        weights = tuple((each.data_ptr(), each.dtype, each.device) for each in self._model.parameters())
+        if weights != self._weights:
+            self._evict()
+            self._decoder, self._reader, self._weights = None, None, weights
 
 
 def _parts(model: nn.Module) -> list[tuple[type, bool]]:

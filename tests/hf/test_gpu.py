@@ -46,3 +46,14 @@ def test_logits_are_those_of_the_cpu(folder: Path) -> None:
     on_cpu, on_gpu = (AutoModelForCausalLM.from_pretrained(folder, device_map=each) for each in ("cpu", "cuda"))
     with torch.no_grad():
         torch.testing.assert_close(on_gpu(tokens.cuda()).logits.cpu(), on_cpu(tokens).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_prompts(folder: Path, plain: LanguageModel, dtype: torch.dtype) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map="cuda", dtype=dtype)
+    prompt = torch.randint(256, (1, 9000), device="cuda")
+    for _ in range(2):  # the second time from graphs only
+        written = model.generate(prompt, **GREEDY)
+        expected = generate(plain.to("cuda", dtype), prompt, 20, temperature=0)
+        assert torch.equal(written[:, prompt.shape[1] :], expected)
+    assert model._stepping.reads_captured

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sma.errors import ShapeError
 from sma_models.hf import SMACache, SMAForCausalLM, from_model
 from sma_models.hf.stepping import Stepping
 from tests.hf.test_generation import GREEDY, PROMPT
@@ -186,3 +187,44 @@ def test_several_threads(model: SMAForCausalLM) -> None:
     for thread in threads:
         thread.join()
     assert all(torch.equal(found[i], expected[i]) for i in range(4))
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_whole_chunks_of_prompts_are_read_apart(
+    model: SMAForCausalLM, padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the others by the model itself; nobody can tell from the results."""
+    monkeypatch.setattr("sma_models.hf.modeling.PREFILL_CHUNK", 8)
+    lengths: list[int] = []
+    plain = Stepping.read
+
+    def read(self: Stepping, chunk: Any, state: Any, length: int) -> Any:
+        lengths.append(chunk.length)
+        return plain(self, chunk, state, length)
+
+    monkeypatch.setattr(Stepping, "read", read)
+    tokens = torch.randint(256, (2, 27))
+    mask = torch.ones(2, 27, dtype=torch.int64)
+    mask[0, :padding] = 0
+    with torch.no_grad():
+        out = model(tokens, attention_mask=mask, use_cache=True, logits_to_keep=10)
+        expected = model(tokens, attention_mask=mask).logits[:, -10:]
+    close(out.logits, expected)
+    assert lengths == [8, 8, 8]
+    close(
+        next_logits(model, out.cache, [65, 66])[1],
+        model(torch.cat([tokens, torch.tensor([[65], [66]])], 1)).logits[1, -1],
+    )
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone() * 1.01
+    with torch.no_grad():
+        changed = model(tokens, attention_mask=mask, use_cache=True, logits_to_keep=1).logits
+        close(changed, model(tokens, attention_mask=mask).logits[:, -1:])
+    assert lengths == [8] * 6
+    with pytest.raises(ShapeError, match=r"tokens must lie in 0\.\.255, got 300"), torch.no_grad():
+        model(torch.full((1, 8), 300), use_cache=True, logits_to_keep=1)
+    model(tokens, use_cache=True, logits_to_keep=1)  # with gradients
+    with torch.no_grad():
+        model(tokens, use_cache=True, logits_to_keep=1, labels=tokens[:, -1:])
+        model(tokens, use_cache=True, logits_to_keep=1, output_routings=True)
+    assert lengths == [8] * 7
