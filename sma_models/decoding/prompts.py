@@ -49,8 +49,8 @@ class Reader:
     """Reads prompts through the parallel path, in chunks, so that memory does not grow with them.
 
     On a CUDA device the host takes far longer to launch a chunk than the device to compute it, as every layer waits to
-    hear how many tokens are active. There whole chunks without padding have a row for every token in every layer,
-    whoever is active, and are captured as a CUDA graph, one for each number of prompts that are read together, unless
+    hear how many tokens are active. There whole chunks in which nothing is padding have a row for every token in every
+    layer, whoever is active, and are captured as a CUDA graph, one for each number of prompts that are read together, unless
     a part of the model says why not (:attr:`uncaptured`). The shape of a chunk alone decides how it is run, so that
     results never depend on what was read before. Chunks of more than 32,768 tokens keep the device busy, and have
     rows for the active tokens only.
@@ -113,8 +113,8 @@ class Reader:
             What the stack of the model gives. Features and routings are overwritten by the next chunk; the state is a
             value.
         """
-        whole = tokens.shape[1] == self.chunk and valid is None and tokens.numel() <= _MOST_TOKENS
-        if self._why_not or not whole:
+        whole = not self._why_not and tokens.shape[1] == self.chunk and tokens.numel() <= _MOST_TOKENS
+        if not whole or (valid is not None and not bool(valid.all())):
             return self.model.stack(self.model.embed(tokens), state, valid=valid)  # type: ignore[no-any-return]
         if self._fixed is None:
             self._fixed = with_fixed_rows(self.model)

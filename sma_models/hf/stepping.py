@@ -77,16 +77,14 @@ class Stepping:
         Raises:
             ShapeError: tokens of the wrong shape, dtype, device or range.
         """
-        model, valid = self._model, chunk.valid
-        ids = without_padding("language_model", chunk.ids, valid, model.embedding.weight)
+        model = self._model
+        ids = without_padding("language_model", chunk.ids, chunk.valid, model.embedding.weight)
         check_tokens("language_model", ids, model.vocab_size)
-        if valid is not None and bool(valid.all()):
-            valid = None
         with self._lock:
             self._look_at_weights()
             if self._reader is None or self._reader.chunk != chunk.length:
                 self._reader = Reader(model, chunk.length)
-            out = self._reader.read_chunk(ids, state, valid=valid)
+            out = self._reader.read_chunk(ids, state, valid=chunk.valid)
             assert out.state is not None
             return model.logits(out.x[:, max(chunk.length - length, 0) :]), cast("StackState", out.state)
 

@@ -120,9 +120,12 @@ def test_what_is_no_whole_chunk_is_launched(monkeypatch: pytest.MonkeyPatch) -> 
     reader, tokens = Reader(model, 8), inputs_of(model, batch=2, length=47)
     valid = torch.ones_like(tokens, dtype=torch.bool)
     valid[0, :5] = False
-    close(reader.read(tokens, valid=valid).logits, prefill(model, tokens, valid=valid).logits)
+    reader.read(tokens[:, :8], valid=valid[:, :8])
     reader.read(tokens[:, :7])
     assert not reader._wholes
+    close(reader.read(tokens, valid=valid).logits, prefill(model, tokens, valid=valid).logits)
+    assert list(reader._wholes) == [2], "where the padding has ended chunks are whole"
+    reader._wholes.clear()
     monkeypatch.setattr(prompts, "_MOST_TOKENS", 15)
     reader.read(tokens)
     assert not reader._wholes
