@@ -50,10 +50,10 @@ class Reader:
 
     On a CUDA device the host takes far longer to launch a chunk than the device to compute it, as every layer waits to
     hear how many tokens are active. There whole chunks in which nothing is padding have a row for every token in every
-    layer, whoever is active, and are captured as a CUDA graph, one for each number of prompts that are read together, unless
-    a part of the model says why not (:attr:`uncaptured`). The shape of a chunk alone decides how it is run, so that
-    results never depend on what was read before. Chunks of more than 32,768 tokens keep the device busy, and have
-    rows for the active tokens only.
+    layer, whoever is active, and are captured as a CUDA graph, one for each number of prompts that are read together,
+    unless a part of the model says why not (:attr:`uncaptured`). The chunk alone decides how it is run, so that results
+    never depend on what was read before. Chunks of more than 32,768 tokens keep the device busy, and have rows for the
+    active tokens only.
 
     Args:
         model: that reads, in evaluation mode. Its weights are used where they lie, and may change in place.
