@@ -58,8 +58,7 @@ def ours(label: str, captured: bool = True) -> Row:
         # All sequences have the same past, which costs a step no less than different ones.
         state = prefill(model, tokens, chunk=CHUNK).state
         decoder = Decoder(model, setting.batch, capture=captured)
-        slots = [decoder.acquire() for _ in range(setting.batch)]
-        decoder.write_all(slots, state.reorder(torch.zeros(setting.batch, dtype=torch.int64, device=setting.device)))
+        decoder.resume(state.reorder(torch.zeros(setting.batch, dtype=torch.int64, device=setting.device)))
         step = _fed(setting, decoder.step)
         return Subject(model, step, share=_share(decoder, step))
 

@@ -168,7 +168,7 @@ def _in_chunks(model: LanguageModel, tokens: Tensor, size: int, vary: bool = Fal
 @torch.no_grad()
 def _stepwise(model: LanguageModel, tokens: Tensor, capture: bool) -> Iterator[Passed]:
     decoder = Decoder(model, 1, capture=capture)
-    decoder.write(decoder.acquire(), model.initial_state(1))
+    decoder.acquire()
     for token in tokens[0]:
         logits = decoder.step(token[None]).clone()
         yield Passed(logits, {name: decision.active for name, decision in decoder.decisions.items()})

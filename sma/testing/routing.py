@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sma.checkpointing import checkpoint
-from sma.configurators import Always
 from sma.interfaces import Configurator
 from sma.testing.base import SequenceSuite, everything, few, gradients, law, leaves, nothing, with_decision
 
@@ -84,9 +83,7 @@ class RoutingLaws(SequenceSuite):
     @law("routing saved under checkpointing")
     def test_checkpointing(self) -> None:
         module = self.module().train()
-        deciding = [
-            part for part in module.modules() if isinstance(part, Configurator) and not isinstance(part, Always)
-        ]
+        deciding = [part for part in module.modules() if isinstance(part, Configurator) and not part.everywhere]
         flaky = [_Flaky(part) for part in deciding]
         x, valid = self.pad(self.rows([6, 3, 5]), self.sides[-1])
         torch.manual_seed(7)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import TypeVar
 
-from sma.configurators import Always
 from sma.interfaces import Model
 from sma.layer import SparseMixture
 
@@ -36,6 +35,6 @@ def with_fixed_rows(model: M, capacity: float = 1.0) -> M:
     for layer in fixed.modules():
         if isinstance(layer, SparseMixture):
             # Not with_capacity: what losses and running averages would make of rows without a token does not count.
-            layer.capacity = 1.0 if isinstance(layer.configurator, Always) else capacity
+            layer.capacity = 1.0 if layer.configurator.everywhere else capacity
             layer.capacity_streams = True
     return fixed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,13 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
     def __init__(self, config: SMAConfig, model: Model | None = None) -> None:
         super().__init__(config, model)
         self._stepping = Stepping(self.model)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of every module. Before weights change, what decodes with them is let go."""
+        if mode:
+            self._stepping.release()
+        super().train(mode)
+        return self
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The head; None where the embedding is its own head."""

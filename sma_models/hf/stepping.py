@@ -101,6 +101,12 @@ class Stepping:
             if self._is_tenant(layer):
                 self._tenant = None
 
+    def release(self) -> None:
+        """Let all memory go; a tenant gets its state back."""
+        with self._lock:
+            self._evict()
+            self._decoder = self._reader = None
+
     def _is_tenant(self, layer: StateLayer) -> bool:
         return self._tenant is not None and self._tenant() is layer
 
@@ -132,8 +138,8 @@ class Stepping:
         """Graphs know the weights by where they lie."""
         weights = tuple((each.data_ptr(), each.dtype, each.device) for each in self._model.parameters())
         if weights != self._weights:
-            self._evict()
-            self._decoder, self._reader, self._weights = None, None, weights
+            self.release()
+            self._weights = weights
 
 
 def _parts(model: nn.Module) -> list[tuple[type, bool]]:

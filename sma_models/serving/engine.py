@@ -282,8 +282,7 @@ class Engine:
         while self._waiting and self._decoder.free:
             text = self._waiting.popleft()
             assert text.state is not None
-            slot = self._decoder.acquire()
-            self._decoder.write(slot, text.state, text.logits)
+            (slot,) = self._decoder.resume(text.state, text.logits)
             text.state = text.logits = None
             self._slots[slot] = text
 

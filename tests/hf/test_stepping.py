@@ -123,6 +123,19 @@ def test_weights_may_change_between_texts(model: SMAForCausalLM, change: str) ->
     assert torch.equal(model.generate(PROMPT, **GREEDY), plain)
 
 
+def test_training_in_the_middle_of_a_text(model: SMAForCausalLM) -> None:
+    """The rest of the text is that of the trained weights, after the state of those before."""
+    cache = read(model, PROMPT)
+    next_logits(model, cache, [65])  # the state lies in memory that changes in place
+    model.train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+        model.eval()
+        expected = model.model(torch.tensor([[66]]), cache.state).logits[:, -1]
+    close(next_logits(model, cache, [66]), expected)
+
+
 class Adapted(nn.Module):
     """Adds something to a layer, as an adapter does."""
 
