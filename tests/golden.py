@@ -292,8 +292,8 @@ def _write(path: Path, meta: dict[str, Any], name: str) -> None:
 
 def draw(meta: dict[str, Any], name: str, seed: int) -> dict[str, Any]:
     """The content of a file with random weights; the name says whether it is ``padded``, or ``left`` padded."""
-    torch.manual_seed(seed)
     layer = build_layer(meta)
+    torch.manual_seed(seed)  # here, as versions of torch draw initial weights differently
     buffers = dict(layer.named_buffers())
     ours = {n: 0.3 * torch.randn_like(p) for n, p in layer.named_parameters()} | buffers
     names = _published_names(meta)

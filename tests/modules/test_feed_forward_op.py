@@ -173,12 +173,12 @@ def test_operators_are_what_the_compiler_expects() -> None:
     from sma_modules.ops.feed_forward import triton_kernel as kernels
 
     up, gate = to_device(numbers(3, 5), numbers(3, 5))
-    for other in (None, gate):
+    for gated in (None, gate):
         torch.library.opcheck(
-            kernels.activate.operator, (up, other, "gelu"), test_utils=("test_schema", "test_faketensor")
+            kernels.activate.operator, (up, gated, "gelu"), test_utils=("test_schema", "test_faketensor")
         )
-        for flags in ((False, False), (True, True)):
-            args = (up, up, other, "silu", *flags)
+        for other, *flags in ((None, False, False), (up[:, :2], False, True), (up, True, True)):
+            args = (up, up, gated, other, "silu", *flags)
             torch.library.opcheck(
                 kernels.activate_backward.operator, args, test_utils=("test_schema", "test_faketensor")
             )
@@ -262,13 +262,13 @@ def test_kernels_fit_an_h100() -> None:
 
     module, asked = "sma_modules.ops.feed_forward.triton_kernel", []
     for pointer, size in (("*bf16", 2), ("*fp32", 4)):
-        signature = dict.fromkeys(("up", "gate", "out", "grad", "grad_up", "grad_gate", "hidden"), pointer)
+        signature = dict.fromkeys(("up", "gate", "out", "grad", "grad_up", "grad_gate", "hidden", "other"), pointer)
         signature |= {"sums": "*fp32", "n": "i32", "n_rows": "i32"}
         for activation in ACTIVATIONS:
             for gated in (False, True):
                 constants = {"ACTIVATION": activation, "GATED": gated}
                 forward = {**constants, "BLOCK": BLOCK_BYTES // size}
-                backward = {**constants, "D": 4096, "HIDDEN": True, "SUMS": True}
+                backward = {**constants, "D": 4096, "D_OTHER": 1024, "HIDDEN": True, "SUMS": True}
                 backward |= {"BR": TILE_ROWS, "BD": TILE_COLS, "ROWS": ROWS}
                 options = {"num_warps": WARPS}
                 asked.append(Compilation(module, "activate_kernel", signature, forward, options))

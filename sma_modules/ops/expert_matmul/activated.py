@@ -68,7 +68,7 @@ class _Activated(torch.autograd.Function):
         grad_hidden = product(grad, weight, ends, True, ctx.pytorch)
         wanted = ctx.needs_input_grad[3]
         grad_up, grad_gate, hidden, _ = triton_kernel.activate_backward(
-            grad_hidden, up, gate, ctx.activation, wanted, False
+            grad_hidden, up, gate, None, ctx.activation, wanted, False
         )
         grad_weight = matrix_gradient(hidden, grad, ends, ctx.pytorch) if wanted else None
         return grad_up, None if gate is None else grad_gate, None, grad_weight, None, None

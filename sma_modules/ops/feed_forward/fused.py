@@ -87,7 +87,7 @@ class _Activate(torch.autograd.Function):
         from sma_modules.ops.feed_forward import triton_kernel
 
         up, gate = ctx.saved_tensors
-        grads = triton_kernel.activate_backward(grad, up, gate, ctx.activation, False, False)
+        grads = triton_kernel.activate_backward(grad, up, gate, None, ctx.activation, False, False)
         return grads[0], None if gate is None else grads[1], None
 
 
@@ -118,15 +118,15 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        from sma.ops.column_sums.triton_kernel import column_sums
         from sma_modules.ops.feed_forward import triton_kernel
 
         x, up, gate, down, a, b = ctx.saved_tensors
         need = ctx.needs_input_grad
         grad = grad.contiguous()
         grad_a, grad_b, hidden, sums = triton_kernel.activate_backward(
-            grad @ down, a, b, ctx.activation, need[5], need[2] or need[4]
+            grad @ down, a, b, grad if need[6] else None, ctx.activation, need[5], need[2] or need[4]
         )
+        width = a.shape[1]
         grad_x = grad_gate = None
         if need[0]:
             grad_x = grad_a @ up
@@ -137,11 +137,11 @@ class _FeedForward(torch.autograd.Function):
         return (
             grad_x,
             grad_a.t() @ x if need[1] else None,
-            sums[0] if need[2] else None,
+            sums[:width] if need[2] else None,
             grad_gate,
-            sums[1] if need[4] else None,
+            sums[width : 2 * width] if need[4] else None,
             grad.t() @ hidden if need[5] else None,
-            column_sums(grad, grad.dtype) if need[6] else None,
+            sums[-grad.shape[1] :] if need[6] else None,
             None,
         )
 

@@ -89,9 +89,11 @@ def activate_backward_kernel(
     grad_up,
     grad_gate,
     hidden,
+    other,
     sums,
     n_rows,
     D: tl.constexpr,
+    D_OTHER: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -100,10 +102,25 @@ def activate_backward_kernel(
     BD: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Gradients of ``ROWS x BD`` values, BR rows at a time; their column sums to ``sums (programs, 1 or 2, D)``."""
+    """Gradients of ``ROWS x BD`` values, BR rows at a time; their column sums, if there are SUMS, and those of
+    ``other (rows, D_OTHER)``, which programs of their own add up, to ``sums (programs, everything)``.
+    """
     EXACT: tl.constexpr = grad_up.dtype.element_ty == tl.float32
-    program = tl.program_id(0)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    OWN: tl.constexpr = (2 * D if GATED else D) if SUMS else 0
+    COLUMNS: tl.constexpr = (D + BD - 1) // BD
+    program, column = tl.program_id(0), tl.program_id(1)
+    to = sums + program.to(tl.int64) * (OWN + D_OTHER)
+    if D_OTHER > 0 and column >= COLUMNS:
+        d = (column - COLUMNS) * BD + tl.arange(0, BD)
+        total = tl.zeros((BR, BD), tl.float32)
+        for start in range(0, ROWS, BR):
+            r = program * ROWS + start + tl.arange(0, BR)
+            inside = (r < n_rows)[:, None] & (d < D_OTHER)[None, :]
+            at = r.to(tl.int64)[:, None] * D_OTHER + d[None, :]
+            total += tl.load(other + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(to + OWN + d, tl.sum(total, 0), mask=d < D_OTHER)
+        return
+    d = column * BD + tl.arange(0, BD)
     sum_up = tl.zeros((BR, BD), tl.float32)
     sum_gate = tl.zeros((BR, BD), tl.float32)
     for start in range(0, ROWS, BR):
@@ -127,11 +144,9 @@ def activate_backward_kernel(
         if HIDDEN:
             tl.store(hidden + at, value.to(hidden.dtype.element_ty), mask=inside)
     if SUMS:
-        width: tl.constexpr = 2 * D if GATED else D
-        to = sums + program.to(tl.int64) * width + d
-        tl.store(to, tl.sum(sum_up, 0), mask=d < D)
+        tl.store(to + d, tl.sum(sum_up, 0), mask=d < D)
         if GATED:
-            tl.store(to + D, tl.sum(sum_gate, 0), mask=d < D)
+            tl.store(to + D + d, tl.sum(sum_gate, 0), mask=d < D)
 
 
 def _fake_activate(up: Tensor, gate: Tensor | None, activation: str) -> Tensor:
@@ -152,34 +167,35 @@ def activate(up: Tensor, gate: Tensor | None, activation: str) -> Tensor:
 
 
 def _fake_backward(
-    grad: Tensor, up: Tensor, gate: Tensor | None, activation: str, hidden: bool, sums: bool
+    grad: Tensor, up: Tensor, gate: Tensor | None, other: Tensor | None, activation: str, hidden: bool, sums: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gated, d = gate is not None, up.shape[1]
+    width = sums * (1 + gated) * d + (0 if other is None else other.shape[1])
     return (
         up.new_empty(up.shape),
         up.new_empty(up.shape if gated else (0, d)),
         up.new_empty(up.shape if hidden else (0, d)),
-        up.new_empty(1 + gated if sums else 0, d),
+        up.new_empty(width),
     )
 
 
 @kernel("activate_backward", fake=_fake_backward)
 def activate_backward(
-    grad: Tensor, up: Tensor, gate: Tensor | None, activation: str, hidden: bool, sums: bool
+    grad: Tensor, up: Tensor, gate: Tensor | None, other: Tensor | None, activation: str, hidden: bool, sums: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of up and gate (without a gate empty), and where asked for the hidden values and the column sums of
-    the gradients ``(1 or 2, d)``.
+    """Gradients of up and gate (without a gate empty), where asked for the hidden values, and column sums one behind the
+    other: of the gradients where asked for, and of ``other``, with as many rows, where it is given.
     """
-    grad_up, grad_gate, values, _ = _fake_backward(grad, up, gate, activation, hidden, sums)
+    grad_up, grad_gate, values, total = _fake_backward(grad, up, gate, other, activation, hidden, sums)
     gated, (n_rows, d) = gate is not None, up.shape
+    d_other = 0 if other is None else other.shape[1]
     programs = triton.cdiv(n_rows, ROWS)
-    partial = up.new_empty(programs if sums else 0, 1 + gated, d, dtype=torch.float32)
-    if up.numel():
+    partial = up.new_empty(programs, total.numel(), dtype=torch.float32)
+    if programs:
         up = up.contiguous()
-        activate_backward_kernel[(programs, triton.cdiv(d, TILE_COLS))](
-            grad.contiguous(), up, up if gate is None else gate.contiguous(), grad_up, grad_gate, values, partial,
-            n_rows, d, activation, gated, hidden, sums, TILE_ROWS, TILE_COLS, ROWS, num_warps=WARPS,
+        activate_backward_kernel[(programs, triton.cdiv(d, TILE_COLS) + triton.cdiv(d_other, TILE_COLS))](
+            grad.contiguous(), up, up if gate is None else gate.contiguous(), grad_up, grad_gate, values,
+            up if other is None else other.contiguous(), partial, n_rows, d, d_other, activation, gated, hidden, sums,
+            TILE_ROWS, TILE_COLS, ROWS, num_warps=WARPS,
         )  # fmt: skip
-    if not sums:
-        return grad_up, grad_gate, values, up.new_empty(0, d)
-    return grad_up, grad_gate, values, column_sums(partial.flatten(1), up.dtype).view(1 + gated, d)
+    return grad_up, grad_gate, values, column_sums(partial, up.dtype) if total.numel() else total
