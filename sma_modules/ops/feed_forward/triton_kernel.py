@@ -183,8 +183,8 @@ def _fake_backward(
 def activate_backward(
     grad: Tensor, up: Tensor, gate: Tensor | None, other: Tensor | None, activation: str, hidden: bool, sums: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of up and gate (without a gate empty), where asked for the hidden values, and column sums one behind the
-    other: of the gradients where asked for, and of ``other``, with as many rows, where it is given.
+    """Gradients of up and gate (without a gate empty), where asked for the hidden values, and column sums one behind
+    the other: of the gradients where asked for, and of ``other``, with as many rows, where it is given.
     """
     grad_up, grad_gate, values, total = _fake_backward(grad, up, gate, other, activation, hidden, sums)
     gated, (n_rows, d) = gate is not None, up.shape
