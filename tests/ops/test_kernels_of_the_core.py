@@ -405,7 +405,14 @@ def test_kernels_fit_the_hardware() -> None:
         grads |= dict.fromkeys(("grad_weight", "shares"), "*fp32")
         backward = {**flags, "STORE_SUM": True, "STORE_SKIP": True}
         asked.append(Compilation(module, "backward_kernel", {**pointers, **norm, **grads}, backward, options))
-        alone = {"D": d, "HAS_WEIGHT": True, "DROP": True, "BLOCK_R": block_t, "BLOCK_D": block_d, "BLOCK_T": 256}
+        alone = {
+            "D": d,
+            "HAS_WEIGHT": True,
+            "DROP": True,
+            "BLOCK_R": max(1, block_t // 2),
+            "BLOCK_D": block_d,
+            "BLOCK_T": 256,
+        }
         types = {**pointers, **norm, **grads, "index": "*i64", "rows": "i32"}
         asked.append(Compilation(module, "rows_backward_kernel", types, alone, options))
     asked.append(

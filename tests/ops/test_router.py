@@ -217,7 +217,8 @@ def test_kernels_fit_the_hardware() -> None:
         common = {"D": d, "M": modules, "PAIRS": pairs, "LEARNED": True}
         block_d, forward_warps = kernels.forward_sizes(d)
         once = {**common, "MASK": 2, "EACH": 32, "BLOCK_T": kernels.FORWARD_T, "BLOCK_D": block_d}
-        back = {**common, "TOKENS": 256, "BLOCK_T": kernels.BACKWARD_T, "BLOCK_D": kernels.BACKWARD_D}
+        block_t, block_d = kernels.backward_sizes(d)
+        back = {**common, "TOKENS": 256, "BLOCK_T": block_t, "BLOCK_D": block_d}
         module, options = "sma.ops.router.triton_kernel", {"num_warps": forward_warps}
         asked.append(Compilation(module, "forward_kernel", {**tensors, **numbers_of, **forward}, once, options))
         for rows in (False, True):
@@ -227,8 +228,9 @@ def test_kernels_fit_the_hardware() -> None:
     packing = dict.fromkeys(("index", "where", "position", "cu_seqlens", "overflow"), "*i64")
     packing |= dict.fromkeys(("mask", "kept"), "*i1") | dict.fromkeys(("counts", "row"), "*i32")
     packing |= dict.fromkeys(("total", "length", "batch", "blocks", "rows", "step", "stride"), "i32")
-    flags = {"HAS_POSITION": True, "SPARE": True, "EACH": 32, "BLOCK": 1024}
-    asked.append(Compilation("sma.ops.pack.triton_kernel", "place_kernel", packing, flags, {"num_warps": 4}))
+    for block in (256, 1024):
+        flags = {"HAS_POSITION": True, "SPARE": True, "EACH": 32, "BLOCK": block}
+        asked.append(Compilation("sma.ops.pack.triton_kernel", "place_kernel", packing, flags, {"num_warps": 4}))
     for compilation, resources in zip(asked, compile_all(asked), strict=True):
         assert resources.spilled <= 64, compilation
         assert resources.shared < 100_000, compilation

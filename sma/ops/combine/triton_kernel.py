@@ -434,7 +434,8 @@ def backward(
     tokens, d = grad.shape
     block_t, block_d, warps = sizes(d)
     if _rows_only(silu, norm, skip_bias, need_residual, need_skip):
-        rows_backward_kernel[(max(1, triton.cdiv(h.shape[0], block_t)),)](
+        block_r = max(1, block_t // 2)  # enough to wait for, and more programs at once
+        rows_backward_kernel[(max(1, triton.cdiv(h.shape[0], block_r)),)](
             grad,
             h,
             index,
@@ -449,7 +450,7 @@ def backward(
             D=d,
             HAS_WEIGHT=weight is not None,
             DROP=seed is not None,
-            BLOCK_R=block_t,
+            BLOCK_R=block_r,
             BLOCK_D=block_d,
             BLOCK_T=ZEROS,
             num_warps=warps,

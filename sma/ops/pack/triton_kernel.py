@@ -15,6 +15,9 @@ from sma.ops.kernel import kernel
 from sma.ops.pack import PackedRows
 
 BLOCK = 1024
+"""Tokens of a program."""
+SMALL, SMALL_BLOCK = 1 << 15, 256
+"""Of so many tokens at most, fewer: all programs run at once then, and have few counts to add up."""
 WARPS = 4
 LEAST_COUNTED, MOST_BLOCKS = 32, 8192
 
@@ -142,7 +145,8 @@ def place(
     """
     index, cu_seqlens, row, where, kept, overflow = outs = _place_fake(mask, counts, position, rows, spare)
     total = mask.numel()
-    place_kernel[(triton.cdiv(total, BLOCK),)](
+    block = SMALL_BLOCK if total <= SMALL else BLOCK
+    place_kernel[(triton.cdiv(total, block),)](
         mask,
         counts,
         mask if position is None else position,
@@ -162,7 +166,7 @@ def place(
         HAS_POSITION=position is not None,
         SPARE=spare,
         EACH=count_block(total),
-        BLOCK=BLOCK,
+        BLOCK=block,
         num_warps=WARPS,
     )
     return outs

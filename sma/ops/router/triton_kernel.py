@@ -22,7 +22,7 @@ from sma.ops.router import Compressor, Gate, Routed
 from sma.routing import Packed
 
 FORWARD_T = LEAST_COUNTED
-BACKWARD_T, BACKWARD_D, BACKWARD_WARPS = 64, 64, 4
+BACKWARD_WARPS = 4
 
 
 @triton.jit
@@ -189,6 +189,11 @@ def forward_sizes(d: int) -> tuple[int, int]:
     return (128, 4) if d <= 128 else (256, 8)
 
 
+def backward_sizes(d: int) -> tuple[int, int]:
+    """Tokens and features of a tile of the backward pass: whole rows where they fill it, else squares."""
+    return (8, 512) if d % 512 == 0 else (64, 64)
+
+
 def tokens_per_program(tokens: int) -> int:
     """Over how many a program of the backward pass adds up: about a thousand programs, if there are tokens enough."""
     each: int = triton.next_power_of_2(triton.cdiv(tokens, 1024))
@@ -317,7 +322,8 @@ def _backward(
     each = tokens_per_program(tokens)
     programs = triton.cdiv(tokens, each)
     shares = x.new_empty(programs, outputs * d + outputs + 1, dtype=torch.float32)
-    backward_kernel[(programs, triton.cdiv(d, BACKWARD_D))](
+    block_t, block_d = backward_sizes(d)
+    backward_kernel[(programs, triton.cdiv(d, block_d))](
         x,
         weight,
         x if log_temperature is None else log_temperature,
@@ -337,8 +343,8 @@ def _backward(
         HAS_THROUGH=through is not None,
         HAS_ROWS=rows is not None,
         TOKENS=each,
-        BLOCK_T=BACKWARD_T,
-        BLOCK_D=BACKWARD_D,
+        BLOCK_T=block_t,
+        BLOCK_D=block_d,
         num_warps=BACKWARD_WARPS,
     )
     return grad_x, column_sums(shares, _sums_dtype(weight, log_temperature))
