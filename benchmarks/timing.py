@@ -10,9 +10,11 @@ from itertools import pairwise
 
 import torch
 
-ROUND_SECONDS = 0.02
-"""What one round of a thing should take at least: short ones run several times in a row, and the time is divided."""
-MOST_REPEATS = 50
+ROUND_SECONDS = 0.1
+"""What one round of a thing should take at least: short ones run several times in a row, and the time is divided. In
+shorter bursts a device runs at a clock that it cannot keep up in training.
+"""
+MOST_REPEATS = 1000
 
 
 class Clock:

@@ -215,14 +215,13 @@ def test_kernels_fit_the_hardware() -> None:
     asked: list[Compilation] = []
     for d, modules, pairs in ((128, 1, True), (616, 1, True), (80, 2, True), (2048, 8, False)):
         common = {"D": d, "M": modules, "PAIRS": pairs, "LEARNED": True}
-        block_d, forward_warps = kernels.forward_sizes(d)
-        once = {**common, "MASK": 2, "EACH": 32, "BLOCK_T": kernels.FORWARD_T, "BLOCK_D": block_d}
+        once = {**common, "MASK": 2, "EACH": 32, "BLOCK_T": kernels.FORWARD_T, "BLOCK_D": kernels.FORWARD_D}
         block_t, block_d = kernels.backward_sizes(d)
         back = {**common, "TOKENS": 256, "BLOCK_T": block_t, "BLOCK_D": block_d}
-        module, options = "sma.ops.router.triton_kernel", {"num_warps": forward_warps}
+        module, options = "sma.ops.router.triton_kernel", {"num_warps": kernels.WARPS}
         asked.append(Compilation(module, "forward_kernel", {**tensors, **numbers_of, **forward}, once, options))
         for rows in (False, True):
-            flags, options = {"HAS_THROUGH": not rows, "HAS_ROWS": rows}, {"num_warps": kernels.BACKWARD_WARPS}
+            flags, options = {"HAS_THROUGH": not rows, "HAS_ROWS": rows}, {"num_warps": kernels.WARPS}
             types = {**tensors, **numbers_of, **backward}
             asked.append(Compilation(module, "backward_kernel", types, {**back, **flags}, options))
     packing = dict.fromkeys(("index", "where", "position", "cu_seqlens", "overflow"), "*i64")

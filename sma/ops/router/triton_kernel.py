@@ -21,8 +21,8 @@ from sma.ops.pack.triton_kernel import LEAST_COUNTED, count_block
 from sma.ops.router import Compressor, Gate, Routed
 from sma.routing import Packed
 
-FORWARD_T = LEAST_COUNTED
-BACKWARD_WARPS = 4
+FORWARD_T, FORWARD_D = LEAST_COUNTED, 128
+WARPS = 4
 
 
 @triton.jit
@@ -142,7 +142,9 @@ def backward_kernel(
         by_bias = tl.zeros((BLOCK_T,), tl.float32)
         for first in range(0, TOKENS, BLOCK_T):
             t = program.to(tl.int64) * TOKENS + first + tl.arange(0, BLOCK_T)
-            # All three at once: none waits for another.
+            # All at once: none waits for another.
+            if HAS_ROWS and m == 0:
+                r = tl.load(row + t, mask=t < tokens, other=-1).to(tl.int64)
             real = tl.load(score + t * M + m, mask=t < tokens, other=0) != 0  # NaN is
             u = tl.load(margin + t * M + m, mask=t < tokens, other=0)
             g = tl.load(grad_score + t * M + m, mask=t < tokens, other=0)
@@ -163,7 +165,6 @@ def backward_kernel(
                 tl.store(grad_x + place, new.to(grad_x.dtype.element_ty), mask=cells)
             else:
                 if HAS_ROWS:
-                    r = tl.load(row + t, mask=t < tokens, other=-1).to(tl.int64)
                     mask = (r >= 0)[:, None] & (d < D)
                     new += tl.load(rows + r[:, None] * D + d, mask=mask, other=0).to(tl.float32)
                 tl.store(grad_x + place, new.to(grad_x.dtype.element_ty), mask=(t < tokens)[:, None] & (d < D))
@@ -182,11 +183,6 @@ def backward_kernel(
                 tl.store(share + C * D + m, biases)
     if tl.program_id(1) == 0:
         tl.store(share + C * D + C, tl.sum(by_log_temperature))
-
-
-def forward_sizes(d: int) -> tuple[int, int]:
-    """Features that are read at a time, and warps: what lets an H100 hold all programs of 16,000 tokens at once."""
-    return (128, 4) if d <= 128 else (256, 8)
 
 
 def backward_sizes(d: int) -> tuple[int, int]:
@@ -239,7 +235,6 @@ def forward(
     outs = _forward_fake(x, weight, bias, balance, log_temperature, valid, lengths, temperature, threshold)
     score, active, margin, seen, counts = outs
     given = valid if lengths is None else lengths
-    block_d, warps = forward_sizes(x.shape[2])
     forward_kernel[(counts.shape[1],)](
         x,
         weight,
@@ -263,8 +258,8 @@ def forward(
         MASK=0 if given is None else 1 if lengths is None else 2,
         EACH=count_block(x.shape[0] * x.shape[1]),
         BLOCK_T=FORWARD_T,
-        BLOCK_D=block_d,
-        num_warps=warps,
+        BLOCK_D=FORWARD_D,
+        num_warps=WARPS,
     )
     return outs
 
@@ -345,7 +340,7 @@ def _backward(
         TOKENS=each,
         BLOCK_T=block_t,
         BLOCK_D=block_d,
-        num_warps=BACKWARD_WARPS,
+        num_warps=WARPS,
     )
     return grad_x, column_sums(shares, _sums_dtype(weight, log_temperature))
 
