@@ -26,7 +26,7 @@ TOLERANCE = 1e-3
 
 def rows() -> tuple[Row, ...]:
     """Everything that decodes."""
-    llama = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8}
+    llama = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
     return (
         ours(f"ours r={SHARE:g}, graph"),
         ours(f"ours r={SHARE:g}", captured=False),
@@ -114,16 +114,9 @@ def static_llama(label: str, graph: bool, **sizes: int) -> Row:
     def build(setting: Setting) -> Subject:
         if graph and setting.device.type != "cuda":
             raise RuntimeError("not available: CUDA graphs need a CUDA device")
-        transformers = peers.optional("transformers")
-        config = transformers.LlamaConfig(
-            vocab_size=256,
-            num_hidden_layers=setting.depth(12),
-            tie_word_embeddings=True,
-            max_position_embeddings=setting.length + 1,
-            **sizes,
-        )
-        model = transformers.LlamaForCausalLM(config).to(setting.device, setting.dtype).eval()
-        cache = transformers.StaticCache(config=config, max_cache_len=setting.length + 1)
+        built = peers.llama(setting.depth(12), setting.length + 1, **sizes)
+        model = built.to(setting.device, setting.dtype).eval()
+        cache = peers.optional("transformers").StaticCache(config=model.config, max_cache_len=setting.length + 1)
         token = torch.zeros(setting.batch, 1, dtype=torch.int64, device=setting.device)
         position = torch.full_like(token, setting.length)
         named = {_cache_argument(model): cache, "position_ids": position, "use_cache": True}

@@ -24,6 +24,7 @@ from benchmarks.tables import (
     markdown_table,
     profile_cells,
     remarks,
+    serving_about,
     serving_cells,
     stream_cells,
     workload_cells,
@@ -211,17 +212,16 @@ def text_run(folder: Path = TEXT) -> str:
 
 
 def serving(folder: Path = RESULTS / "serving") -> str:
-    """A table for every measured server."""
-    head = ("clients", "requests/s", "tokens/s", "first token ms", "99 %", "next token ms", "99 %", "whole s", "99 %")
+    """For every measurement the servers, and a table."""
+    head = ("server", "clients", "requests/s", "tokens/s", "first token ms", "99 %", "next token ms", "99 %", "whole s")
     parts = []
     for file in sorted(folder.glob("*.json")):
         record = read(file)
         low, high = record["prompt_bytes"]
-        title = (
-            f"`{record['model']}` with {record['slots']} slots; prompts of {low} to {high} bytes, "
-            f"{record['rows'][0]['tokens']} bytes written. {_environment(record['environment'])}"
-        )
-        parts.append(f"{title}\n\n{markdown_table(head, [serving_cells(row) for row in record['rows']])}")
+        title = f"Prompts of {low} to {high} bytes, {record['rows'][0]['tokens']} bytes written."
+        servers = "\n".join(f"- {line}." for server in record["servers"] for line in serving_about(server))
+        parts += [f"{title} {_environment(record['environment'])}", servers]
+        parts.append(markdown_table((*head, "99 %"), serving_cells(record["rows"])))
     return "\n\n".join(parts) or NOTHING
 
 

@@ -110,6 +110,29 @@ def linear_attention(kind: str, task: Task, **options: Any) -> nn.Module:
     return Scaffold(task, config.hidden_size, Features(getattr(models, f"{kind}Model")(config)))
 
 
+def llama(layers: int, positions: int, **options: Any) -> Any:
+    """Hugging Face's Llama of bytes with random weights; keys and values have as many heads as queries.
+
+    Args:
+        layers: how many.
+        positions: the longest sequence.
+        options: the others of ``LlamaConfig``.
+
+    Raises:
+        RuntimeError: Transformers is not installed.
+    """
+    transformers = optional("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=256,
+        num_hidden_layers=layers,
+        num_key_value_heads=options["num_attention_heads"],
+        tie_word_embeddings=True,
+        max_position_embeddings=positions,
+        **options,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
 def load_reference(path: Path | None) -> ModuleType:
     """The published standalone SeqBoat, from its file.
 

@@ -152,8 +152,26 @@ def greedy_cells(result: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def serving_cells(row: dict[str, Any]) -> list[str]:
-    """A line about a server: medians, and 99th percentiles."""
-    numbers = [f"{row['clients']}", f"{row['requests_per_s']:.1f}", f"{row['tokens_per_s']:.0f}"]
-    numbers += [f"{value:.1f}" for key in ("first_token_ms", "next_token_ms") for value in row[key]]
-    return [*numbers, *(f"{value:.2f}" for value in row["whole_s"])]
+def serving_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A line for each row of servers, those with as many clients side by side: medians, and 99th percentiles."""
+    lines = []
+    for row in sorted(rows, key=lambda row: row["clients"]):
+        numbers = [f"{row['clients']}", f"{row['requests_per_s']:.1f}", f"{row['tokens_per_s']:.0f}"]
+        numbers += [f"{value:.1f}" for key in ("first_token_ms", "next_token_ms") for value in row[key]]
+        lines.append([row["server"], *numbers, *(f"{value:.2f}" for value in row["whole_s"])])
+    return lines
+
+
+def serving_about(server: Mapping[str, Any]) -> list[str]:
+    """What a server is, in a line, and why parts of it were not measured, in one each."""
+    failed = [f"{server['server']}, not measured: {reason}" for reason in server.get("failed", [])]
+    if "version" not in server:
+        return failed
+    what = [f"{server['server']} {server['version']}: {server['model']}"]
+    what += [f"{server['parameters']:,} parameters"] if "parameters" in server else []
+    what += [f"{server['slots']} slots", server["how"]]
+    if "attention" in server:
+        what += [f"attention {server['attention']}", f"at most {server['tokens_a_step']:,} tokens a step"]
+        what += ["CUDA graphs"] if server["cuda_graphs"] else []
+        what += ["the next step prepared meanwhile"] if server["asynchronous"] else []
+    return [", ".join(what), *failed]
