@@ -159,18 +159,28 @@ def test_the_page_shows_an_earlier_record_with_other_models(record: dict[str, An
 
 def test_the_page_shows_servers(tmp_path: Path) -> None:
     assert pages.serving(tmp_path) == pages.NOTHING
-    row = {"clients": 3, "tokens": 7, "requests_per_s": 2.0, "tokens_per_s": 14.0, "whole_s": [3.25, 4.5]}
-    row |= {"first_token_ms": [10.0, 20.0], "next_token_ms": [1.0, 2.0]}
-    about = {
-        "environment": {"device": "this one", "dtype": "float32"},
-        "prompt_bytes": [1, 5],
-        "slots": 2,
-        "model": "m",
-    }
-    (tmp_path / "a.json").write_text(json.dumps({**about, "rows": [row]}))
-    assert "`m` with 2 slots; prompts of 1 to 5 bytes, 7 bytes written. this one, float32." in pages.serving(tmp_path)
-    assert "| 3 | 2.0 | 14 | 10.0 | 20.0 | 1.0 | 2.0 | 3.25 | 4.50 |" in pages.serving(tmp_path)
-    assert "| 128 |" in pages.serving()
+    times = {"first_token_ms": [10.0, 20.0], "next_token_ms": [1.0, 2.0], "whole_s": [3.25, 4.5]}
+    rows = [
+        {"server": name, "clients": clients, "tokens": 7, "requests_per_s": 2.0, "tokens_per_s": 14.0, **times}
+        for name in ("here", "there")
+        for clients in (3, 12)
+    ]
+    here = {"server": "here", "version": "1", "model": "m", "parameters": 1234, "slots": 2, "how": "in its way"}
+    there = {**here, "server": "there", "attention": "flash", "tokens_a_step": 2048, "cuda_graphs": True}
+    there |= {"asynchronous": True, "failed": ["best: it has none"]}
+    nowhere = {"server": "nowhere", "failed": ["it is not installed"]}
+    about = {"environment": {"device": "this one", "dtype": "float32"}, "prompt_bytes": [1, 5]}
+    (tmp_path / "a.json").write_text(json.dumps({**about, "servers": [here, there, nowhere], "rows": rows}))
+    page = pages.serving(tmp_path)
+    assert page.startswith("Prompts of 1 to 5 bytes, 7 bytes written. this one, float32.")
+    assert "- here 1: m, 1,234 parameters, 2 slots, in its way.\n" in page
+    settings = "attention flash, at most 2,048 tokens a step, CUDA graphs, the next step prepared meanwhile"
+    assert f"- there 1: m, 1,234 parameters, 2 slots, in its way, {settings}.\n" in page
+    assert "- there, not measured: best: it has none.\n- nowhere, not measured: it is not installed.\n" in page
+    numbers = "2.0 | 14 | 10.0 | 20.0 | 1.0 | 2.0 | 3.25 | 4.50 |"
+    assert page.endswith("\n".join(f"| {name} | {n} | {numbers}" for n in (3, 12) for name in ("here", "there")))
+    assert "| sma serve | 128 |" in pages.serving()
+    assert "| Transformers | 128 |" in pages.serving()
 
 
 def test_what_was_measured_before_is_still_read() -> None:
