@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -154,6 +155,11 @@ class Routing:
         """``(B, M)`` float: share of each sequence's real tokens that activate each module; 0 for an empty sequence."""
         count = self.valid.sum(1, keepdim=True).clamp(min=1)
         return self.active.sum(1) / count
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Routing:
+        """The same for other tokens: with ``change`` applied to each tensor ``(B, L, ...)``."""
+        active, confidence, valid, position = map(change, (self.active, self.confidence, self.valid, self.position))
+        return replace(self, active=active, confidence=confidence, valid=valid, position=position)
 
     def detach(self) -> Routing:
         """The same decision, cut from the autograd graph, for keeping or replaying."""

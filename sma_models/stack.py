@@ -132,7 +132,7 @@ class Stack(nn.Module):
             )
             x = out.x
             states.append(out.state)
-            routings.update({f"layers.{i}.{name}": _moved(r, restored) for name, r in out.routings.items()})
+            routings.update({f"layers.{i}.{name}": r.map(restored) for name, r in out.routings.items()})
             losses.update({f"layers.{i}.{name}": loss.to(device) for name, loss in out.losses.items()})
         for name in replay or {}:
             if name not in routings:
@@ -159,15 +159,8 @@ class Stack(nn.Module):
                 )
 
 
-def _moved(routing: Routing, move: Any) -> Routing:
-    active, confidence, valid, position = map(
-        move, (routing.active, routing.confidence, routing.valid, routing.position)
-    )
-    return replace(routing, active=active, confidence=confidence, valid=valid, position=position)
-
-
 def _replay_of(replay: Mapping[str, Routing] | None, prefix: str, alignment: Alignment) -> dict[str, Routing] | None:
     if replay is None:
         return None
     own = {name.removeprefix(prefix): routing for name, routing in replay.items() if name.startswith(prefix)}
-    return {name: _moved(routing, alignment.align) for name, routing in own.items()}
+    return {name: routing.map(alignment.align) for name, routing in own.items()}

@@ -306,7 +306,8 @@ class Decoder:
                 raise ShapeError(
                     f"tokens: must be integers of shape ({self.slots},), got {tokens.dtype} {tuple(tokens.shape)}"
                 )
-        live = [slot in set(slots) for slot in range(self.slots)]
+        chosen = set(slots)
+        live = [slot in chosen for slot in range(self.slots)]
         if tokens.device.type == "cpu":
             for slot in slots:
                 if not 0 <= int(tokens[slot]) < self.model.vocab_size:

@@ -12,14 +12,16 @@ from sma.errors import ConfigError, StreamingError
 from sma.interfaces import BlockOutput
 from sma.state import difference
 from sma_models.decoding.fixed import why_not_fixed, with_fixed_rows
-from sma_models.decoding.graph import Graph
+from sma_models.decoding.graph import WARMUP, Graph
 from sma_models.heads import LanguageModel, check_tokens, without_padding
 from sma_models.stack import StackState
 
 _MOST_TOKENS = 32_768
 """In a chunk with a row for every token: with more of them the device is busy, and inactive tokens cost time."""
 _MOST_GRAPHS = 4
-"""Chunks of further numbers of prompts are launched."""
+"""Whole chunks of further numbers of prompts are launched."""
+_LEAST_COLUMNS = 128
+"""Of a graph for less than a chunk; the next ones have four times as many, and the last a chunk."""
 
 
 class Prefilled(NamedTuple):
@@ -49,11 +51,11 @@ class Reader:
     """Reads prompts through the parallel path, in chunks, so that memory does not grow with them.
 
     On a CUDA device the host takes far longer to launch a chunk than the device to compute it, as every layer waits to
-    hear how many tokens are active. There whole chunks in which nothing is padding have a row for every token in every
-    layer, whoever is active, and are captured as a CUDA graph, one for each number of prompts that are read together,
-    unless a part of the model says why not (:attr:`uncaptured`). The chunk alone decides how it is run, so that results
-    never depend on what was read before. Chunks of more than 32,768 tokens keep the device busy, and have rows for the
-    active tokens only.
+    hear how many tokens are active. There chunks in which nothing is padding have a row for every token in every layer,
+    whoever is active, and are captured as CUDA graphs, unless a part of the model says why not (:attr:`uncaptured`):
+    whole ones, with a graph for each number of prompts that are read together, and what is left of a single prompt,
+    filled up to one of a few lengths. The chunk alone decides how it is run, so that results never depend on what was
+    read before. Chunks of more than 32,768 tokens keep the device busy, and have rows for the active tokens only.
 
     Args:
         model: that reads, in evaluation mode. Its weights are used where they lie, and may change in place.
@@ -70,21 +72,34 @@ class Reader:
         self.model, self.chunk = model, chunk
         self._why_not = _why_uncaptured(model, capture)
         self._fixed: LanguageModel | None = None
-        self._wholes: dict[int, _Whole] = {}
+        self._wholes: dict[int, _Captured] = {}
+        self._parts: dict[int, _Captured] = {}
 
     @property
     def uncaptured(self) -> dict[str, str]:
-        """Why whole chunks are not captured, by the name of the part that is in the way, ``""`` for the whole.
+        """Why chunks are not captured, by the name of the part of the model that is in the way, ``""`` for the whole.
 
         Where a capture was tried and failed, what CUDA said is the reason.
         """
-        failures = [whole.graph.failure for whole in self._wholes.values() if whole.graph.failure is not None]
+        graphs = [each.graph for each in (*self._wholes.values(), *self._parts.values())]
+        failures = [graph.failure for graph in graphs if graph.failure is not None]
         return self._why_not | ({"": failures[0]} if failures else {})
 
     @property
     def captured(self) -> bool:
         """Whether whole chunks are replayed from a CUDA graph."""
         return any(whole.graph.ready for whole in self._wholes.values())
+
+    def warm_up(self) -> None:
+        """Read single prompts of every length that has a graph, so that no later one waits for its capture."""
+        if self._why_not:
+            return
+        state = self.model.initial_state(1)
+        parts = {min(size, self.chunk - 1) for size in _sizes(self.chunk)} - {0}
+        for length in (*sorted(parts), self.chunk):
+            tokens = torch.zeros(1, length, dtype=torch.int64, device=self.model.embedding.weight.device)
+            for _ in range(WARMUP + 1):
+                self.read_chunk(tokens, state)
 
     @torch.no_grad()
     def read(self, prompt: Tensor, state: StackState | None = None, *, valid: Tensor | None = None) -> Prefilled:
@@ -113,17 +128,33 @@ class Reader:
             What the stack of the model gives. Features and routings are overwritten by the next chunk; the state is a
             value.
         """
-        whole = not self._why_not and tokens.shape[1] == self.chunk and tokens.numel() <= _MOST_TOKENS
-        if not whole or (valid is not None and not bool(valid.all())):
+        many = tokens.numel() > _MOST_TOKENS
+        if self._why_not or many or (valid is not None and not bool(valid.all())):
             return self.model.stack(self.model.embed(tokens), state, valid=valid)  # type: ignore[no-any-return]
         if self._fixed is None:
             self._fixed = with_fixed_rows(self.model)
-        batch = tokens.shape[0]
+        batch, length = tokens.shape
+        if length < self.chunk:
+            if batch > 1:
+                return self.model.stack(self.model.embed(tokens), state)  # type: ignore[no-any-return]
+            columns = next(size for size in _sizes(self.chunk) if size >= length)
+            if columns not in self._parts:
+                self._parts[columns] = _Captured(self._fixed, batch, columns, part=True)
+            return self._parts[columns].run(tokens, state)
         if batch not in self._wholes and len(self._wholes) < _MOST_GRAPHS:
-            self._wholes[batch] = _Whole(self._fixed, tokens)
+            self._wholes[batch] = _Captured(self._fixed, batch, length)
         if batch in self._wholes:
             return self._wholes[batch].run(tokens, state)
         return self._fixed.stack(self._fixed.embed(tokens), state)  # type: ignore[no-any-return]
+
+
+def _sizes(chunk: int) -> list[int]:
+    """How many columns the graphs for less than a chunk have."""
+    size, sizes = _LEAST_COLUMNS, []
+    while size < chunk:
+        sizes.append(size)
+        size *= 4
+    return [*sizes, chunk]
 
 
 def _why_uncaptured(model: LanguageModel, capture: bool) -> dict[str, str]:
@@ -137,12 +168,22 @@ def _why_uncaptured(model: LanguageModel, capture: bool) -> dict[str, str]:
     return why_not_fixed(model)
 
 
-class _Whole:
-    """A whole chunk of some prompts, in tensors that stay where they are."""
+class _Captured:
+    """A chunk of some prompts, or a part of one, in tensors that stay where they are.
 
-    def __init__(self, model: LanguageModel, tokens: Tensor) -> None:
-        self._model, self._tokens, self._state = model, tokens.clone(), model.initial_state(tokens.shape[0])
-        self.graph: Graph[BlockOutput] = Graph(tokens.device)
+    Args:
+        model: with a fixed number of rows.
+        batch: how many prompts.
+        columns: of the chunk.
+        part: whether fewer of them may be filled.
+    """
+
+    def __init__(self, model: LanguageModel, batch: int, columns: int, *, part: bool = False) -> None:
+        device = model.embedding.weight.device
+        self._model, self._state = model, model.initial_state(batch)
+        self._tokens = torch.zeros(batch, columns, dtype=torch.int64, device=device)
+        self._lengths = torch.zeros(batch, dtype=torch.int64, device=device) if part else None
+        self.graph: Graph[BlockOutput] = Graph(device)
 
     def run(self, tokens: Tensor, state: StackState) -> BlockOutput:
         """What the stack gives; see :meth:`Reader.read_chunk`.
@@ -151,13 +192,19 @@ class _Whole:
             StreamingError: the state is of another model or batch.
         """
         self._check(state)
-        self._tokens.copy_(tokens)
+        length = tokens.shape[1]
+        self._tokens[:, :length].copy_(tokens)  # behind them stand earlier ones, which nobody looks at
+        if self._lengths is not None:
+            self._lengths.fill_(length)
         _copy(self._state, state)
         out = self.graph.run(self._forward)
         state = cast("StackState", out.state)
         after = state.map(torch.empty_like)
         _copy(after, state)
-        return replace(out, state=after)
+        if length == self._tokens.shape[1]:
+            return replace(out, state=after)
+        routings = {name: routing.map(lambda each: each[:, :length]) for name, routing in out.routings.items()}
+        return replace(out, x=out.x[:, :length], state=after, routings=routings)
 
     def _check(self, state: StackState) -> None:
         problem = difference(self._state, state.kinds(), state.named_tensors())
@@ -171,7 +218,8 @@ class _Whole:
 
     def _forward(self) -> BlockOutput:
         with torch.autocast(self._tokens.device.type, enabled=False):
-            return self._model.stack(self._model.embed(self._tokens), self._state)  # type: ignore[no-any-return]
+            features = self._model.embed(self._tokens)
+            return self._model.stack(features, self._state, lengths=self._lengths)  # type: ignore[no-any-return]
 
 
 def _copy(to: StackState, given: StackState) -> None:

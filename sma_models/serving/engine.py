@@ -328,9 +328,8 @@ class Engine:
 
     def _warm_up(self) -> list[str]:
         """A few tokens, so that no client waits for what the first calls set up; the channels."""
-        reader = self._decoder.reader
-        length = 1 if reader.uncaptured else 4 * reader.chunk  # graphs are captured at the third chunk, and step
-        slot = self._decoder.join(torch.zeros(length, dtype=torch.int64, device=self.model.embedding.weight.device))
+        self._decoder.reader.warm_up()
+        slot = self._decoder.join(torch.zeros(1, dtype=torch.int64, device=self.model.embedding.weight.device))
         for _ in range(4):
             self._decoder.step({slot: 0})
         self._decoder.leave(slot)

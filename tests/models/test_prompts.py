@@ -105,6 +105,69 @@ def test_states_are_values_and_routings_those_of_the_chunk() -> None:
 
 
 @every_language_model
+@pytest.mark.usefixtures("replaying")
+def test_parts_of_a_chunk_are_filled_up(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "_LEAST_COLUMNS", 3)
+    model = double(name)
+    reader = Reader(model, 20)
+    tokens = inputs_of(model, batch=1, length=40)
+    for length in (
+        19,
+        1,
+        2,
+        3,
+        4,
+        12,
+        13,
+        2,
+        1,
+        5,
+        12,
+        18,
+        1,
+        40,
+        27,
+        33,
+    ):  # each size before, at and after its capture
+        states = model.initial_state(1)
+        for chunk in tokens[:, :length].split(20, 1):
+            out = reader.read_chunk(chunk, states)
+            states = out.state
+        with torch.no_grad():
+            expected = model(tokens[:, :length])
+            close(model.logits(out.x), expected.logits[:, -out.x.shape[1] :])
+            close(
+                model(tokens[:, :1], states).logits,
+                whole(model, torch.cat([tokens[:, :length], tokens[:, :1]], 1))[:, -1:],
+            )
+        for layer, routing in expected.routings.items():
+            last = routing.map(lambda each, columns=out.x.shape[1]: each[:, -columns:])
+            assert torch.equal(out.routings[layer].active, last.active)
+            assert torch.equal(out.routings[layer].position, last.position)
+    assert sorted(reader._parts) == [3, 12, 20]
+    assert all(part.graph.ready for part in reader._parts.values())
+
+
+@pytest.mark.usefixtures("replaying")
+@pytest.mark.parametrize(
+    ("chunk", "parts"), [(1, []), (2, [2]), (128, [128]), (129, [128, 129]), (600, [128, 512, 600])]
+)
+def test_whoever_comes_after_the_warm_up_waits_for_no_capture(chunk: int, parts: list[int]) -> None:
+    reader = Reader(tiny("seqboat_small_lm"), chunk)
+    reader.warm_up()
+    assert reader.captured
+    assert sorted(reader._parts) == parts
+    assert all(part.graph.ready for part in reader._parts.values())
+
+
+def test_where_nothing_is_captured_there_is_no_warm_up() -> None:
+    reader = Reader(tiny("seqboat_small_lm"), 8)
+    reader.warm_up()
+    assert not reader._wholes
+    assert not reader._parts
+
+
+@every_language_model
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_chunk_keeps_the_dtypes_of_a_state(name: str, dtype: torch.dtype) -> None:
     """What is put into the tensors of a graph is not rounded."""
@@ -123,6 +186,7 @@ def test_what_is_no_whole_chunk_is_launched(monkeypatch: pytest.MonkeyPatch) -> 
     reader.read(tokens[:, :8], valid=valid[:, :8])
     reader.read(tokens[:, :7])
     assert not reader._wholes
+    assert not reader._parts, "only those of single prompts are captured"
     close(reader.read(tokens, valid=valid).logits, prefill(model, tokens, valid=valid).logits)
     assert list(reader._wholes) == [2], "where the padding has ended chunks are whole"
     reader._wholes.clear()
@@ -189,13 +253,30 @@ def test_captured_chunks_are_the_launched_ones(name: str) -> None:
 
 
 @needs_a_gpu
+@every_language_model
+def test_captured_parts_are_the_launched_ones(name: str) -> None:
+    model: LanguageModel = deepcopy(tiny(name)).cuda()
+    tokens = inputs_of(model, batch=1, length=300).cuda()
+    captured, launched = Reader(model, 256), Reader(model, 256, capture=False)
+    captured.warm_up()
+    for length in (1, 100, 128, 129, 255, 300):
+        read = captured.read(tokens[:, :length])
+        torch.testing.assert_close(read.logits, launched.read(tokens[:, :length]).logits, rtol=0, atol=1e-4)
+        again = captured.read(tokens[:, :length])
+        assert torch.equal(read.logits, again.logits)
+        assert all(map(torch.equal, read.state.tensors(), again.state.tensors()))
+    assert not captured.uncaptured
+    assert all(part.graph.ready for part in captured._parts.values())
+
+
+@needs_a_gpu
 def test_captured_chunks_do_not_wait() -> None:
     from sma.waiting import waiting_forbidden
 
     model: LanguageModel = deepcopy(tiny("seqboat_lm")).cuda()
-    reader, tokens = Reader(model, 64), inputs_of(model, batch=1, length=64).cuda()
+    reader, tokens = Reader(model, 256), inputs_of(model, batch=1, length=256).cuda()
     state: Any = model.initial_state(1)
-    for _ in range(WARMUP + 1):
-        state = reader.read_chunk(tokens, state).state
+    reader.warm_up()
     with waiting_forbidden():
-        reader.read_chunk(tokens, state)
+        for length in (256, 7, 130):
+            state = reader.read_chunk(tokens[:, :length], state).state
