@@ -87,8 +87,8 @@ class Reader:
 
     @property
     def captured(self) -> bool:
-        """Whether whole chunks are replayed from a CUDA graph."""
-        return any(whole.graph.ready for whole in self._wholes.values())
+        """Whether chunks are replayed from CUDA graphs."""
+        return any(each.graph.ready for each in (*self._wholes.values(), *self._parts.values()))
 
     def warm_up(self) -> None:
         """Read single prompts of every length that has a graph, so that no later one waits for its capture."""

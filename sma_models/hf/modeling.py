@@ -167,7 +167,8 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
         """Go on from a cache: the output of the last call of the model, logits and hidden states.
 
         With ``keep``, logits are those of the last columns, and the tokens are read in chunks; where they are all that
-        is wanted (``plain``), whole chunks as by the library's own ``generate``, whose output nobody sees.
+        is wanted (``plain``), whole chunks, and what is left of a single prompt, as by the library's own ``generate``,
+        whose output nobody sees.
         """
         if not isinstance(cache, SMACache):
             raise StreamingError(f"cache: must be an SMACache, got {type(cache).__name__}")
@@ -177,10 +178,10 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
         before = state = self.model.initial_state(tokens.ids.shape[0]) if layer.state is None else layer.state
         logits: list[Tensor] = []
         out, features = None, None
-        whole = plain and keep is not None and self._stepping.able()
+        apart = plain and keep is not None and self._stepping.able()
         for chunk in tokens.split(max(tokens.length, 1) if keep is None else PREFILL_CHUNK):
-            if whole and chunk.length == PREFILL_CHUNK:
-                last, state = self._stepping.read(chunk, state, length)
+            if apart and (chunk.length == PREFILL_CHUNK or (chunk.ids.shape[0] == 1 and chunk.length)):
+                last, state = self._stepping.read(chunk, state, length, PREFILL_CHUNK)
                 logits = [_last([*logits, last], length)]
                 continue
             out, features = self._call(chunk, state, hidden=hidden)

@@ -71,8 +71,9 @@ class Stepping:
             logits: Tensor = decoder.step(ids, live=None if valid is None else valid.to(device))
             return logits[:, None].to(tokens.ids.device, copy=True)
 
-    def read(self, chunk: Tokens, state: StackState, length: int) -> tuple[Tensor, StackState]:
-        """Logits of the last ``length`` columns of a chunk of a prompt, and the state after it.
+    def read(self, chunk: Tokens, state: StackState, length: int, size: int) -> tuple[Tensor, StackState]:
+        """Logits of the last ``length`` columns of a chunk of a prompt, whole if it has ``size`` columns, and the state
+        after it.
 
         Raises:
             ShapeError: tokens of the wrong shape, dtype, device or range.
@@ -82,8 +83,8 @@ class Stepping:
         check_tokens("language_model", ids, model.vocab_size)
         with self._lock:
             self._look_at_weights()
-            if self._reader is None or self._reader.chunk != chunk.length:
-                self._reader = Reader(model, chunk.length)
+            if self._reader is None or self._reader.chunk != size:
+                self._reader = Reader(model, size)
             out = self._reader.read_chunk(ids, state, valid=chunk.valid)
             assert out.state is not None
             return model.logits(out.x[:, max(chunk.length - length, 0) :]), cast("StackState", out.state)

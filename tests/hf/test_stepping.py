@@ -211,9 +211,9 @@ def test_whole_chunks_of_prompts_are_read_apart(
     lengths: list[int] = []
     plain = Stepping.read
 
-    def read(self: Stepping, chunk: Any, state: Any, length: int) -> Any:
+    def read(self: Stepping, chunk: Any, *arguments: Any) -> Any:
         lengths.append(chunk.length)
-        return plain(self, chunk, state, length)
+        return plain(self, chunk, *arguments)
 
     monkeypatch.setattr(Stepping, "read", read)
     tokens = torch.randint(256, (2, 27))
@@ -241,3 +241,7 @@ def test_whole_chunks_of_prompts_are_read_apart(
         model(tokens, use_cache=True, logits_to_keep=1, labels=tokens[:, -1:])
         model(tokens, use_cache=True, logits_to_keep=1, output_routings=True)
     assert lengths == [8] * 7
+    with torch.no_grad():
+        alone = model(tokens[1:], use_cache=True, logits_to_keep=1).logits
+        close(alone, model(tokens[1:]).logits[:, -1:])
+    assert lengths[7:] == [8, 8, 8, 3], "all of a single prompt"
