@@ -13,6 +13,8 @@ from rich.console import Console
 from sma.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
+    import torch
+
     from sma_models.training.run import Run
 
 RunArgument = Annotated[
@@ -55,6 +57,23 @@ def find_run(text: str, runs: Path) -> Run:
     with extra("train"):
         from sma_models.training import run
     return run.find_run(text, runs)
+
+
+def usable_device(device: str) -> torch.device:
+    """The device of this name; ``auto`` is the GPU if there is one.
+
+    Raises:
+        ConfigError: this machine has none of this name.
+    """
+    import torch
+
+    place = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
+    try:
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device: must be one that this machine has, got {device!r} ({reason})") from error
+    return torch.device(place)
 
 
 def split_arguments(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -7,16 +7,18 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sma_models.commands.common import RUNS, RunArgument, RunsOption, extra, find_run, out
+from sma_models.commands.common import RUNS, RunArgument, RunsOption, extra, find_run, out, usable_device
+
+DtypeOption = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(help="Of the weights; by default that of the run."),
+]
 
 
 def export_hf(
     run: RunArgument,
     to: Annotated[Path, typer.Option(help="Folder to write: weights, spec, and the tokenizer of bytes.")],
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Of the weights; by default that of the run."),
-    ] = None,
+    dtype: DtypeOption = None,
     max_shard_size: Annotated[str, typer.Option(help="Of one file of weights.")] = "5GB",
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that has something in it.")] = False,
     runs: RunsOption = RUNS,
@@ -37,9 +39,14 @@ def export_graphs(
     run: RunArgument,
     to: Annotated[Path, typer.Option(help="Folder to write: the graphs, and runner.py, which runs them.")],
     format: Annotated[
-        Literal["onnx", "aoti"],
-        typer.Option(help="onnx for ONNX Runtime; aoti for machine code by AOTInductor, which takes a C++ compiler."),
-    ] = "onnx",
+        Literal["onnx", "aoti"] | None,
+        typer.Option(
+            help="onnx for ONNX Runtime on a CPU; aoti for machine code by AOTInductor, which takes a C++ compiler. "
+            "By default onnx where that can be: not for bfloat16 or CUDA."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="What the graphs are for: cpu, cuda, cuda:1.")] = "cpu",
+    dtype: DtypeOption = None,
     batch: Annotated[
         int | None, typer.Option(help="Sequences; by default any number in a step, and one in everything else.")
     ] = None,
@@ -50,10 +57,14 @@ def export_graphs(
 ) -> None:
     """Write the model of a run as graphs that run without this library, by ONNX Runtime or AOTInductor."""
     found = find_run(run, runs)
+    place = usable_device(device)
+    import torch
+
     from sma_models.export import export
 
+    kind = None if dtype is None else getattr(torch, dtype)
     options: dict[str, Any] = {"batch": batch, "chunk": chunk, "capacity": capacity, "force": force}
     with extra("export"):
-        folder = export(found.model().eval(), to, format=format, **options)
+        folder = export(found.model().to(place, kind).eval(), to, format=format, **options)
     files = sorted(path.name for path in folder.iterdir())
     out().print(f"{folder}: {', '.join(files)}", soft_wrap=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sma.errors import ConfigError
-from sma_models.commands.common import RUNS, RunsOption, extra, find_run, notes
+from sma_models.commands.common import RUNS, RunsOption, extra, find_run, notes, usable_device
 
 if TYPE_CHECKING:
     from sma.interfaces import Model
@@ -100,13 +100,7 @@ def load_model(text: str, runs: Path, device: str, dtype: str) -> tuple[Model, s
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"dtype: must be float32, bfloat16 or float16, got {dtype!r}")
-    place = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
-    try:
-        torch.empty(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"device: must be one that this machine has, got {device!r} ({reason})") from error
-    chosen = torch.device(place)
+    chosen = usable_device(device)
     if chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen)
     if text.endswith(".safetensors"):
@@ -118,4 +112,4 @@ def load_model(text: str, runs: Path, device: str, dtype: str) -> tuple[Model, s
         model, name = found.model(), found.name
         if not found.finished:
             notes().print(f"{found.path} is not finished: this is its last checkpoint", soft_wrap=True)
-    return model.to(place, getattr(torch, dtype)).eval(), name
+    return model.to(chosen, getattr(torch, dtype)).eval(), name

@@ -10,24 +10,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from sma import __version__
 from sma.errors import ConfigError, ExportError
 from sma.interfaces import Model
 from sma_models.export import runner
-from sma_models.export.program import STATE, Exported, export_forward, export_prefill, export_step
+from sma_models.export.program import STATE, Exported, check_model, export_forward, export_prefill, export_step
 from sma_models.export.quiet import quiet
 from sma_models.heads import LanguageModel
 
 Format = Literal["onnx", "aoti"]
 SUFFIX = {"onnx": ".onnx", "aoti": ".pt2"}
+ONNX_DTYPES = (torch.float32, torch.float16)
+"""What ONNX Runtime computes in on a CPU."""
 
 
 def export(
     model: Model,
     folder: str | os.PathLike[str],
     *,
-    format: Format = "onnx",
+    format: Format | None = None,
     batch: int | None = None,
     chunk: int = 256,
     capacity: float = 1.0,
@@ -38,21 +43,25 @@ def export(
     Of a language model these are ``prefill`` and ``step``, of any other ``forward``.
 
     Args:
-        model: in evaluation mode, in float32 on the CPU. It is left as it is.
+        model: in evaluation mode, in the dtype and on the device that the graphs are to compute in. It is left as it
+            is.
         folder: the folder to write; a new one appears complete or not at all.
-        format: "onnx" for ONNX Runtime, "aoti" for machine code by AOTInductor, which runs on machines like this one
-            with this version of PyTorch, and takes a C++ compiler to write.
+        format: "onnx" for ONNX Runtime on a CPU, of models in float32 or float16; "aoti" for machine code by
+            AOTInductor, which runs on machines and devices like these with this version of PyTorch, and takes a C++
+            compiler to write. None for the first of them that can be.
         batch: how many sequences the graphs take; None for a step of any number and a prefill or forward of one.
         chunk: how many tokens of a prompt are read at once; of a model that reads whole sequences, their length.
         capacity: as for :func:`export_prefill`.
         force: write into a folder that has something in it.
 
     Raises:
-        ConfigError: an argument is out of range, or the folder is not empty.
+        ConfigError: an argument is out of range, the format is not for such a model, or the folder is not empty.
         StreamingError: the model cannot stream; the message says why.
         ExportError: a part of it cannot be exported; the message names it and says why.
         ModuleNotFoundError: the extra "export" is not installed.
     """
+    weight = check_model(model)
+    format = _format(format, weight.dtype, weight.device)
     target = _free(folder, force)
     one = 1 if batch is None else batch
     graphs: dict[str, Exported]
@@ -64,7 +73,11 @@ def export(
 
 
 def save(
-    graphs: Mapping[str, Exported], folder: str | os.PathLike[str], *, format: Format = "onnx", force: bool = False
+    graphs: Mapping[str, Exported],
+    folder: str | os.PathLike[str],
+    *,
+    format: Format | None = None,
+    force: bool = False,
 ) -> Path:
     """Write graphs into a folder that :class:`~sma_models.export.runner.Runner` takes.
 
@@ -75,12 +88,16 @@ def save(
         force: see there.
 
     Raises:
-        ConfigError: an unknown format, or the folder is not empty.
+        ConfigError: there are no graphs, or they are of several dtypes or devices, the format is unknown or not for
+            them, or the folder is not empty.
         ExportError: an operation has no counterpart, or there is no C++ compiler.
         ModuleNotFoundError: the extra "export" is not installed.
     """
-    if format not in SUFFIX:
-        raise ConfigError(f"format: must be one of {', '.join(SUFFIX)}, got {format!r}")
+    kinds = {(exported.dtype, exported.device) for exported in graphs.values()}
+    if len(kinds) != 1:
+        got = ", ".join(f"{name} in {each.dtype} on {each.device}" for name, each in graphs.items())
+        raise ConfigError(f"graphs: must be in one dtype on one device, got {got or 'none'}")
+    format = _format(format, *kinds.pop())
     target = _free(folder, force)
     place = target.absolute().with_name(f".{target.absolute().name}.{os.getpid()}.tmp")
     shutil.rmtree(place, ignore_errors=True)
@@ -89,7 +106,7 @@ def save(
         for name, exported in graphs.items():
             _write(exported, place / f"{name}{SUFFIX[format]}", format)
         examples = [item for exported in graphs.values() for item in exported.example.items()]
-        state = {name: each[:1].numpy() for name, each in examples if name.startswith(STATE)}
+        state = {name: _as_numpy(each[:1]) for name, each in examples if name.startswith(STATE)}
         if state:
             np.savez_compressed(place / "state.npz", **state)  # type: ignore[arg-type]  # none is called as an option is
         (place / "export.json").write_text(json.dumps(_about(graphs, format), indent=1), "utf-8")
@@ -104,17 +121,30 @@ def save(
     return target
 
 
-def load(folder: str | os.PathLike[str], *, threads: int | None = None) -> runner.Runner:
+def load(folder: str | os.PathLike[str], *, threads: int | None = None, device: str | None = None) -> runner.Runner:
     """What runs an exported folder; see :class:`~sma_models.export.runner.Runner`.
 
     Raises:
-        ConfigError: it is no such folder.
+        ConfigError: it is no such folder, or the device is not one that it runs on.
         ModuleNotFoundError: the extra "export" is not installed.
     """
     try:
-        return runner.Runner(Path(folder), threads=threads)
+        return runner.Runner(Path(folder), threads=threads, device=device)
     except (FileNotFoundError, ValueError) as error:
-        raise ConfigError(f"folder: must be one that was exported, got {folder}: {error}") from error
+        raise ConfigError(f"folder: must be one that was exported and can run here, got {folder}: {error}") from error
+
+
+def _format(wanted: Format | None, dtype: torch.dtype, device: torch.device) -> Format:
+    """The format of graphs in this dtype on this device."""
+    if wanted is not None and wanted not in SUFFIX:
+        raise ConfigError(f"format: must be one of {', '.join(SUFFIX)}, got {wanted!r}")
+    able = dtype in ONNX_DTYPES and device.type == "cpu"
+    if wanted == "onnx" and not able:
+        raise ConfigError(
+            f"format: must be 'aoti' for a model in {dtype} on {device}, got 'onnx': ONNX Runtime runs models in "
+            f"{' or '.join(map(str, ONNX_DTYPES))} on the CPU"
+        )
+    return wanted or ("onnx" if able else "aoti")
 
 
 def _free(folder: str | os.PathLike[str], force: bool) -> Path:
@@ -139,8 +169,15 @@ def _write(exported: Exported, path: Path, format: Format) -> None:
         with quiet():
             aoti_compile_and_package(exported.program, package_path=str(path))
     except (InductorError, InvalidCxxCompiler) as error:
-        reason = next(line for line in (*str(error).splitlines(), type(error).__name__) if line)
+        lines = [line for line in (*str(error).splitlines(), type(error).__name__) if line.strip()]
+        reason = next((line for line in lines if "error: " in line or "cannot find" in line), lines[0])
         raise ExportError(f"{path.stem}: cannot be compiled by AOTInductor: {reason}") from error
+
+
+def _as_numpy(tensor: Tensor) -> NDArray[Any]:
+    """NumPy has no bfloat16; every one is a float32 too."""
+    array: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
+    return array
 
 
 def _about(graphs: Mapping[str, Exported], format: Format) -> dict[str, Any]:
@@ -149,6 +186,7 @@ def _about(graphs: Mapping[str, Exported], format: Format) -> dict[str, Any]:
         "version": runner.Runner.VERSION,
         "made_by": f"sparse-modular-activation {__version__}",
         "format": format,
+        "device": next(iter(graphs.values())).device.type,
         "graphs": {
             name: {
                 "file": f"{name}{SUFFIX[format]}",

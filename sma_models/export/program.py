@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sma.errors import ConfigError, ExportError, SMAError
 from sma.interfaces import Model
 from sma.ops import using
+from sma.ops.backend import without_autocast
 from sma.padding import valid_of
 from sma.stepping import Moment, Room
 from sma_models.decoding.fixed import why_not_fixed, with_fixed_rows
@@ -22,6 +23,8 @@ from sma_models.heads import LanguageModel, Retrieval
 from sma_models.stack import StackState
 
 M = TypeVar("M", bound=Model)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,16 @@ class Exported:
     def states(self) -> tuple[str, ...]:
         """Names of the inputs that are the state, in the order of :meth:`sma.state.State.named_tensors`."""
         return tuple(name for name in self.inputs if name.startswith(STATE))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: that of the model, of the inputs and of the outputs."""
+        return self.example[self.inputs[0]].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in: that of the weights and of the logits."""
+        return next(iter(self.program.parameters())).dtype
 
 
 STATE, NEXT = "state.", "next_state."
@@ -81,9 +94,10 @@ def export_prefill(model: Model, batch: int = 1, chunk: int = 256, *, capacity: 
     _check_sizes(capacity, batch=batch, chunk=chunk)
     fixed = _fixed(language, capacity)
     state = language.initial_state(batch)
+    device = language.embedding.weight.device
     example = {
-        "tokens": torch.zeros(batch, chunk, dtype=torch.int64),
-        "lengths": torch.full((batch,), chunk),
+        "tokens": torch.zeros(batch, chunk, dtype=torch.int64, device=device),
+        "lengths": torch.full((batch,), chunk, device=device),
         **_named(state),
     }
     return _trace(_Prefill(fixed, state), example, ("logits", "overflow"), "prefill", dynamic=False)
@@ -116,9 +130,10 @@ def export_step(model: Model, batch: int | None = None) -> Exported:
     size = batch or 2  # not 1, which a tracer takes for a constant
     fixed = _fixed(language, 1.0)
     state = language.initial_state(size)
+    device = language.embedding.weight.device
     example = {
-        "tokens": torch.zeros(size, dtype=torch.int64),
-        "live": torch.ones(size, dtype=torch.bool),
+        "tokens": torch.zeros(size, dtype=torch.int64, device=device),
+        "live": torch.ones(size, dtype=torch.bool, device=device),
         **_named(state),
     }
     return _trace(_Step(fixed, state), example, ("logits",), "step", dynamic=batch is None)
@@ -141,15 +156,16 @@ def export_forward(model: Model, batch: int = 1, length: int = 256, *, capacity:
         ConfigError: an argument is out of range, or the model is in training mode.
         ExportError: a part of it cannot be exported; the message names it and says why.
     """
-    _check_model(model)
+    weight = check_model(model)
     _check_sizes(capacity, batch=batch, length=length)
     tokens = getattr(model, "vocab_size", None) is not None
-    inputs = torch.zeros(batch, length, dtype=torch.int64 if tokens else torch.float32)
+    inputs = torch.zeros(batch, length, dtype=torch.int64 if tokens else weight.dtype, device=weight.device)
     sides = ("first", "second") if isinstance(model, Retrieval) else ("inputs",)
     example: dict[str, Tensor] = {}
     for side in sides:
         example[side] = inputs.clone()
-        example["lengths" if side == "inputs" else f"{side}_lengths"] = torch.full((batch,), length)
+        lengths = torch.full((batch,), length, device=weight.device)
+        example["lengths" if side == "inputs" else f"{side}_lengths"] = lengths
     return _trace(_Forward(_fixed(model, capacity)), example, ("logits", "overflow"), "forward", dynamic=False)
 
 
@@ -227,21 +243,30 @@ def _named(state: StackState) -> dict[str, Tensor]:
     return {STATE + name: tensor for name, tensor in state.named_tensors().items()}
 
 
-def _check_model(model: Model) -> None:
+def check_model(model: Model) -> Tensor:
+    """A weight of the model: all are in its dtype and on its device."""
     if not isinstance(model, Model):
         raise ConfigError(f"model: must be a model of this library, got {type(model).__name__}")
     if model.training:
         raise ConfigError("model: must be in evaluation mode to be exported, call model.eval() first")
-    for name, weight in model.named_parameters():
-        if weight.device.type != "cpu" or weight.dtype != torch.float32:
+    weights = dict(model.named_parameters())
+    first, like = next(iter(weights.items()))
+    if like.dtype not in DTYPES or like.device.type not in DEVICES:
+        raise ConfigError(
+            f"model: must be in float32, bfloat16 or float16 on the CPU or a CUDA device to be exported, {first} is "
+            f"{like.dtype} on {like.device}"
+        )
+    for name, each in (*weights.items(), *model.named_buffers()):
+        if each.device != like.device or (name in weights and each.dtype != like.dtype):
             raise ConfigError(
-                f"model: must be in float32 on the CPU to be exported, call model.float().cpu() first; {name} is "
-                f"{weight.dtype} on {weight.device}"
+                f"model: must be in one dtype on one device to be exported, {first} is {like.dtype} on {like.device}, "
+                f"{name} is {each.dtype} on {each.device}"
             )
+    return like
 
 
 def _language_model(model: Model) -> LanguageModel:
-    _check_model(model)
+    check_model(model)
     if not isinstance(model, LanguageModel):
         raise ConfigError(f"model: must be a LanguageModel, got {type(model).__name__}; export_forward takes any")
     return model
@@ -280,7 +305,9 @@ def _trace(
         named = [{0: size} for _ in example]
         shapes = (named[0], named[1], tuple(named[2:]))
     module.eval()
-    with torch.no_grad(), using("eager"), _naming(module, what):  # other backends may run here only
+    device = next(iter(example.values())).device
+    # Other backends may run here only: kernels of this library are not there where a graph runs without it.
+    with torch.no_grad(), without_autocast(device), using("eager"), _naming(module, what):
         program = torch.export.export(module, tuple(example.values()), dynamic_shapes=shapes)
     states = tuple(NEXT + name.removeprefix(STATE) for name in example if name.startswith(STATE))
     return Exported(program, tuple(example), outputs + states, example, dynamic)

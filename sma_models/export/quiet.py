@@ -12,15 +12,14 @@ LOGGERS = ("torch.onnx._internal.exporter._registration", "torch._inductor.ir", 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without remarks on packages, constants and functions of PyTorch that have nothing to do with the model."""
+    """Without remarks on packages, constants, settings and functions of PyTorch: none has to do with the model."""
     loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            for category in (FutureWarning, DeprecationWarning):
-                warnings.simplefilter("ignore", category)
+            warnings.simplefilter("ignore")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

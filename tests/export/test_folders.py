@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,16 @@ PROMPTS = [list(b"line 7 is"), list(TEXT[:50]), list(b"l"), list(TEXT[100:141]),
 
 def expected(model: LanguageModel, prompts: list[list[int]], count: int) -> list[list[int]]:
     """What the model itself writes, greedily."""
-    longest = max(map(len, prompts))
+    longest, device = max(map(len, prompts)), model.embedding.weight.device
     tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     valid = torch.arange(longest) >= longest - torch.tensor([[len(prompt)] for prompt in prompts])
-    written: list[list[int]] = generate(model, tokens, count, valid=valid, temperature=0).tolist()
+    written: list[list[int]] = generate(model, tokens.to(device), count, valid=valid.to(device), temperature=0).tolist()
     return written
 
 
 def written(runner: Runner, prompts: list[list[int]], count: int) -> list[list[int]]:
     stream = runner.stream(prompts)
-    return np.stack([next(stream) for _ in range(count)], 1).tolist()  # type: ignore[no-any-return]
+    return np.array([next(stream).tolist() for _ in range(count)]).T.tolist()  # type: ignore[no-any-return]
 
 
 def test_onnx_runtime_writes_what_the_model_writes(trained: LanguageModel, folder: Path) -> None:
@@ -72,6 +73,37 @@ def test_onnx_runtime_gives_the_numbers_of_the_model(trained: LanguageModel, fol
     assert [(after[name] - state[name]).tolist() for name in seen] == [[1, 0, 1, 1, 0]]
 
 
+def test_float16_by_onnx_runtime(trained: LanguageModel, tmp_path: Path) -> None:
+    model = deepcopy(trained).half()
+    runner = load(save({"prefill": export_prefill(model, 2, 20), "step": export_step(model)}, tmp_path / "x"))
+    assert runner.about["format"] == "onnx"
+    logits, state = runner.prefill(PROMPTS)
+    assert logits.dtype == np.float16
+    own = model.initial_state(1).named_tensors()
+    assert {name: str(each.dtype) for name, each in state.items()} == {
+        f"state.{name}": str(each.dtype)[6:] for name, each in own.items()
+    }
+    assert written(runner, PROMPTS, 200) == expected(model, PROMPTS, 200)
+
+
+def test_onnx_runtime_is_for_some_dtypes_and_the_cpu(trained: LanguageModel, tmp_path: Path) -> None:
+    model = deepcopy(trained).bfloat16()
+    message = (
+        r"format: must be 'aoti' for a model in torch.bfloat16 on cpu, got 'onnx': ONNX Runtime runs models in "
+        r"torch.float32 or torch.float16 on the CPU"
+    )
+    step = export_step(model, 1)
+    with pytest.raises(ConfigError, match=message):
+        export(model, tmp_path / "x", format="onnx")
+    with pytest.raises(ConfigError, match=message):
+        save({"step": step}, tmp_path / "x", format="onnx")
+    with pytest.raises(ConfigError, match="graphs: must be in one dtype on one device, got prefill in "):
+        save({"prefill": export_prefill(trained, 1, 4), "step": step}, tmp_path / "x")
+    with pytest.raises(ConfigError, match="graphs: must be in one dtype on one device, got none"):
+        save({}, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_prompt_goes_on_from_a_state(folder: Path) -> None:
     runner = load(folder, threads=1)
     whole, _ = runner.prefill(PROMPTS[1:2])
@@ -81,11 +113,12 @@ def test_a_prompt_goes_on_from_a_state(folder: Path) -> None:
 
 
 WITHOUT = "import runpy, sys; sys.modules.update(sma=None, sma_models=None, torch=None); sys.argv = sys.argv[1:]; "
+RUN = "runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
 def test_the_copy_of_the_runner_needs_no_library(trained: LanguageModel, folder: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(folder, tmp_path / "elsewhere")
-    command = [sys.executable, "-c", WITHOUT + "runpy.run_path(sys.argv[0], run_name='__main__')"]
+    command = [sys.executable, "-c", WITHOUT + RUN]
     command += [str(moved / "runner.py"), "line 7 is", "--tokens", "30"]
     said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, timeout=60).stdout
     assert said == "line 7 is" + bytes(expected(trained, [PROMPTS[0]], 30)[0]).decode() + "\n"
@@ -112,21 +145,6 @@ def test_overflow_is_reported(trained: LanguageModel, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="active tokens found no room; export with a larger capacity"):
         runner.prefill([PROMPTS[1]])
     assert runner.overflow > 0
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler; g++ is not there")
-def test_machine_code_writes_what_the_model_writes(
-    trained: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):  # it compiles faster
-        runner = load(export(trained, tmp_path / "x", format="aoti", chunk=20))
-    assert written(runner, PROMPTS, 200) == expected(trained, PROMPTS, 200)
-    logits, _ = runner.prefill(PROMPTS[:2])
-    for row, prompt in enumerate(PROMPTS[:2]):
-        with torch.no_grad():
-            own = trained(torch.tensor([prompt])).logits[0, -1]
-        np.testing.assert_allclose(logits[row], own, rtol=1e-5, atol=1e-5)
 
 
 def test_without_a_compiler_it_says_so(trained: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,11 +185,11 @@ def test_folders_are_not_overwritten_unasked(trained: LanguageModel, folder: Pat
 
 
 def test_bad_folders_and_inputs(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"folder: must be one that was exported, got .*export.json"):
+    with pytest.raises(ConfigError, match=r"folder: must be one that was exported and can run here, got .*export.json"):
         load(tmp_path)
     about = json.loads((folder / "export.json").read_text()) | {"version": 99}
     (tmp_path / "export.json").write_text(json.dumps(about))
-    with pytest.raises(ConfigError, match="must be of version 1, got 99"):
+    with pytest.raises(ConfigError, match="must be of version 2, got 99"):
         load(tmp_path)
     runner = load(folder, threads=1)
     for prompts, message in (
@@ -202,3 +220,25 @@ def test_export_of_a_run(
     assert written(load(tmp_path / "x", threads=1), PROMPTS, 20) == expected(model, PROMPTS, 20)
     assert main(arguments) == 2
     assert "must be new or empty" in capsys.readouterr().err
+
+
+def test_export_of_a_run_in_another_dtype(
+    recipe: str,  # noqa: F811
+    run_recipe: Callable[..., tuple[Run, Outcome]],  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, _ = run_recipe(recipe, "train.steps=6", "model.n_layers=1")
+    arguments: list[Any] = ["export", str(run.path), "--to", str(tmp_path / "x"), "--chunk", "16"]
+    for more, message in (
+        (["--device", "abacus"], "device: must be one that this machine has, got 'abacus'"),
+        (["--format", "onnx", "--dtype", "bfloat16"], "format: must be 'aoti' for a model in torch.bfloat16 on cpu"),
+    ):
+        assert main([*arguments, *more]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*arguments, "--dtype", "float16"]) == 0
+    runner = load(tmp_path / "x", threads=1)
+    assert runner.initial_state(1)["state.layers.0.activate.members.0.rows.0"].dtype == np.float16
+    model = run.model()
+    assert isinstance(model, LanguageModel)
+    assert written(runner, PROMPTS, 20) == expected(model.half(), PROMPTS, 20)

@@ -84,7 +84,7 @@ def read(model: LanguageModel, tokens: Tensor, state: StackState, lengths: Tenso
     with torch.no_grad():
         out = model(tokens, state, lengths=lengths)
     assert out.state is not None
-    return out.logits[torch.arange(tokens.shape[0]), lengths - 1], out.state
+    return out.logits[torch.arange(tokens.shape[0], device=tokens.device), lengths - 1], out.state
 
 
 def follow(given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -239,7 +239,18 @@ def test_a_recorded_decision_says_so() -> None:
     ("change", "arguments", "message"),
     [
         (lambda model: model.train(), {}, "model: must be in evaluation mode to be exported"),
-        (lambda model: model.double(), {}, "model: must be in float32 on the CPU to be exported"),
+        (
+            lambda model: model.double(),
+            {},
+            "model: must be in float32, bfloat16 or float16 on the CPU or a CUDA device",
+        ),
+        (lambda model: model.to("meta"), {}, "model: must be in float32, .* embedding.weight is torch.float32 on meta"),
+        (
+            lambda model: model.apply(lambda part: part.half() if isinstance(part, nn.Linear) else part),
+            {},
+            "model: must be in one dtype on one device to be exported, embedding.weight is torch.float32 on cpu, "
+            r"stack.* is torch.float16 on cpu",
+        ),
         (lambda model: model, {"chunk": 0}, "chunk: must be at least 1, got 0"),
         (lambda model: model, {"batch": -1}, "batch: must be at least 1, got -1"),
         (lambda model: model, {"capacity": 1.5}, r"capacity: must lie in \(0, 1\], got 1.5"),

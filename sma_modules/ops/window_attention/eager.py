@@ -120,8 +120,9 @@ def lookup(table: Tensor, index: Tensor) -> Tensor:
 def place(x: Tensor, rows: Tensor, n_rows: int) -> Tensor:
     """Zeros ``(n_rows, f)`` with ``x (R, f)`` at ``rows``, which are all different (but for those nobody reads)."""
     out = x.new_zeros(n_rows, *x.shape[1:])
-    # A sum onto zeros is the same, and on a CPU twice as fast; elsewhere sums are in no order.
-    return out.index_add_(0, rows, x.contiguous()) if x.device.type == "cpu" else out.index_copy_(0, rows, x)
+    # A sum onto zeros is the same, and on a CPU twice as fast; elsewhere sums are in no order, or not there in 16 bits.
+    sums = x.device.type == "cpu" and not torch.compiler.is_exporting()
+    return out.index_add_(0, rows, x.contiguous()) if sums else out.index_copy_(0, rows, x)
 
 
 def window_attention_eager(
