@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -18,33 +16,15 @@ from torch import Tensor, nn
 
 from sma.errors import ConfigError, ExportError
 from sma_models.cli import main
-from sma_models.export import Runner, export, export_forward, export_prefill, export_step, load, save
-from sma_models.generation import generate
+from sma_models.export import export, export_forward, export_prefill, export_step, load, save
 from sma_models.heads import LanguageModel
 from sma_models.training.loop import Outcome
 from sma_models.training.run import Run
-from tests.export.conftest import TEXT
 from tests.export.test_graphs import GAU, LAYER, activated, model_of, put
+from tests.export.texts import PROMPTS, expected, written, written_alone
 from tests.models.tiny import inputs_of
 from tests.training.conftest import run_recipe  # noqa: F401  # fixtures, used by their names
 from tests.training.conftest import tiny as recipe  # noqa: F401
-
-PROMPTS = [list(b"line 7 is"), list(TEXT[:50]), list(b"l"), list(TEXT[100:141]), list(b"is followed by")]
-"""Longer and shorter than a chunk of 20, and more than two."""
-
-
-def expected(model: LanguageModel, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """What the model itself writes, greedily."""
-    longest, device = max(map(len, prompts)), model.embedding.weight.device
-    tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-    valid = torch.arange(longest) >= longest - torch.tensor([[len(prompt)] for prompt in prompts])
-    written: list[list[int]] = generate(model, tokens.to(device), count, valid=valid.to(device), temperature=0).tolist()
-    return written
-
-
-def written(runner: Runner, prompts: list[list[int]], count: int) -> list[list[int]]:
-    stream = runner.stream(prompts)
-    return np.array([next(stream).tolist() for _ in range(count)]).T.tolist()  # type: ignore[no-any-return]
 
 
 def test_onnx_runtime_writes_what_the_model_writes(trained: LanguageModel, folder: Path) -> None:
@@ -112,15 +92,9 @@ def test_a_prompt_goes_on_from_a_state(folder: Path) -> None:
     np.testing.assert_allclose(logits, whole, rtol=1e-5, atol=1e-5)
 
 
-WITHOUT = "import runpy, sys; sys.modules.update(sma=None, sma_models=None, torch=None); sys.argv = sys.argv[1:]; "
-RUN = "runpy.run_path(sys.argv[0], run_name='__main__')"
-
-
 def test_the_copy_of_the_runner_needs_no_library(trained: LanguageModel, folder: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(folder, tmp_path / "elsewhere")
-    command = [sys.executable, "-c", WITHOUT + RUN]
-    command += [str(moved / "runner.py"), "line 7 is", "--tokens", "30"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, timeout=60).stdout
+    said = written_alone(moved, "line 7 is", "--tokens", "30", without=("sma", "sma_models", "torch"))
     assert said == "line 7 is" + bytes(expected(trained, [PROMPTS[0]], 30)[0]).decode() + "\n"
 
 

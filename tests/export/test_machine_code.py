@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,9 @@ from sma_models.heads import LanguageModel
 from sma_modules.ops.ema import convolution
 from tests.export.conftest import TEXT
 from tests.export.places import FLOATS, Place, at, check
-from tests.export.test_folders import PROMPTS, RUN, WITHOUT, expected, written
 from tests.export.test_graphs import GAU, activated, model_of
 from tests.export.test_places import whole, whole_inputs
+from tests.export.texts import PROMPTS, expected, written, written_alone
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler; g++ is not there"
@@ -143,9 +141,9 @@ def test_a_draw_depends_on_the_seed_only(compiled: Compiled, place: Place) -> No
 def test_the_copy_of_the_runner_needs_no_library(compiled: Compiled, place: Place, tmp_path: Path) -> None:
     model, folder = compiled(place)
     moved = shutil.copytree(folder, tmp_path / "elsewhere")
-    command = [sys.executable, "-c", WITHOUT.replace(", torch=None", "") + RUN, str(moved / "runner.py"), "line 7 is"]
-    command += ["--tokens", "30", "--device", f"{place.device}:0"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, timeout=300).stdout
+    said = written_alone(
+        moved, "line 7 is", "--tokens", "30", "--device", f"{place.device}:0", without=("sma", "sma_models")
+    )
     assert said == "line 7 is" + bytes(expected(model, [PROMPTS[0]], 30)[0]).decode() + "\n"
 
 
