@@ -1,4 +1,8 @@
-"""Models as graphs of fixed shapes: a chunk of a prompt, a step of decoding, a whole sequence."""
+"""Models as graphs of fixed shapes: a chunk of a prompt, a step of decoding, a whole sequence.
+
+A graph computes in the dtype and on the device of the model: float32, bfloat16 or float16, on the CPU or on CUDA. It
+holds operations of PyTorch only, so that it runs where this library is not.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +84,8 @@ def export_prefill(model: Model, batch: int = 1, chunk: int = 256, *, capacity: 
             whoever is active; ``overflow`` counts the active tokens that found no room. 1 is exact.
 
     Raises:
-        ConfigError: an argument is out of range, the model is no language model or in training mode.
+        ConfigError: an argument is out of range, the model is no language model, in training mode, or not in one such
+            dtype on one such device.
         StreamingError: the model cannot stream; the message says why.
         ExportError: a part of it cannot be exported; the message names it and says why.
 
@@ -114,7 +119,8 @@ def export_step(model: Model, batch: int | None = None) -> Exported:
         batch: how many sequences B; None makes a graph for any number.
 
     Raises:
-        ConfigError: the batch is below 1, the model is no language model or in training mode.
+        ConfigError: the batch is below 1, the model is no language model, in training mode, or not in one such dtype on
+            one such device.
         StreamingError: the model cannot stream; the message says why.
         ExportError: a part of it cannot be exported; the message names it and says why.
 
@@ -142,9 +148,9 @@ def export_step(model: Model, batch: int | None = None) -> Exported:
 def export_forward(model: Model, batch: int = 1, length: int = 256, *, capacity: float = 1.0) -> Exported:
     """The graph of a model on whole sequences.
 
-    Inputs are ``inputs (B, L)``, int64 tokens or real numbers, and ``lengths (B,)`` int64 of 1 to L; of a model for
-    pairs ``first``, ``first_lengths``, ``second`` and ``second_lengths``. Outputs are the ``logits`` and
-    ``overflow ()``.
+    Inputs are ``inputs (B, L)``, int64 tokens or real numbers in the dtype of the model, and ``lengths (B,)`` int64 of
+    1 to L; of a model for pairs ``first``, ``first_lengths``, ``second`` and ``second_lengths``. Outputs are the
+    ``logits`` and ``overflow ()``.
 
     Args:
         model: any model in evaluation mode. It is left as it is.
@@ -153,7 +159,8 @@ def export_forward(model: Model, batch: int = 1, length: int = 256, *, capacity:
         capacity: as for :func:`export_prefill`.
 
     Raises:
-        ConfigError: an argument is out of range, or the model is in training mode.
+        ConfigError: an argument is out of range, or the model is in training mode or not in one such dtype on one such
+            device.
         ExportError: a part of it cannot be exported; the message names it and says why.
     """
     weight = check_model(model)
@@ -244,7 +251,11 @@ def _named(state: StackState) -> dict[str, Tensor]:
 
 
 def check_model(model: Model) -> Tensor:
-    """A weight of the model: all are in its dtype and on its device."""
+    """A weight of a model that can be exported; all are in its dtype and on its device.
+
+    Raises:
+        ConfigError: it cannot.
+    """
     if not isinstance(model, Model):
         raise ConfigError(f"model: must be a model of this library, got {type(model).__name__}")
     if model.training:

@@ -184,6 +184,14 @@ def test_the_model_is_left_as_it_is(trained: LanguageModel) -> None:
     assert weight.data_ptr() == trained.embedding.weight.data_ptr(), "the graph copied the weights"
 
 
+def test_autocast_around_it_changes_nothing(trained: LanguageModel) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        step = export_step(trained, 2)
+    inside = run(step)
+    for name, each in run(export_step(trained, 2)).items():
+        assert torch.equal(inside[name], each), name
+
+
 def test_what_finds_no_room_is_counted(trained: LanguageModel) -> None:
     exported = export_prefill(trained, 2, 20, capacity=0.05)
     with torch.no_grad():
