@@ -56,12 +56,12 @@ class Exported:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes: that of the model, of the inputs and of the outputs."""
+        """The device of the model, of the inputs and of the outputs."""
         return self.example[self.inputs[0]].device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in: that of the weights and of the logits."""
+        """The dtype of the weights and of the logits."""
         return next(iter(self.program.parameters())).dtype
 
 
