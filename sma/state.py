@@ -47,6 +47,21 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Tensor | str]]:
         yield from _leaves(item, f"{name}.{key}" if name else str(key))
 
 
+def _collect(value: Any, tensors: list[Tensor]) -> None:
+    """The tensors in the order of :func:`_leaves`, for which decoding has no time."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+    elif isinstance(value, State):
+        for name in value.__dataclass_fields__:
+            _collect(getattr(value, name), tensors)
+    elif isinstance(value, tuple):
+        for item in value:
+            _collect(item, tensors)
+    elif isinstance(value, dict):
+        for item in value.values():
+            _collect(item, tensors)
+
+
 S = TypeVar("S", bound="State")
 
 
@@ -60,7 +75,9 @@ class State:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the state, in the order of the fields."""
-        return list(self.named_tensors().values())
+        tensors: list[Tensor] = []
+        _collect(self, tensors)
+        return tensors
 
     def named_tensors(self) -> dict[str, Tensor]:
         """The same, by their place: ``layers.0.activate.seen``, for instance."""

@@ -112,8 +112,8 @@ class Stack(nn.Module):
         lengths = alignment.lengths
         if torch.is_autocast_enabled(x.device.type):  # or every layer would read and write float32
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        x = self.dropout(alignment.align(x))
-        device = x.device  # blocks may lie on others, and what they are given is brought there by hooks
+        x, device = alignment.align(x), x.device
+        x = self.dropout(x)  # this, and the blocks, may lie on other devices, to which hooks bring what they are given
 
         def restored(tensor: Tensor) -> Tensor:
             return alignment.restore(tensor.to(device))

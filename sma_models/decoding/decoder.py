@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from sma.errors import ConfigError, ShapeError, StreamingError
 from sma.stepping import Decision, Moment, Room
-from sma_models.decoding.graph import Graph
+from sma_models.decoding.graph import Graph, fill
 from sma_models.decoding.prompts import Reader
 from sma_models.decoding.steps import ModelStepper, position_of
 from sma_models.heads import LanguageModel
@@ -81,6 +81,7 @@ class Decoder:
         self._set_live: list[bool] = [False] * slots
         able = capture and weight.is_cuda and not self._stepper.why_uncaptured()
         self._graph: Graph[dict[str, Decision]] | None = Graph(weight.device) if able else None
+        self._seat = _Seat(self) if able else None
 
     @property
     def uncaptured(self) -> dict[str, str]:
@@ -160,10 +161,10 @@ class Decoder:
         Raises:
             StreamingError: there are not so many free slots, or the state does not fit the model.
         """
-        sequences = position_of(state).numel()
-        self._check_room(sequences)
-        slots = [slot for slot, taken in enumerate(self._taken) if taken is None][:sequences]
-        self._write(slots, state, logits)
+        position = position_of(state)
+        self._check_room(position.numel())
+        slots = [slot for slot, taken in enumerate(self._taken) if taken is None][: position.numel()]
+        self._write(slots, state, logits, position)
         return slots
 
     def acquire(self) -> int:
@@ -246,7 +247,7 @@ class Decoder:
         """The same for several slots and a state of as many sequences; logits ``(n, V)``."""
         for slot in slots:
             self._check_occupied(slot)
-        self._write(list(slots), state, logits)
+        self._write(list(slots), state, logits, position_of(state))
 
     def take_back(self, slot: int, tokens: int) -> None:
         """Forget the last tokens of a sequence, as if they had never come. ``logits`` are not restored.
@@ -270,17 +271,23 @@ class Decoder:
             self._stepper.refresh()
 
     @torch.no_grad()
-    def _write(self, slots: list[int], state: StackState, logits: Tensor | None) -> None:
+    def _write(self, slots: list[int], state: StackState, logits: Tensor | None, position: Tensor) -> None:
         self._stepper.check(state)
-        index = torch.tensor(slots, dtype=torch.int64, device=self._position.device)
-        position = position_of(state).to(index.device)
-        if position.shape != index.shape:
+        if position.numel() != len(slots):
             raise StreamingError(f"state: must be of {len(slots)} sequences, got {position.numel()}")
-        self._stepper.write(index, state, position)
-        self._position[index] = position
-        self.logits[index] = 0 if logits is None else logits.to(self.logits)
+        if self._seat is not None and self._seat.fits(state):
+            self._seat.take(self._put, slots[0], state, position, logits)
+        else:
+            index = torch.tensor(slots, dtype=torch.int64, device=self._position.device)
+            self._put(index, state, position.to(index.device), logits)
         for slot in slots:
             self._taken[slot] = 0
+
+    def _put(self, slots: Tensor, state: StackState, position: Tensor, logits: Tensor | None) -> None:
+        """A state to where the slots ``(n,)`` lie."""
+        self._stepper.write(slots, state, position)
+        self._position[slots] = position
+        self.logits[slots] = 0 if logits is None else logits.to(self.logits)
 
     def _advance(self) -> dict[str, Decision]:
         """A step, from the tokens where they lie to the logits where they lie."""
@@ -336,3 +343,33 @@ class Decoder:
     def _check_occupied(self, slot: int) -> None:
         if not 0 <= slot < self.slots or self._taken[slot] is None:
             raise StreamingError(f"slot {slot}: holds no sequence; those that do are {self.occupied}")
+
+
+class _Seat:
+    """The state of one sequence on its way into a slot: hundreds of small copies, as one CUDA graph."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        device = decoder.logits.device
+        self._state = decoder.model.initial_state(1)
+        self._dtypes = [each.dtype for each in self._state.tensors()]
+        self._slot, self._position = torch.zeros(2, 1, dtype=torch.int64, device=device)
+        self._logits = torch.zeros_like(decoder.logits[:1])
+        self._graph: Graph[None] = Graph(device)
+
+    def fits(self, state: StackState) -> bool:
+        """Whether it is of one sequence, and nothing of it would be rounded on the way."""
+        tensors = state.tensors()
+        return tensors[0].shape[0] == 1 and [each.dtype for each in tensors] == self._dtypes
+
+    def take(
+        self, put: Callable[..., None], slot: int, state: StackState, position: Tensor, logits: Tensor | None
+    ) -> None:
+        """Put a state into a slot, by ``put`` of the decoder."""
+        fill(self._state, state)
+        self._slot.fill_(slot)
+        self._position.copy_(position)
+        if logits is None:
+            self._logits.zero_()
+        else:
+            self._logits.copy_(logits.view_as(self._logits))
+        self._graph.run(lambda: put(self._slot, self._state, self._position, self._logits))

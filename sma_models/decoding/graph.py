@@ -1,4 +1,4 @@
-"""A step, or a chunk, as a CUDA graph."""
+"""A step, a chunk, or the copy of a state, as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Generic, TypeVar, cast
 
 import torch
+from torch import Tensor
+
+from sma.state import State
 
 T = TypeVar("T")
 WARMUP = 2
@@ -58,3 +61,14 @@ class Graph(Generic[T]):
             torch.cuda.synchronize(self.device)
         else:
             self._graph = graph
+
+
+def fill(place: State, state: State) -> None:
+    """Put the tensors of a state into those of another one of the same form, in a few launches."""
+    pairs: dict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    for to, tensor in zip(place.tensors(), state.tensors(), strict=True):
+        places, tensors = pairs.setdefault((to.dtype, tensor.dtype), ([], []))
+        places.append(to)
+        tensors.append(tensor)
+    for places, tensors in pairs.values():
+        torch._foreach_copy_(places, tensors)

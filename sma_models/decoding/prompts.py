@@ -12,7 +12,7 @@ from sma.errors import ConfigError, StreamingError
 from sma.interfaces import BlockOutput
 from sma.state import difference
 from sma_models.decoding.fixed import why_not_fixed, with_fixed_rows
-from sma_models.decoding.graph import WARMUP, Graph
+from sma_models.decoding.graph import WARMUP, Graph, fill
 from sma_models.heads import LanguageModel, check_tokens, without_padding
 from sma_models.stack import StackState
 
@@ -72,6 +72,8 @@ class Reader:
         self.model, self.chunk = model, chunk
         self._why_not = _why_uncaptured(model, capture)
         self._fixed: LanguageModel | None = None
+        self._beginning: StackState | None = None
+        self._places: dict[int, StackState] = {}  # of the states that go in, by the number of prompts
         self._wholes: dict[int, _Captured] = {}
         self._parts: dict[int, _Captured] = {}
 
@@ -90,11 +92,17 @@ class Reader:
         """Whether chunks are replayed from CUDA graphs."""
         return any(each.graph.ready for each in (*self._wholes.values(), *self._parts.values()))
 
+    def beginning(self) -> StackState:
+        """The state before the first token of a single prompt, made once: states are values."""
+        if self._beginning is None:
+            self._beginning = self.model.initial_state(1)
+        return self._beginning
+
     def warm_up(self) -> None:
         """Read single prompts of every length that has a graph, so that no later one waits for its capture."""
         if self._why_not:
             return
-        state = self.model.initial_state(1)
+        state = self.beginning()
         parts = {min(size, self.chunk - 1) for size in _sizes(self.chunk)} - {0}
         for length in (*sorted(parts), self.chunk):
             tokens = torch.zeros(1, length, dtype=torch.int64, device=self.model.embedding.weight.device)
@@ -106,7 +114,8 @@ class Reader:
         """Read prompts; arguments and errors as for :func:`prefill`."""
         prompt = check_prompt(self.model, prompt, valid, self.chunk)
         weight = self.model.embedding.weight
-        state = self.model.initial_state(prompt.shape[0]) if state is None else state
+        if state is None:
+            state = self.beginning() if prompt.shape[0] == 1 else self.model.initial_state(prompt.shape[0])
         last = torch.zeros(prompt.shape[0], self.model.stack.d_model, dtype=weight.dtype, device=prompt.device)
         for start in range(0, prompt.shape[1], self.chunk):
             columns = slice(start, start + self.chunk)
@@ -139,13 +148,18 @@ class Reader:
                 return self.model.stack(self.model.embed(tokens), state)  # type: ignore[no-any-return]
             columns = next(size for size in _sizes(self.chunk) if size >= length)
             if columns not in self._parts:
-                self._parts[columns] = _Captured(self._fixed, batch, columns, part=True)
+                self._parts[columns] = _Captured(self._fixed, columns, self._place(batch), part=True)
             return self._parts[columns].run(tokens, state)
         if batch not in self._wholes and len(self._wholes) < _MOST_GRAPHS:
-            self._wholes[batch] = _Captured(self._fixed, batch, length)
+            self._wholes[batch] = _Captured(self._fixed, length, self._place(batch))
         if batch in self._wholes:
             return self._wholes[batch].run(tokens, state)
         return self._fixed.stack(self._fixed.embed(tokens), state)  # type: ignore[no-any-return]
+
+    def _place(self, batch: int) -> StackState:
+        if batch not in self._places:
+            self._places[batch] = self.model.initial_state(batch)
+        return self._places[batch]
 
 
 def _sizes(chunk: int) -> list[int]:
@@ -173,14 +187,14 @@ class _Captured:
 
     Args:
         model: with a fixed number of rows.
-        batch: how many prompts.
         columns: of the chunk.
-        part: whether fewer of them may be filled.
+        state: where the state that goes in will lie.
+        part: whether fewer columns may be filled.
     """
 
-    def __init__(self, model: LanguageModel, batch: int, columns: int, *, part: bool = False) -> None:
-        device = model.embedding.weight.device
-        self._model, self._state = model, model.initial_state(batch)
+    def __init__(self, model: LanguageModel, columns: int, state: StackState, *, part: bool = False) -> None:
+        device, batch = model.embedding.weight.device, state.tensors()[0].shape[0]
+        self._model, self._state = model, state
         self._tokens = torch.zeros(batch, columns, dtype=torch.int64, device=device)
         self._lengths = torch.zeros(batch, dtype=torch.int64, device=device) if part else None
         self.graph: Graph[BlockOutput] = Graph(device)
@@ -196,11 +210,11 @@ class _Captured:
         self._tokens[:, :length].copy_(tokens)  # behind them stand earlier ones, which nobody looks at
         if self._lengths is not None:
             self._lengths.fill_(length)
-        _copy(self._state, state)
+        fill(self._state, state)
         out = self.graph.run(self._forward)
         state = cast("StackState", out.state)
         after = state.map(torch.empty_like)
-        _copy(after, state)
+        fill(after, state)
         if length == self._tokens.shape[1]:
             return replace(out, state=after)
         routings = {name: routing.map(lambda each: each[:, :length]) for name, routing in out.routings.items()}
@@ -220,17 +234,6 @@ class _Captured:
         with torch.autocast(self._tokens.device.type, enabled=False):
             features = self._model.embed(self._tokens)
             return self._model.stack(features, self._state, lengths=self._lengths)  # type: ignore[no-any-return]
-
-
-def _copy(to: StackState, given: StackState) -> None:
-    """In a few launches, where a copy of each tensor would take as many as there are."""
-    pairs: dict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-    for place, tensor in zip(to.tensors(), given.tensors(), strict=True):
-        places, tensors = pairs.setdefault((place.dtype, tensor.dtype), ([], []))
-        places.append(place)
-        tensors.append(tensor)
-    for places, tensors in pairs.values():
-        torch._foreach_copy_(places, tensors)
 
 
 def prefill(

@@ -74,10 +74,11 @@ def position_of(state: StackState) -> Tensor:
     seen = [each.seen for each in _inside(state) if isinstance(each, ActivatedState)]
     if not seen:
         return torch.zeros(tensors[0].shape[0], dtype=torch.int64, device=tensors[0].device)
-    if not torch.compiler.is_compiling() and any(not torch.equal(each, seen[0]) for each in seen[1:]):
-        raise StreamingError(
-            f"state: every layer must have seen as many tokens, got {[each.tolist() for each in seen]}"
-        )
+    if torch.compiler.is_compiling() or len(seen) == 1:
+        return seen[0]
+    together = torch.stack([each.to(seen[0].device) for each in seen])  # a device is waited for only once
+    if bool((together != seen[0]).any()):
+        raise StreamingError(f"state: every layer must have seen as many tokens, got {together.tolist()}")
     return seen[0]
 
 

@@ -26,6 +26,8 @@ Format = Literal["onnx", "aoti"]
 SUFFIX = {"onnx": ".onnx", "aoti": ".pt2"}
 ONNX_DTYPES = (torch.float32, torch.float16)
 """What ONNX Runtime computes in on a CPU."""
+INDUCTOR = {"triton.autotune_at_compile_time": False}
+"""Kernels are tuned on the example: by default they are on made-up numbers, with which they would read outside."""
 
 
 def export(
@@ -167,7 +169,7 @@ def _write(exported: Exported, path: Path, format: Format) -> None:
 
     try:
         with quiet():
-            aoti_compile_and_package(exported.program, package_path=str(path))
+            aoti_compile_and_package(exported.program, package_path=str(path), inductor_configs=INDUCTOR)
     except (InductorError, InvalidCxxCompiler) as error:
         lines = [line for line in (*str(error).splitlines(), type(error).__name__) if line.strip()]
         reason = next((line for line in lines if "error: " in line or "cannot find" in line), lines[0])

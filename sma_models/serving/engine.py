@@ -14,6 +14,7 @@ from torch import Tensor
 from sma.errors import ConfigError
 from sma.stepping import Decision
 from sma_models.decoding import Decoder
+from sma_models.decoding.graph import WARMUP
 from sma_models.heads import LanguageModel
 from sma_models.serving.errors import full, unavailable
 from sma_models.serving.limits import Limits
@@ -240,7 +241,7 @@ class Engine:
         model, wish = self.model, prompt.ticket.wish
         piece = prompt.tokens[prompt.at : prompt.at + size]
         tokens = torch.tensor([list(piece)], device=model.embedding.weight.device)
-        state = model.initial_state(1) if prompt.state is None else prompt.state
+        state = self._decoder.reader.beginning() if prompt.state is None else prompt.state
         out = self._decoder.reader.read_chunk(tokens, state)
         before, prompt.state, prompt.last = prompt.last, cast("StackState", out.state), model.logits(out.x[:, -1])
         if wish.of_prompt and wish.likelihoods is not None:
@@ -329,10 +330,11 @@ class Engine:
     def _warm_up(self) -> list[str]:
         """A few tokens, so that no client waits for what the first calls set up; the channels."""
         self._decoder.reader.warm_up()
-        slot = self._decoder.join(torch.zeros(1, dtype=torch.int64, device=self.model.embedding.weight.device))
-        for _ in range(4):
+        prompt = torch.zeros(1, dtype=torch.int64, device=self.model.embedding.weight.device)
+        for _ in range(WARMUP + 2):
+            slot = self._decoder.join(prompt)
             self._decoder.step({slot: 0})
-        self._decoder.leave(slot)
+            self._decoder.leave(slot)
         return [
             name if decision.active.shape[-1] == 1 else f"{name}[{m}]"
             for name, decision in self._decoder.decisions.items()

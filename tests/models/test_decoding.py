@@ -356,6 +356,7 @@ def test_captured_steps_are_the_launched_ones(name: str) -> None:
     model = deepcopy(tiny(name)).cuda()
     tokens = inputs_of(model, length=40).cuda()
     captured, launched = (Decoder(model, 3, capture=capture) for capture in (True, False))
+    another = prefill(model, tokens[2:, :7], capture=False)  # the same bits for both
     for decoder in (captured, launched):
         decoder.join_all(tokens[:, :9])
     for t in range(9, 40):
@@ -363,7 +364,7 @@ def test_captured_steps_are_the_launched_ones(name: str) -> None:
         if t == 25:  # the graph goes on with whoever is there
             for decoder in (captured, launched):
                 decoder.leave(1)
-                decoder.join(tokens[2, :7])
+                decoder.resume(another.state, another.logits)
     assert captured.captured
     assert not captured.uncaptured
     assert not launched.captured

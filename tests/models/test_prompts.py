@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import sma
 from sma.errors import StreamingError
 from sma_models.decoding import Decoder, Reader, prefill, prompts
+from sma_models.decoding import decoder as decoder_module
 from sma_models.decoding.fixed import why_not_fixed
 from sma_models.decoding.graph import WARMUP
 from sma_models.heads import LanguageModel
@@ -150,7 +151,7 @@ def test_parts_of_a_chunk_are_filled_up(name: str, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.usefixtures("replaying")
 @pytest.mark.parametrize(
-    ("chunk", "parts"), [(1, []), (2, [2]), (128, [128]), (129, [128, 129]), (600, [128, 512, 600])]
+    ("chunk", "parts"), [(1, []), (2, [2]), (128, [128]), (129, [128]), (130, [128, 130]), (600, [128, 512, 600])]
 )
 def test_whoever_comes_after_the_warm_up_waits_for_no_capture(chunk: int, parts: list[int]) -> None:
     reader = Reader(tiny("seqboat_small_lm"), chunk)
@@ -233,6 +234,25 @@ def test_why_chunks_are_not_captured() -> None:
         "0": "TransformerEncoderLayer (layout 'padded') takes rows as long as the longest sequence of active tokens, "
         "which is not known beforehand"
     }
+
+
+@every_language_model
+def test_states_take_their_slots_by_a_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder_module, "Graph", Replayed)
+    model = double(name)
+    decoder, tokens = Decoder(model, 2, rollback=1), inputs_of(model, batch=3, length=20)
+    decoder._seat = decoder_module._Seat(decoder)
+    kept = decoder.join(tokens[2, :4])
+    for i, length in enumerate((3, 17, 9, 1, 12)):  # before the capture, at it and after it
+        row = tokens[i % 3]
+        slot = decoder.join(row[:length])
+        close(decoder.logits[slot], whole(model, row[None, :length])[0, -1])
+        close(decoder.step({slot: int(row[length])})[slot], whole(model, row[None, : length + 1])[0, -1])
+        decoder.leave(slot)
+    decoder.write(kept, prefill(model, tokens[:1, :6]).state)
+    close(decoder.step({kept: int(tokens[0, 6])})[kept], whole(model, tokens[:1, :7])[0, -1])
+    assert not decoder._seat.fits(prefill(model, tokens[:2]).state), "of two sequences"
+    assert not decoder._seat.fits(model.initial_state(1).to(dtype=torch.float32)), "would be widened"
 
 
 @needs_a_gpu
