@@ -168,7 +168,7 @@ def _write(exported: Exported, path: Path, format: Format) -> None:
     from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
     try:
-        with quiet():
+        with quiet(), torch.no_grad():  # it runs once, to tune
             aoti_compile_and_package(exported.program, package_path=str(path), inductor_configs=INDUCTOR)
     except (InductorError, InvalidCxxCompiler) as error:
         lines = [line for line in (*str(error).splitlines(), type(error).__name__) if line.strip()]
