@@ -15,6 +15,9 @@ from sma_models.decoding.steps import ModelStepper, position_of
 from sma_models.heads import LanguageModel
 from sma_models.stack import StackState
 
+_SEAT_FROM = 8
+"""Slots from which on states take theirs by a graph, which costs the memory of one state more."""
+
 
 class Decoder:
     """Room for a number of sequences on the device of a model, one token of each at a time.
@@ -81,7 +84,7 @@ class Decoder:
         self._set_live: list[bool] = [False] * slots
         able = capture and weight.is_cuda and not self._stepper.why_uncaptured()
         self._graph: Graph[dict[str, Decision]] | None = Graph(weight.device) if able else None
-        self._seat = _Seat(self) if able else None
+        self._seat = _Seat(self) if able and slots >= _SEAT_FROM else None
 
     @property
     def uncaptured(self) -> dict[str, str]:

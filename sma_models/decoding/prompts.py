@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from sma.errors import ConfigError, StreamingError
 from sma.interfaces import BlockOutput
+from sma.routing import Routing
 from sma.state import difference
 from sma_models.decoding.fixed import why_not_fixed, with_fixed_rows
 from sma_models.decoding.graph import WARMUP, Graph, fill
@@ -61,21 +63,28 @@ class Reader:
         model: that reads, in evaluation mode. Its weights are used where they lie, and may change in place.
         chunk: how many columns are read at once.
         capture: False never captures a graph, and has rows for the active tokens only.
+        together: for how many single prompts at a time :meth:`read_pieces` is to have a graph.
+
+    Attributes:
+        together: how many it takes at most: 1 where nothing is captured, or where the rows would be too many.
 
     Raises:
-        ConfigError: the chunk is below 1.
+        ConfigError: the chunk or ``together`` is below 1.
     """
 
-    def __init__(self, model: LanguageModel, chunk: int = 2048, *, capture: bool = True) -> None:
-        if chunk < 1:
-            raise ConfigError(f"prefill_chunk: must be at least 1, got {chunk}")
+    def __init__(self, model: LanguageModel, chunk: int = 2048, *, capture: bool = True, together: int = 1) -> None:
+        for name, value in (("prefill_chunk", chunk), ("together", together)):
+            if value < 1:
+                raise ConfigError(f"{name}: must be at least 1, got {value}")
         self.model, self.chunk = model, chunk
         self._why_not = _why_uncaptured(model, capture)
+        self.together = 1 if self._why_not or together * chunk > _MOST_TOKENS else together
         self._fixed: LanguageModel | None = None
         self._beginning: StackState | None = None
         self._places: dict[int, StackState] = {}  # of the states that go in, by the number of prompts
         self._wholes: dict[int, _Captured] = {}
         self._parts: dict[int, _Captured] = {}
+        self._several: _Captured | None = None
 
     @property
     def uncaptured(self) -> dict[str, str]:
@@ -83,14 +92,17 @@ class Reader:
 
         Where a capture was tried and failed, what CUDA said is the reason.
         """
-        graphs = [each.graph for each in (*self._wholes.values(), *self._parts.values())]
-        failures = [graph.failure for graph in graphs if graph.failure is not None]
+        failures = [graph.failure for graph in self._graphs() if graph.failure is not None]
         return self._why_not | ({"": failures[0]} if failures else {})
 
     @property
     def captured(self) -> bool:
         """Whether chunks are replayed from CUDA graphs."""
-        return any(each.graph.ready for each in (*self._wholes.values(), *self._parts.values()))
+        return any(graph.ready for graph in self._graphs())
+
+    def _graphs(self) -> list[Graph[BlockOutput]]:
+        several = [] if self._several is None else [self._several]
+        return [each.graph for each in (*self._wholes.values(), *self._parts.values(), *several)]
 
     def beginning(self) -> StackState:
         """The state before the first token of a single prompt, made once: states are values."""
@@ -99,15 +111,17 @@ class Reader:
         return self._beginning
 
     def warm_up(self) -> None:
-        """Read single prompts of every length that has a graph, so that no later one waits for its capture."""
+        """Read single prompts of every length that has a graph, so that no later one waits for its capture.
+
+        Of a reader of several ``together`` that is the one graph for these.
+        """
         if self._why_not:
             return
-        state = self.beginning()
         parts = {min(size, self.chunk - 1) for size in _sizes(self.chunk)} - {0}
-        for length in (*sorted(parts), self.chunk):
+        for length in [1] if self.together > 1 else [*sorted(parts), self.chunk]:
             tokens = torch.zeros(1, length, dtype=torch.int64, device=self.model.embedding.weight.device)
             for _ in range(WARMUP + 1):
-                self.read_chunk(tokens, state)
+                self.read_pieces([tokens], [self.beginning()])
 
     @torch.no_grad()
     def read(self, prompt: Tensor, state: StackState | None = None, *, valid: Tensor | None = None) -> Prefilled:
@@ -140,21 +154,50 @@ class Reader:
         many = tokens.numel() > _MOST_TOKENS
         if self._why_not or many or (valid is not None and not bool(valid.all())):
             return self.model.stack(self.model.embed(tokens), state, valid=valid)  # type: ignore[no-any-return]
-        if self._fixed is None:
-            self._fixed = with_fixed_rows(self.model)
+        fixed = self._with_fixed_rows()
         batch, length = tokens.shape
         if length < self.chunk:
             if batch > 1:
                 return self.model.stack(self.model.embed(tokens), state)  # type: ignore[no-any-return]
             columns = next(size for size in _sizes(self.chunk) if size >= length)
             if columns not in self._parts:
-                self._parts[columns] = _Captured(self._fixed, columns, self._place(batch), part=True)
+                self._parts[columns] = _Captured(fixed, columns, self._place(batch), part=True)
             return self._parts[columns].run(tokens, state)
         if batch not in self._wholes and len(self._wholes) < _MOST_GRAPHS:
-            self._wholes[batch] = _Captured(self._fixed, length, self._place(batch))
+            self._wholes[batch] = _Captured(fixed, length, self._place(batch))
         if batch in self._wholes:
             return self._wholes[batch].run(tokens, state)
-        return self._fixed.stack(self._fixed.embed(tokens), state)  # type: ignore[no-any-return]
+        return fixed.stack(fixed.embed(tokens), state)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def read_pieces(self, pieces: Sequence[Tensor], states: Sequence[StackState]) -> list[BlockOutput]:
+        """Pieces of several single prompts, which wait for each other's launches only once.
+
+        With several ``together`` there are always that many rows of a whole chunk, whoever comes, so that what one
+        prompt gives does not depend on the others.
+
+        Args:
+            pieces: ``(1, L)`` each, L at most the chunk; at most ``together`` of them.
+            states: to go on from.
+
+        Returns:
+            What :meth:`read_chunk` gives for each. Features and routings are overwritten by the next call.
+
+        Raises:
+            ConfigError: there are more of them.
+        """
+        if len(pieces) > self.together:
+            raise ConfigError(f"pieces: must be at most {self.together}, got {len(pieces)}")
+        if self.together == 1:
+            return [self.read_chunk(*each) for each in zip(pieces, states, strict=True)]
+        if self._several is None:
+            self._several = _Captured(self._with_fixed_rows(), self.chunk, self._place(self.together), part=True)
+        return self._several.run_rows(pieces, states)
+
+    def _with_fixed_rows(self) -> LanguageModel:
+        if self._fixed is None:
+            self._fixed = with_fixed_rows(self.model)
+        return self._fixed
 
     def _place(self, batch: int) -> StackState:
         if batch not in self._places:
@@ -205,35 +248,64 @@ class _Captured:
         Raises:
             StreamingError: the state is of another model or batch.
         """
-        self._check(state)
+        self._check(state, self._tokens.shape[0])
         length = tokens.shape[1]
         self._tokens[:, :length].copy_(tokens)  # behind them stand earlier ones, which nobody looks at
         if self._lengths is not None:
             self._lengths.fill_(length)
         fill(self._state, state)
-        out = self.graph.run(self._forward)
-        state = cast("StackState", out.state)
-        after = state.map(torch.empty_like)
-        fill(after, state)
-        if length == self._tokens.shape[1]:
-            return replace(out, state=after)
-        routings = {name: routing.map(lambda each: each[:, :length]) for name, routing in out.routings.items()}
-        return replace(out, x=out.x[:, :length], state=after, routings=routings)
+        return _value_of(self.graph.run(self._forward), length)
 
-    def _check(self, state: StackState) -> None:
+    def run_rows(self, pieces: Sequence[Tensor], states: Sequence[StackState]) -> list[BlockOutput]:
+        """The same for a row each; see :meth:`Reader.read_pieces`."""
+        assert self._lengths is not None
+        lengths = [piece.shape[1] for piece in pieces]
+        for state in states:
+            self._check(state, 1)
+        for row, (piece, state) in enumerate(zip(pieces, states, strict=True)):
+            self._tokens[row, : lengths[row]].copy_(piece[0])
+            fill(_rows(self._state, row), state)
+        unused = [0] * (self._tokens.shape[0] - len(lengths))
+        self._lengths.copy_(torch.tensor([*lengths, *unused]))
+        out = self.graph.run(self._forward)
+        found = []
+        for row, length in enumerate(lengths):
+            routings = {name: _rows(routing, row) for name, routing in out.routings.items()}
+            own = BlockOutput(out.x[row : row + 1], _rows(cast("StackState", out.state), row), routings, out.losses)
+            found.append(_value_of(own, length))
+        return found
+
+    def _check(self, state: StackState, batch: int) -> None:
         problem = difference(self._state, state.kinds(), state.named_tensors())
-        rows = {tensor.shape[0] for tensor in state.tensors()} - {self._tokens.shape[0]}
+        rows = {tensor.shape[0] for tensor in state.tensors()} - {batch}
         if problem is not None:
             raise StreamingError(f"state: does not fit the model: {problem}")
         if rows:
-            raise StreamingError(
-                f"state: must be of {self._tokens.shape[0]} sequences like the input, got {rows.pop()}"
-            )
+            raise StreamingError(f"state: must be of {batch} sequences like the input, got {rows.pop()}")
 
     def _forward(self) -> BlockOutput:
         with torch.autocast(self._tokens.device.type, enabled=False):
             features = self._model.embed(self._tokens)
             return self._model.stack(features, self._state, lengths=self._lengths)  # type: ignore[no-any-return]
+
+
+R = TypeVar("R", StackState, Routing)
+
+
+def _rows(value: R, row: int) -> R:
+    """One row of a batch, where it lies."""
+    return value.map(lambda tensor: tensor[row : row + 1])
+
+
+def _value_of(out: BlockOutput, length: int) -> BlockOutput:
+    """The first ``length`` columns, and a state that no replay overwrites."""
+    state = cast("StackState", out.state)
+    after = state.map(torch.empty_like)
+    fill(after, state)
+    if length == out.x.shape[1]:
+        return replace(out, state=after)
+    routings = {name: routing.map(lambda each: each[:, :length]) for name, routing in out.routings.items()}
+    return replace(out, x=out.x[:, :length], state=after, routings=routings)
 
 
 def prefill(

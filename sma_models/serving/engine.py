@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from sma.errors import ConfigError
+from sma.interfaces import BlockOutput
 from sma.stepping import Decision
-from sma_models.decoding import Decoder
+from sma_models.decoding import Decoder, Reader
 from sma_models.decoding.graph import WARMUP
 from sma_models.heads import LanguageModel
 from sma_models.serving.errors import full, unavailable
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 _PROMPTS_A_ROUND = 8
 """Short prompts that are read between two steps at most: each costs a pass, however short."""
+_PROMPTS_TOGETHER = 4
+"""That one pass reads where passes are captured: it takes hardly longer than for one, and as many states."""
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +61,7 @@ class Engine:
             raise ConfigError(f"model: must be a language model of bytes (vocab_size 256), got {type(model).__name__}")
         self.model, self.limits = model, limits
         self._decoder = Decoder(model, limits.slots, prefill_chunk=limits.prefill_chunk, capture=capture)
+        self._reader = Reader(model, limits.prefill_chunk, capture=capture, together=_PROMPTS_TOGETHER)
         self.channels = self._warm_up()
         self._lock = threading.Condition()
         self._inbox: deque[Ticket] = deque()
@@ -221,39 +225,55 @@ class Engine:
     def _read_some(self) -> None:
         chunk = left = self.limits.prefill_chunk
         while self._reading and left > 0:
-            prompt = self._reading.popleft()
-            size = min(chunk, len(prompt.tokens) - prompt.at)
-            left -= max(size, chunk // _PROMPTS_A_ROUND)
-            try:
-                self._read(prompt, size)
-            except Exception:
-                log.exception("a prompt of %d tokens cannot be read", len(prompt.tokens))
-                self._fail(prompt.ticket, "the prompt could not be read; the server's log says why")
-                continue
+            count = min(self._reader.together, len(self._reading))
+            read = self._read_together([self._reading.popleft() for _ in range(count)])
+            left -= max(read, chunk // _PROMPTS_A_ROUND)
+
+    def _read_together(self, prompts: list[Prompt]) -> int:
+        """A piece of each, and how many tokens these were."""
+        try:
+            read = self._read(prompts)
+        except Exception:
+            if len(prompts) > 1:  # whose fault it is shows when each is read alone
+                return sum(self._read_together([prompt]) for prompt in prompts)
+            log.exception("a prompt of %d tokens cannot be read", len(prompts[0].tokens))
+            self._fail(prompts[0].ticket, "the prompt could not be read; the server's log says why")
+            return 0
+        for prompt in prompts:
             if prompt.at < len(prompt.tokens):
                 self._reading.append(prompt)
             else:
                 self._begin(prompt)
+        return read
 
     @torch.no_grad()
-    def _read(self, prompt: Prompt, size: int) -> None:
-        """One piece, exactly as a :class:`sma_models.decoding.Decoder` reads it."""
-        model, wish = self.model, prompt.ticket.wish
-        piece = prompt.tokens[prompt.at : prompt.at + size]
-        tokens = torch.tensor([list(piece)], device=model.embedding.weight.device)
-        state = self._decoder.reader.beginning() if prompt.state is None else prompt.state
-        out = self._decoder.reader.read_chunk(tokens, state)
-        before, prompt.state, prompt.last = prompt.last, cast("StackState", out.state), model.logits(out.x[:, -1])
+    def _read(self, prompts: list[Prompt]) -> int:
+        """The same, if nothing goes wrong; if something does, nothing has happened."""
+        pieces = [prompt.tokens[prompt.at : prompt.at + self.limits.prefill_chunk] for prompt in prompts]
+        device = self.model.embedding.weight.device
+        tokens = [torch.tensor([list(piece)], device=device) for piece in pieces]
+        states = [self._reader.beginning() if prompt.state is None else prompt.state for prompt in prompts]
+        outs = self._reader.read_pieces(tokens, states)
+        told = [self._told_of(*each) for each in zip(prompts, tokens, outs, strict=True)]
+        for prompt, piece, out, events in zip(prompts, pieces, outs, told, strict=True):
+            prompt.state, prompt.last = cast("StackState", out.state), self.model.logits(out.x[:, -1])
+            prompt.at += len(piece)
+            for event in events:
+                self._say(prompt.ticket, event)
+        return sum(map(len, pieces))
+
+    def _told_of(self, prompt: Prompt, tokens: Tensor, out: BlockOutput) -> list[Event]:
+        """What is wanted of a piece ``(1, L)`` of a prompt."""
+        wish, events = prompt.ticket.wish, list[Event]()
         if wish.of_prompt and wish.likelihoods is not None:
-            found = self._likelihoods_of(model.logits(out.x[0]), before, tokens[0], wish.likelihoods)
-            for text in prompt.texts:
-                self._say(prompt.ticket, Read(text.number, found))
+            found = self._likelihoods_of(self.model.logits(out.x[0]), prompt.last, tokens[0], wish.likelihoods)
+            events.extend(Read(text.number, found) for text in prompt.texts)
         if wish.activations:
-            rows = _rows({name: Decision(r.active[0], r.confidence[0]) for name, r in out.routings.items()}, size)
-            for i, row in enumerate(rows):
-                for text in prompt.texts:
-                    self._say(prompt.ticket, Activated(text.number, prompt.at + i, piece[i], *row))
-        prompt.at += size
+            decisions = {name: Decision(r.active[0], r.confidence[0]) for name, r in out.routings.items()}
+            for i, row in enumerate(_rows(decisions, tokens.shape[1])):
+                at = prompt.at + i
+                events.extend(Activated(text.number, at, prompt.tokens[at], *row) for text in prompt.texts)
+        return events
 
     def _likelihoods_of(
         self, logits: Tensor, before: Tensor | None, tokens: Tensor, most: int
@@ -329,10 +349,9 @@ class Engine:
 
     def _warm_up(self) -> list[str]:
         """A few tokens, so that no client waits for what the first calls set up; the channels."""
-        self._decoder.reader.warm_up()
-        prompt = torch.zeros(1, dtype=torch.int64, device=self.model.embedding.weight.device)
+        self._reader.warm_up()
         for _ in range(WARMUP + 2):
-            slot = self._decoder.join(prompt)
+            slot = self._decoder.acquire()
             self._decoder.step({slot: 0})
             self._decoder.leave(slot)
         return [

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import sma
-from sma.errors import StreamingError
+from sma.errors import ConfigError, StreamingError
 from sma_models.decoding import Decoder, Reader, prefill, prompts
 from sma_models.decoding import decoder as decoder_module
 from sma_models.decoding.fixed import why_not_fixed
@@ -147,6 +147,71 @@ def test_parts_of_a_chunk_are_filled_up(name: str, monkeypatch: pytest.MonkeyPat
             assert torch.equal(out.routings[layer].position, last.position)
     assert sorted(reader._parts) == [3, 12, 20]
     assert all(part.graph.ready for part in reader._parts.values())
+
+
+@every_language_model
+@pytest.mark.usefixtures("replaying")
+def test_pieces_of_several_prompts_are_read_together(name: str) -> None:
+    model = double(name)
+    reader, tokens = Reader(model, 9, together=3), inputs_of(model, batch=3, length=30)
+    states: list[Any] = [reader.beginning()] * 3
+    at = [0, 0, 0]
+    # Rows and lengths change from call to call, before the capture and after it.
+    for rows, lengths in (
+        ([0, 1, 2], [9, 4, 1]),
+        ([2, 0], [9, 2]),
+        ([1], [3]),
+        ([1, 2, 0], [9, 2, 9]),
+        ([0, 1], [1, 9]),
+    ):
+        pieces = [tokens[row : row + 1, at[row] : at[row] + length] for row, length in zip(rows, lengths, strict=True)]
+        outs = reader.read_pieces(pieces, [states[row] for row in rows])
+        for row, length, out in zip(rows, lengths, outs, strict=True):
+            at[row] += length
+            states[row] = out.state
+            with torch.no_grad():
+                expected = model(tokens[row : row + 1, : at[row]])
+            close(model.logits(out.x), expected.logits[:, -length:])
+            for layer, routing in expected.routings.items():
+                assert torch.equal(out.routings[layer].active, routing.active[:, -length:])
+                assert torch.equal(out.routings[layer].position, routing.position[:, -length:])
+    for row, state in enumerate(states):
+        assert {each.shape[0] for each in state.tensors()} == {1}
+        with torch.no_grad():
+            close(
+                model(tokens[:1, :1], state).logits,
+                model(torch.cat([tokens[row, : at[row]], tokens[0, :1]])[None]).logits[:, -1:],
+            )
+    assert reader.captured
+    with pytest.raises(ConfigError, match="pieces: must be at most 3, got 4"):
+        reader.read_pieces([tokens[:1, :1]] * 4, [reader.beginning()] * 4)
+    with pytest.raises(StreamingError, match="state: must be of 1 sequences like the input, got 2"):
+        reader.read_pieces([tokens[:1, :1]], [model.initial_state(2)])
+
+
+@pytest.mark.usefixtures("replaying")
+def test_what_a_prompt_gives_does_not_depend_on_the_others() -> None:
+    model: LanguageModel = tiny("seqboat_lm")  # single precision: a bit would show
+    reader, tokens = Reader(model, 16, together=4), inputs_of(model, batch=4, length=16)
+    reader.warm_up()
+    pieces = [tokens[i : i + 1, : 16 - 3 * i] for i in range(4)]
+    together = [
+        out.state.clone() for out in reader.read_pieces(pieces, [reader.beginning()] * 4) if out.state is not None
+    ]
+    for piece, state in zip(pieces, together, strict=True):
+        (alone,) = reader.read_pieces([piece], [reader.beginning()])
+        assert alone.state is not None
+        assert all(map(torch.equal, alone.state.tensors(), state.tensors()))
+
+
+def test_together_only_where_a_graph_can_hold_it(replaying: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("seqboat_small_lm")
+    assert Reader(model, 16_384, together=3).together == 1, "too many rows"
+    assert Reader(model, 8, together=3).together == 3
+    monkeypatch.undo()
+    assert Reader(model, 8, together=3).together == 1, "nothing is captured"
+    with pytest.raises(ConfigError, match="together: must be at least 1, got 0"):
+        Reader(model, together=0)
 
 
 @pytest.mark.usefixtures("replaying")
@@ -287,6 +352,41 @@ def test_captured_parts_are_the_launched_ones(name: str) -> None:
         assert all(map(torch.equal, read.state.tensors(), again.state.tensors()))
     assert not captured.uncaptured
     assert all(part.graph.ready for part in captured._parts.values())
+
+
+@needs_a_gpu
+@every_language_model
+def test_captured_states_take_their_slots(name: str) -> None:
+    model: LanguageModel = deepcopy(tiny(name)).cuda()
+    tokens = inputs_of(model, batch=3, length=20).cuda()
+    captured, launched = (Decoder(model, 8, capture=capture) for capture in (True, False))
+    for i, length in enumerate((3, 17, 9, 1, 12)):
+        read = prefill(model, tokens[i % 3 : i % 3 + 1, :length], capture=False)
+        (slot,), (other,) = captured.resume(read.state, read.logits), launched.resume(read.state, read.logits)
+        assert torch.equal(captured.logits[slot], launched.logits[other])
+        mine, theirs = captured.read(slot), launched.read(other)
+        assert all(map(torch.equal, mine.tensors(), theirs.tensors()))
+    assert captured._seat is not None
+    assert captured._seat._graph.ready
+    assert launched._seat is None
+
+
+@needs_a_gpu
+def test_captured_pieces_are_the_launched_ones() -> None:
+    model: LanguageModel = deepcopy(tiny("seqboat_lm")).cuda()
+    tokens = inputs_of(model, batch=4, length=64).cuda()
+    captured, launched = Reader(model, 64, together=4), Reader(model, 64, capture=False)
+    captured.warm_up()
+    assert captured.captured, captured.uncaptured
+    pieces = [tokens[i : i + 1, : 64 - 20 * i] for i in range(4)]
+    outs = captured.read_pieces(pieces, [captured.beginning()] * 4)
+    for piece, out in zip(pieces, outs, strict=True):
+        expected = launched.read_chunk(piece, launched.beginning())
+        torch.testing.assert_close(out.x, expected.x, rtol=0, atol=1e-4)
+        assert out.state is not None
+        assert expected.state is not None
+        for one, other in zip(out.state.tensors(), expected.state.tensors(), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
 
 
 @needs_a_gpu
