@@ -171,7 +171,7 @@ class Reader:
 
     @torch.no_grad()
     def read_pieces(self, pieces: Sequence[Tensor], states: Sequence[StackState]) -> list[BlockOutput]:
-        """Pieces of several single prompts, which wait for each other's launches only once.
+        """Pieces of several single prompts, in one pass.
 
         With several ``together`` there are always that many rows of a whole chunk, whoever comes, so that what one
         prompt gives does not depend on the others.
