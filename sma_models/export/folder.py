@@ -27,7 +27,7 @@ SUFFIX = {"onnx": ".onnx", "aoti": ".pt2"}
 ONNX_DTYPES = (torch.float32, torch.float16)
 """What ONNX Runtime computes in on a CPU."""
 INDUCTOR = {"triton.autotune_at_compile_time": False}
-"""Kernels are tuned on the example: by default they are on made-up numbers, with which they would read outside."""
+"""Kernels are tuned on the example, and not on made-up numbers, with which they would read outside of tensors."""
 
 
 def export(
