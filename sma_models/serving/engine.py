@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _PROMPTS_A_ROUND = 8
 """Short prompts that are read between two steps at most: each costs a pass, however short."""
 _PROMPTS_TOGETHER = 4
-"""That one pass reads where passes are captured: it takes hardly longer than for one, and as many states."""
+"""That one pass reads where passes are captured; it keeps as many states."""
 
 log = logging.getLogger(__name__)
 
