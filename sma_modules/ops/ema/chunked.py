@@ -39,6 +39,37 @@ def chunked(x: Tensor, log_q: Tensor, weight: Tensor, direct: Tensor | None) -> 
     return y[:, :length] if missing else y
 
 
+@torch.no_grad()
+def chunked_stream(x: Tensor, log_q: Tensor, drive: Tensor, read: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from a state on, without ``direct``, and without a gradient: ``S_t = q S_{t-1} + drive x_t``, of which
+    ``y_t = sum_n read S_t``.
+
+    Args:
+        x: ``(B, L, D)``, float32 or float64, L at least 1.
+        log_q: ``(D, N)``.
+        drive: ``(D, N)``.
+        read: ``(D, N)``.
+        hidden: ``(B, D, N)``, the state before.
+
+    Returns:
+        ``(B, L, D)``, and the state after ``(B, D, N)``.
+    """
+    batch, length, dim = x.shape
+    padded = F.pad(x, (0, 0, 0, -length % CHUNK))
+    powers = F.threshold(torch.exp(log_q[:, None] * _steps(x)), NEGLIGIBLE, 0.0)
+    taps = torch.bmm(powers[:, :-1], (drive * read)[..., None])[..., 0]
+    into = (powers[:, :-1] * drive[:, None]).flip(1)
+    out_of = (powers[:, 1:] * read[:, None]).transpose(1, 2)
+    rows, before = _to_rows(padded), hidden.transpose(0, 1)
+    entering = _handed_on(torch.bmm(rows, into), powers[:, -1], batch, before)
+    y = _from_rows(torch.bmm(rows, _toeplitz(taps)).baddbmm_(entering, out_of), padded)[:, :length]
+    # The last chunk by itself, as far as it goes.
+    rest = (length - 1) % CHUNK + 1
+    last = entering.view(dim, batch, -1, entering.shape[2])[:, :, -1]
+    after = torch.bmm(x[:, length - rest :].permute(2, 0, 1), into[:, CHUNK - rest :])
+    return y, after.addcmul_(last, powers[:, rest, None]).transpose(0, 1).contiguous()
+
+
 class _Chunked(torch.autograd.Function):
     """By hand to keep large tensors contiguous and small ones few. Chunks are the rows of ``(D, B * chunks, C)``.
 
@@ -96,16 +127,19 @@ def _from_rows(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(rows.shape[0], -1).t().contiguous().view(like.shape)
 
 
-def _handed_on(given: Tensor, fade: Tensor, batch: int, back: bool = False) -> Tensor:
+def _handed_on(given: Tensor, fade: Tensor, batch: int, first: Tensor | None = None, back: bool = False) -> Tensor:
     """The states that enter each chunk, from what each chunk gives, both ``(D, B * chunks, N)``.
 
-    They go from the first chunk of a sequence to its last, or ``back``.
+    They go from the first chunk of a sequence, which ``first (D, B, N)`` enters or nothing, to its last, or ``back``.
     """
     entering = torch.empty_like(given)
     steps = [each.view(given.shape[0], batch, -1, given.shape[2]).unbind(2) for each in (given, entering)]
     gives, enters = (each[::-1] for each in steps) if back else steps
     factor = fade[:, None]
-    enters[0].zero_()
+    if first is None:
+        enters[0].zero_()
+    else:
+        enters[0].copy_(first)
     for gift, state, following in zip(gives, enters, enters[1:], strict=False):
         torch.addcmul(gift, state, factor, out=following)
     return entering

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sma_modules.ops.ema import OP, STEP_LENGTH
-from sma_modules.ops.ema.chunked import chunked
+from sma_modules.ops.ema.chunked import chunked, chunked_stream
 from sma_modules.ops.ema.convolution import convolve
 from sma_modules.ops.ema.state import EMAState, compute_dtype, finished, initial_state
 
@@ -147,8 +147,15 @@ def latest(x: Tensor, lengths: Tensor | None, count: int, offset: int = 0) -> Te
 
 
 def _chunk(x: Tensor, decay: Decay, lengths: Tensor | None, start: EMAState, begins: bool) -> tuple[Tensor, EMAState]:
-    """A chunk without truncation: convolution, plus what the state still gives."""
+    """A chunk without truncation: convolution, plus what the state still gives.
+
+    On a CPU, where all of it is real and nothing has a gradient, from one short chunk to the next.
+    """
     length = x.shape[1]
+    plain = x.device.type == "cpu" and lengths is None and not torch.compiler.is_compiling()
+    if plain and not (torch.is_grad_enabled() and any(each.requires_grad for each in (x, start.hidden, *decay))):
+        y, hidden = chunked_stream(x, decay.log_q, decay.drive, decay.read, start.hidden)
+        return y, EMAState(hidden)
     y = convolve(x, _kernel(decay, length))
     hidden = _summed(latest(x, lengths, length), decay)
     if not begins:
