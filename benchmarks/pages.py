@@ -1,8 +1,8 @@
 """The documentation's page of results, as Markdown, from the files in ``benchmarks/results``.
 
-Of every workload, sweep and profile the latest measurement at full size is shown, for each device, and of a workload
-also an earlier one that has other models beside ours. What was found about
-a workload in words is kept beside the numbers, in ``benchmarks/results/notes/<workload>.md``.
+Of every workload the latest measurement at full size is shown, for each device, and also an earlier one that has other
+models beside ours; of every sweep and profile the latest of all. What was found about a workload in words is kept
+beside the numbers, in ``benchmarks/results/notes/<workload>.md``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _order(record: dict[str, Any]) -> tuple[bool, str]:
 
 
 def latest_sweeps(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The sweeps of all files; of the same one on the same device the latest."""
+    """The sweeps of all files; of the same one the latest."""
     found = {}
     for record in sorted(filter(None, records), key=_order):
         for sweep in record.get("sweeps", []):

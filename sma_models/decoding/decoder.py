@@ -164,7 +164,7 @@ class Decoder:
         Raises:
             StreamingError: there are not so many free slots, or the state does not fit the model.
         """
-        position = position_of(state)
+        position = self._position_of(state)
         self._check_room(position.numel())
         slots = [slot for slot, taken in enumerate(self._taken) if taken is None][: position.numel()]
         self._write(slots, state, logits, position)
@@ -250,7 +250,7 @@ class Decoder:
         """The same for several slots and a state of as many sequences; logits ``(n, V)``."""
         for slot in slots:
             self._check_occupied(slot)
-        self._write(list(slots), state, logits, position_of(state))
+        self._write(list(slots), state, logits, self._position_of(state))
 
     def take_back(self, slot: int, tokens: int) -> None:
         """Forget the last tokens of a sequence, as if they had never come. ``logits`` are not restored.
@@ -273,9 +273,13 @@ class Decoder:
         with torch.no_grad():
             self._stepper.refresh()
 
+    def _position_of(self, state: StackState) -> Tensor:
+        """Where the sequences of a state stand, if it is one of the model."""
+        self._stepper.check(state)
+        return position_of(state)
+
     @torch.no_grad()
     def _write(self, slots: list[int], state: StackState, logits: Tensor | None, position: Tensor) -> None:
-        self._stepper.check(state)
         if position.numel() != len(slots):
             raise StreamingError(f"state: must be of {len(slots)} sequences, got {position.numel()}")
         if self._seat is not None and self._seat.fits(state):

@@ -76,9 +76,12 @@ def position_of(state: StackState) -> Tensor:
         return torch.zeros(tensors[0].shape[0], dtype=torch.int64, device=tensors[0].device)
     if torch.compiler.is_compiling() or len(seen) == 1:
         return seen[0]
-    together = torch.stack([each.to(seen[0].device) for each in seen])  # a device is waited for only once
-    if bool((together != seen[0]).any()):
-        raise StreamingError(f"state: every layer must have seen as many tokens, got {together.tolist()}")
+    same = all(each.shape == seen[0].shape for each in seen)
+    # A device is waited for only once.
+    if not same or bool((torch.stack([each.to(seen[0].device) for each in seen]) != seen[0]).any()):
+        raise StreamingError(
+            f"state: every layer must have seen as many tokens, got {[each.tolist() for each in seen]}"
+        )
     return seen[0]
 
 

@@ -234,8 +234,8 @@ class Engine:
         try:
             read = self._read(prompts)
         except Exception:
-            if len(prompts) > 1:  # whose fault it is shows when each is read alone
-                return sum(self._read_together([prompt]) for prompt in prompts)
+            if len(prompts) > 1:  # whose fault it is shows when each is read alone; a request fails as a whole
+                return sum(self._read_together([prompt]) for prompt in prompts if prompt.ticket in self._left)
             log.exception("a prompt of %d tokens cannot be read", len(prompts[0].tokens))
             self._fail(prompts[0].ticket, "the prompt could not be read; the server's log says why")
             return 0

@@ -39,6 +39,7 @@ def nested() -> Outer:
 def test_every_tensor_is_reached() -> None:
     state = nested()
     assert [tuple(tensor.shape) for tensor in state.tensors()] == [(3,), (3, 2), (3, 4), (3, 1)]
+    assert list(map(id, state.tensors())) == list(map(id, state.named_tensors().values()))
     assert state.nbytes == 3 * 8 + 6 * 4 + 12 * 4 + 3 * 8
 
 

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -178,14 +177,21 @@ def test_bad_folders_and_inputs(folder: Path, tmp_path: Path) -> None:
         runner.step(np.zeros(1), {})
 
 
-def test_export_of_a_run(
+@pytest.fixture
+def run_and_arguments(
     recipe: str,  # noqa: F811
     run_recipe: Callable[..., tuple[Run, Outcome]],  # noqa: F811
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+) -> tuple[Run, list[str]]:
+    """A short run, and the command that exports it."""
     run, _ = run_recipe(recipe, "train.steps=6", "model.n_layers=1")
-    arguments: list[Any] = ["export", str(run.path), "--to", str(tmp_path / "x"), "--chunk", "16"]
+    return run, ["export", str(run.path), "--to", str(tmp_path / "x"), "--chunk", "16"]
+
+
+def test_export_of_a_run(
+    run_and_arguments: tuple[Run, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, arguments = run_and_arguments
     assert main(arguments) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in ("export.json", "prefill.onnx", "step.onnx", "state.npz", "runner.py"))
@@ -197,13 +203,9 @@ def test_export_of_a_run(
 
 
 def test_export_of_a_run_in_another_dtype(
-    recipe: str,  # noqa: F811
-    run_recipe: Callable[..., tuple[Run, Outcome]],  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    run_and_arguments: tuple[Run, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, _ = run_recipe(recipe, "train.steps=6", "model.n_layers=1")
-    arguments: list[Any] = ["export", str(run.path), "--to", str(tmp_path / "x"), "--chunk", "16"]
+    run, arguments = run_and_arguments
     for more, message in (
         (["--device", "abacus"], "device: must be one that this machine has, got 'abacus'"),
         (["--format", "onnx", "--dtype", "bfloat16"], "format: must be 'aoti' for a model in torch.bfloat16 on cpu"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 
@@ -336,6 +337,19 @@ def test_the_device_says_who_takes_a_token() -> None:
         Decoder(model, 3, rollback=2).step(tokens[:, 0], live=torch.ones(3, dtype=torch.bool))
     with pytest.raises(StreamingError, match="0 of 3 slots are free, got 2 sequences"):
         decoder.resume(prefill(model, tokens[:2]).state)
+
+
+@pytest.mark.parametrize("change", [lambda seen: seen + 1, lambda seen: seen.repeat(2)], ids=["number", "batch"])
+def test_layers_that_have_seen_different_streams_are_refused(change: Callable[[Tensor], Tensor]) -> None:
+    model = double()
+    state = prefill(model, inputs_of(model, batch=1, length=5)).state
+    names = iter(state.named_tensors())
+    last = max(name for name in state.named_tensors() if name.endswith(".seen"))
+    broken = state.map(lambda tensor: change(tensor) if next(names) == last else tensor)
+    decoder = Decoder(model, 1)
+    with pytest.raises(StreamingError, match="state: "):
+        decoder.resume(broken)
+    assert decoder.free == 1
 
 
 @needs_triton

@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -70,13 +70,22 @@ class Asked:
 
 
 def ask(
-    engine: Engine, prompt: bytes, max_tokens: int = 8, *, n: int = 1, temperature: float = 0.0, **wish: Any
+    engine: Engine,
+    prompt: bytes,
+    max_tokens: int = 8,
+    *,
+    n: int = 1,
+    temperature: float = 0.0,
+    others: Sequence[bytes] = (),
+    **wish: Any,
 ) -> Asked:
-    """Submit a request for ``n`` texts."""
+    """Submit a request for ``n`` texts after a prompt, and as many after each of the ``others``."""
     asked: list[Asked] = []
     drawn = [Sampling(temperature, 1.0, Random(f"{prompt!r}/{i}")) for i in range(n)]
     ticket = Ticket(
-        Wish(max_tokens=max_tokens, **wish), [(prompt, drawn)], lambda events: asked[0].events.extend(events)
+        Wish(max_tokens=max_tokens, **wish),
+        [(each, drawn) for each in (prompt, *others)],
+        lambda events: asked[0].events.extend(events),
     )
     asked.append(Asked(ticket))
     engine.submit(ticket)
