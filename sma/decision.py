@@ -74,22 +74,23 @@ def score_tokens(
         ShapeError: the logits have the wrong shape, are missing or not finite.
     """
     padded = valid is not None or lengths is not None
-    if valid is None:
-        position = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-    else:
-        position = (valid.cumsum(1) - 1).clamp(min=0)
-    if seen is not None:
-        position = position + seen[:, None]
     gate = None if weights is None or logits is not None else gate_of(configurator)
     if gate is not None and weights is not None:
         routed, compress = routed_compress(x, *weights, gate, valid=valid, lengths=lengths)
         _check_finite(name, routed.margin, None)
+        position = _position(routed.valid, routed.column, seen)
         return Scored(routed.x, routed.score, routed.active, routed.valid, position, routed.counts, padded, compress)
-    if lengths is not None:
-        valid = valid_of(lengths, x)
-    logits, x = _logits(name, configurator, x, weights, logits, valid)
-    score = configurator.score(logits, position)
-    return Scored(x, score, None, valid_of(None, x) if valid is None else valid, position, None, padded)
+    column = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) if valid is None else None
+    valid = valid_of(lengths, x) if valid is None else valid
+    position = _position(valid, column, seen)
+    logits, x = _logits(name, configurator, x, weights, logits, valid if padded else None)
+    return Scored(x, configurator.score(logits, position), None, valid, position, None, padded)
+
+
+def _position(valid: Tensor, column: Tensor | None, seen: Tensor | None) -> Tensor:
+    """``(B, L)`` among the real tokens of the stream: the ``column`` where all padding is on the right."""
+    position = (valid.cumsum(1) - 1).clamp(min=0) if column is None else column
+    return position if seen is None else position + seen[:, None]
 
 
 def gate_of(configurator: Configurator) -> Gate | None:

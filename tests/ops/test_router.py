@@ -60,6 +60,7 @@ def test_equal_to_the_reference(kind: str, modules: int, logits: int, learned: b
     run, inputs = through(padding(kind), learned), inputs_of(modules, logits)
     assert_same(run, inputs, 1e-5)
     decided: dict[str, Routed] = {}
+    columns = torch.arange(40, device=DEVICE).expand(2, 40)
     for backend in ("triton", "eager", "reference"):
         with using(backend):
             gate = Gate(inputs[3], inputs[4] if learned else None, 1.3, 0.45)
@@ -68,6 +69,8 @@ def test_equal_to_the_reference(kind: str, modules: int, logits: int, learned: b
         assert torch.equal(decided[backend].active, decided["reference"].active)
         assert torch.equal(decided[backend].valid, decided["reference"].valid)
         torch.testing.assert_close(decided[backend].margin, decided["reference"].margin)
+        assert (column := decided[backend].column) is None or torch.equal(column, columns)
+        assert (column is None) == (kind == "mask")
         assert not decided[backend].active[~decided[backend].valid].any()
     with using("triton"):
         rows = [
@@ -187,7 +190,7 @@ def test_operators_are_sound() -> None:
     calls: list[tuple[Any, tuple[Any, ...]]] = []
     for valid, lengths in ((None, None), (mask_of(2, 40), None), (None, LENGTHS)):
         calls.append((kernels.forward, (x, weight, bias, balance, log_temperature, valid, lengths, 1.0, 0.5)))
-    score, _, margin, _, _ = kernels.forward(*calls[0][1])
+    score, _, margin, *_ = kernels.forward(*calls[0][1])
     for passed in (None, x):
         calls.append((kernels.backward, (x, weight, log_temperature, score, margin, score, passed, 1.0)))
     for call, arguments in calls:
@@ -209,7 +212,7 @@ def test_kernels_fit_the_hardware() -> None:
 
     tensors = dict.fromkeys(("weight", "bias", "balance", "log_temperature", "score", "margin"), "*fp32")
     numbers_of = {"tokens": "i32", "length": "i32", "temperature": "fp32", "threshold": "fp32"}
-    forward = {"x": "*bf16", "valid": "*i64", "active": "*i1", "seen": "*i1", "counts": "*i32"}
+    forward = {"x": "*bf16", "valid": "*i64", "active": "*i1", "seen": "*i1", "column": "*i64", "counts": "*i32"}
     backward = {"x": "*bf16", "grad_x": "*bf16", "grad_score": "*fp32", "shares": "*fp32"}
     backward |= {"rows": "*bf16", "row": "*i32"}
     asked: list[Compilation] = []

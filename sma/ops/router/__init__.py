@@ -68,6 +68,7 @@ class Routed(NamedTuple):
         active: ``(B, L, M)`` bool, False at padding.
         margin: ``(B, L, M)`` like the score, but without a gradient.
         valid: ``(B, L)`` bool: real tokens.
+        column: ``(B, L)`` int64: where each token stands in its row; None where ``valid`` was given.
         counts: ``(M, blocks)`` int32, for :func:`~sma.ops.pack.pack`; None where nothing was counted on the way.
     """
 
@@ -76,6 +77,7 @@ class Routed(NamedTuple):
     active: Tensor
     margin: Tensor
     valid: Tensor
+    column: Tensor | None
     counts: Tensor | None
 
 

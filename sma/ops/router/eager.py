@@ -11,6 +11,7 @@ from sma.padding import valid_of
 @OP.backend("eager")
 def router(x: Tensor, weight: Tensor, bias: Tensor, gate: Gate, valid: Tensor | None, lengths: Tensor | None) -> Routed:
     """Step by step."""
+    column = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) if valid is None else None
     if lengths is not None:
         valid = valid_of(lengths, x)
     logits, x = narrow_linear(x, weight, bias, valid)
@@ -21,4 +22,4 @@ def router(x: Tensor, weight: Tensor, bias: Tensor, gate: Gate, valid: Tensor | 
         valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     else:
         score = score.masked_fill(~valid[..., None], 0)
-    return Routed(x, score, gate.decide(score.detach()), margin.detach(), valid, None)
+    return Routed(x, score, gate.decide(score.detach()), margin.detach(), valid, column, None)

@@ -34,4 +34,6 @@ def router(x: Tensor, weight: Tensor, bias: Tensor, gate: Gate, valid: Tensor | 
                 margins.append(margin)
                 scores.append(score)
     margin, score = (torch.stack([*values, nothing])[:-1].view(batch, length, modules) for values in (margins, scores))
-    return Routed(x, score, ~(score.detach() <= gate.threshold), margin.detach(), real, None)
+    column = torch.tensor([*range(length)] * batch, dtype=torch.int64, device=x.device).view(batch, length)
+    active = ~(score.detach() <= gate.threshold)
+    return Routed(x, score, active, margin.detach(), real, column if valid is None else None, None)

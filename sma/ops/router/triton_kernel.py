@@ -53,6 +53,7 @@ def forward_kernel(
     active,
     margin,
     seen,
+    column,
     counts,
     tokens,
     length,
@@ -96,6 +97,7 @@ def forward_kernel(
             tl.store(active + t * M + m, chosen, mask=inside)
             if MASK != 1 and m == 0:
                 tl.store(seen + t, real, mask=inside)
+                tl.store(column + t, t % length, mask=inside)
             count += chosen.to(tl.int32)
         tl.store(counts + m * tl.num_programs(0) + tl.program_id(0), tl.sum(count))
 
@@ -206,15 +208,16 @@ def _forward_fake(
     lengths: Tensor | None,
     temperature: float,
     threshold: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (batch, length), modules = x.shape[:2], balance.numel()
     score = x.new_empty(batch, length, modules, dtype=torch.float32)
-    tokens = batch * length
+    tokens, made = batch * length, (batch, length) if valid is None else (0, 0)
     return (
         score,
         torch.empty_like(score, dtype=torch.bool),
         torch.empty_like(score),
-        x.new_empty((batch, length) if valid is None else (0, 0), dtype=torch.bool),
+        x.new_empty(made, dtype=torch.bool),
+        x.new_empty(made, dtype=torch.int64),
         x.new_empty(modules, triton.cdiv(tokens, count_block(tokens)), dtype=torch.int32),
     )
 
@@ -230,10 +233,12 @@ def forward(
     lengths: Tensor | None,
     temperature: float,
     threshold: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Score, decision, margin, the mask of the real tokens (empty if it was given) and counts of contiguous inputs."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Score, decision, margin, the mask of the real tokens and the columns (both empty if a mask was given), and counts
+    of contiguous inputs.
+    """
     outs = _forward_fake(x, weight, bias, balance, log_temperature, valid, lengths, temperature, threshold)
-    score, active, margin, seen, counts = outs
+    score, active, margin, seen, column, counts = outs
     given = valid if lengths is None else lengths
     forward_kernel[(counts.shape[1],)](
         x,
@@ -246,6 +251,7 @@ def forward(
         active,
         margin,
         seen,
+        column,
         counts,
         x.shape[0] * x.shape[1],
         x.shape[1],
@@ -360,13 +366,13 @@ class _Router(torch.autograd.Function):
         threshold: float,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        score, active, margin, seen, counts = forward(
+        score, active, margin, seen, column, counts = forward(
             x, weight, bias, balance, log_temperature, valid, lengths, temperature, threshold
         )
         ctx.save_for_backward(x, weight, log_temperature, score, margin)
-        ctx.mark_non_differentiable(active, margin, seen, counts)
+        ctx.mark_non_differentiable(active, margin, seen, column, counts)
         ctx.temperature = temperature
-        return x.view_as(x), score, active, margin, seen, counts
+        return x.view_as(x), score, active, margin, seen, column, counts
 
     @staticmethod
     @once_differentiable
@@ -442,11 +448,13 @@ def router(x: Tensor, weight: Tensor, bias: Tensor, gate: Gate, valid: Tensor | 
     """See :func:`sma.ops.router.router`."""
     valid, lengths = (None if each is None else each.contiguous() for each in (valid, lengths))
     balance, log_temperature, temperature, threshold = gate
-    through, score, active, margin, seen, counts = _Router.apply(
+    through, score, active, margin, seen, column, counts = _Router.apply(
         x.contiguous(), weight.contiguous(), bias.contiguous(), balance, log_temperature, valid, lengths, temperature,
         threshold,
     )  # fmt: skip
-    return Routed(through, score, active, margin, seen if valid is None else valid, counts)
+    if valid is not None:
+        return Routed(through, score, active, margin, valid, None, counts)
+    return Routed(through, score, active, margin, seen, column, counts)
 
 
 def routed_compress(
