@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sma.waiting import waiting_forbidden
+from sma.waiting import capturing, waiting_forbidden
 
 LEARNING_RATE = 0.0
 """Adam does all its work, but the weights stay, so that the share of active tokens does too."""
@@ -181,7 +181,7 @@ def capture(step: Callable[[], None], clear: Callable[[], None] = lambda: None) 
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capturing(graph):
         step()
 
     def replay(_reads_and_writes: Callable[[], None] = step) -> None:

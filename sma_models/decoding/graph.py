@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sma.state import State
+from sma.waiting import capturing
 
 T = TypeVar("T")
 WARMUP = 2
@@ -54,7 +55,7 @@ class Graph(Generic[T]):
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.device)
         try:
-            with torch.cuda.graph(graph):
+            with capturing(graph):
                 self._returned = function()
         except RuntimeError as error:
             self.failure = str(error).partition("\n")[0]

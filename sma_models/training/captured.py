@@ -21,7 +21,7 @@ from torch import Tensor
 from sma.errors import ConfigError
 from sma.layer import SparseMixture
 from sma.routing import Routing
-from sma.waiting import waiting_forbidden
+from sma.waiting import capturing, waiting_forbidden
 from sma_models.training.data.datasets import Batch
 from sma_models.training.objective import Score
 from sma_models.training.steps import EagerSteps, Part, StepResult, Work
@@ -76,7 +76,7 @@ class CudaGraphs:
     def capture(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """See :class:`Graphs`."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        with capturing(graph, pool=self.pool, stream=self.stream):
             result = work()
         return graph.replay, result
 
