@@ -95,6 +95,16 @@ def kernel(
     return register
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up. Triton's own, which kernels can call too, takes a hundred times as long."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of 2 that is at least n, which is at least 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def draw_seed(device: torch.device) -> Tensor:
     """``(1,)`` int64 for the noise of one call, from torch's generator of the device (and so kept under activation
     checkpointing, and fresh at every replay of a CUDA graph).

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sma.ops.kernel import kernel
+from sma.ops.kernel import cdiv, kernel
 
 BLOCK_R, BLOCK_D = 128, 32
 WARPS = 8
@@ -41,17 +41,17 @@ def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
     if not d:
         return _fake(x, dtype)
     if rows > MOST_ROWS:
-        shares = max(1, PROGRAMS // triton.cdiv(d, BLOCK_D))
-        each = triton.cdiv(triton.cdiv(rows, min(shares, MOST_ROWS)), BLOCK_R) * BLOCK_R
+        shares = max(1, PROGRAMS // cdiv(d, BLOCK_D))
+        each = cdiv(cdiv(rows, min(shares, MOST_ROWS)), BLOCK_R) * BLOCK_R
         x = _sums(x, each, torch.float32)
-    return _sums(x, max(1, triton.cdiv(x.shape[0], BLOCK_R)) * BLOCK_R, dtype).view(d)
+    return _sums(x, max(1, cdiv(x.shape[0], BLOCK_R)) * BLOCK_R, dtype).view(d)
 
 
 def _sums(x: Tensor, each: int, dtype: torch.dtype) -> Tensor:
     """``(R / each, D)``: the sums of ``each`` rows, rounded up; one row of zeros where there are none."""
     rows, d = x.shape
-    programs = max(1, triton.cdiv(rows, each))
+    programs = max(1, cdiv(rows, each))
     out = x.new_empty(programs, d, dtype=dtype)
-    grid = (programs, triton.cdiv(d, BLOCK_D))
+    grid = (programs, cdiv(d, BLOCK_D))
     sum_kernel[grid](x, out, rows, each, D=d, BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, num_warps=WARPS)
     return out

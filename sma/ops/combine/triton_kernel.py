@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sma.ops.combine import Plan, leading
-from sma.ops.kernel import draw_seed, kernel
+from sma.ops.kernel import cdiv, draw_seed, kernel
 from sma.ops.row_norm import RowNorm
 from sma.ops.row_norm.triton_kernel import affine, scale, shares, sizes, stride, totals, unscale
 from sma.routing import Packed
@@ -323,7 +323,7 @@ def forward(
     )  # fmt: skip
     tokens, d = out.shape
     block_t, block_d, warps = sizes(d)
-    forward_kernel[(triton.cdiv(tokens, block_t),)](
+    forward_kernel[(cdiv(tokens, block_t),)](
         h,
         row,
         h if weight is None else weight,
@@ -435,7 +435,7 @@ def backward(
     block_t, block_d, warps = sizes(d)
     if _rows_only(silu, norm, skip_bias, need_residual, need_skip):
         block_r = max(1, block_t // 2)  # enough to wait for, and more programs at once
-        rows_backward_kernel[(max(1, triton.cdiv(h.shape[0], block_r)),)](
+        rows_backward_kernel[(max(1, cdiv(h.shape[0], block_r)),)](
             grad,
             h,
             index,

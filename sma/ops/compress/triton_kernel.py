@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sma.ops.kernel import kernel
+from sma.ops.kernel import cdiv, kernel, next_power_of_2
 from sma.routing import Packed
 
 ELEMENTS = 4096
@@ -48,9 +48,9 @@ def add_kernel(into, index, rows_in, rows, limit, D: tl.constexpr, BLOCK_R: tl.c
 
 def blocks(rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and block sizes for ``rows`` rows of ``width`` numbers."""
-    block_d = min(triton.next_power_of_2(max(width, 1)), 1024)
+    block_d = min(next_power_of_2(max(width, 1)), 1024)
     block_r = max(1, min(ELEMENTS // block_d, 64))
-    grid = (triton.cdiv(rows, block_r), triton.cdiv(width, block_d))
+    grid = (cdiv(rows, block_r), cdiv(width, block_d))
     return grid, {"BLOCK_R": block_r, "BLOCK_D": block_d, "num_warps": WARPS}
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sma.ops.kernel import kernel
+from sma.ops.kernel import cdiv, kernel, next_power_of_2
 
 ELEMENTS, WARPS, BACKWARD_WARPS = 4096, 4, 8
 BLOCK_V, BLOCK_T, BLOCK_D = 128, 64, 64
@@ -69,9 +69,9 @@ def backward_kernel(
 
 def split(count: int, rows: int, d: int) -> tuple[int, int]:
     """Tokens of each program of the backward pass, and how many programs share a block of the table."""
-    blocks = triton.cdiv(rows, BLOCK_V) * triton.cdiv(d, BLOCK_D)
-    each: int = triton.cdiv(triton.cdiv(count, max(PROGRAMS // blocks, 1)), BLOCK_T) * BLOCK_T
-    return each, triton.cdiv(count, each)
+    blocks = cdiv(rows, BLOCK_V) * cdiv(d, BLOCK_D)
+    each: int = cdiv(cdiv(count, max(PROGRAMS // blocks, 1)), BLOCK_T) * BLOCK_T
+    return each, cdiv(count, each)
 
 
 def _forward_fake(tokens: Tensor, weight: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -83,9 +83,9 @@ def forward(tokens: Tensor, weight: Tensor, scale: float, dtype: torch.dtype) ->
     """``(B, L, D)`` of contiguous inputs."""
     out = _forward_fake(tokens, weight, scale, dtype)
     count, d = tokens.numel(), weight.shape[1]
-    block_d = min(triton.next_power_of_2(d), 1024)
+    block_d = min(next_power_of_2(d), 1024)
     block_t = max(1, ELEMENTS // block_d)
-    forward_kernel[(triton.cdiv(count, block_t), triton.cdiv(d, block_d))](
+    forward_kernel[(cdiv(count, block_t), cdiv(d, block_d))](
         tokens, weight, out, count, weight.shape[0], scale, D=d, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=WARPS
     )
     return out
@@ -102,7 +102,7 @@ def backward(tokens: Tensor, grad: Tensor, rows: int, scale: float) -> Tensor:
     shares = _backward_fake(tokens, grad, rows, scale)
     count, d = tokens.numel(), grad.shape[2]
     each, programs = split(count, rows, d)
-    backward_kernel[(programs, triton.cdiv(rows, BLOCK_V), triton.cdiv(d, BLOCK_D))](
+    backward_kernel[(programs, cdiv(rows, BLOCK_V), cdiv(d, BLOCK_D))](
         tokens,
         grad,
         shares,

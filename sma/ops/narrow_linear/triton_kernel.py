@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sma.ops.kernel import kernel
+from sma.ops.kernel import cdiv, kernel, next_power_of_2
 from sma.ops.row_norm.triton_kernel import total as sum_of
 
 BLOCK_D = 128
@@ -107,7 +107,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, valid: Tensor | None) -> Te
     """``(B, L, C)`` float32 of contiguous inputs."""
     out = _forward_fake(x, weight, bias, valid)
     tokens, d = x.shape[0] * x.shape[1], x.shape[2]
-    forward_kernel[(triton.cdiv(tokens, BLOCK_T),)](
+    forward_kernel[(cdiv(tokens, BLOCK_T),)](
         x,
         weight,
         bias,
@@ -140,10 +140,10 @@ def _backward(x: Tensor, weight: Tensor, grad_out: Tensor, through: Tensor | Non
     """The same; ``through`` becomes the gradient of x."""
     grad_x = torch.empty_like(x) if through is None else through
     tokens, (outputs, d) = x.shape[0] * x.shape[1], weight.shape
-    programs = triton.cdiv(tokens, TOKENS_PER_PROGRAM)
+    programs = cdiv(tokens, TOKENS_PER_PROGRAM)
     grad_weight = weight.new_empty(programs, outputs, d, dtype=torch.float32)
     grad_bias = weight.new_empty(programs, outputs, dtype=torch.float32)
-    backward_kernel[(programs, triton.cdiv(d, BLOCK_D))](
+    backward_kernel[(programs, cdiv(d, BLOCK_D))](
         x,
         weight,
         grad_out,
@@ -154,7 +154,7 @@ def _backward(x: Tensor, weight: Tensor, grad_out: Tensor, through: Tensor | Non
         TOKENS_PER_PROGRAM // BLOCK_T,
         d,
         C=outputs,
-        PADDED_C=triton.next_power_of_2(outputs),
+        PADDED_C=next_power_of_2(outputs),
         HAS_THROUGH=through is not None,
         BLOCK_T=BLOCK_T,
         BLOCK_D=BLOCK_D,

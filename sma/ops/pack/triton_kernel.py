@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sma.ops.kernel import kernel
+from sma.ops.kernel import cdiv, kernel, next_power_of_2
 from sma.ops.pack import PackedRows
 
 BLOCK = 1024
@@ -26,7 +26,7 @@ def count_block(total: int) -> int:
     """How many entries make a block of ``counts``: few where there are few, so that many programs can count, but never
     so few that adding up the counts, which every program does that numbers, would take long.
     """
-    each: int = triton.next_power_of_2(triton.cdiv(total, MOST_BLOCKS))
+    each: int = next_power_of_2(cdiv(total, MOST_BLOCKS))
     return max(LEAST_COUNTED, min(each, BLOCK))
 
 
@@ -108,7 +108,7 @@ def place_kernel(
 
 def _count_fake(mask: Tensor) -> Tensor:
     total = mask.numel()
-    return mask.new_empty(triton.cdiv(total, count_block(total)), dtype=torch.int32)
+    return mask.new_empty(cdiv(total, count_block(total)), dtype=torch.int32)
 
 
 @kernel("pack_count", fake=_count_fake)
@@ -116,7 +116,7 @@ def count(mask: Tensor) -> Tensor:
     """``(blocks,)`` int32: True entries of each block of a mask ``(B, L)``, see :func:`count_block`."""
     counts = _count_fake(mask)
     total = mask.numel()
-    count_kernel[(triton.cdiv(total, BLOCK),)](
+    count_kernel[(cdiv(total, BLOCK),)](
         mask, counts, total, counts.numel(), mask.stride(1), EACH=count_block(total), BLOCK=BLOCK, num_warps=WARPS
     )
     return counts
@@ -146,7 +146,7 @@ def place(
     index, cu_seqlens, row, where, kept, overflow = outs = _place_fake(mask, counts, position, rows, spare)
     total = mask.numel()
     block = SMALL_BLOCK if total <= SMALL else BLOCK
-    place_kernel[(triton.cdiv(total, block),)](
+    place_kernel[(cdiv(total, block),)](
         mask,
         counts,
         mask if position is None else position,

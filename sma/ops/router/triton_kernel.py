@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from sma.ops.column_sums.triton_kernel import column_sums
 from sma.ops.compress.triton_kernel import add_, take
-from sma.ops.kernel import kernel
+from sma.ops.kernel import cdiv, kernel, next_power_of_2
 from sma.ops.pack.triton_kernel import LEAST_COUNTED, count_block
 from sma.ops.router import Compressor, Gate, Routed
 from sma.routing import Packed
@@ -194,7 +194,7 @@ def backward_sizes(d: int) -> tuple[int, int]:
 
 def tokens_per_program(tokens: int) -> int:
     """Over how many a program of the backward pass adds up: about a thousand programs, if there are tokens enough."""
-    each: int = triton.next_power_of_2(triton.cdiv(tokens, 1024))
+    each: int = next_power_of_2(cdiv(tokens, 1024))
     return max(64, min(each, 1024))
 
 
@@ -218,7 +218,7 @@ def _forward_fake(
         torch.empty_like(score),
         x.new_empty(made, dtype=torch.bool),
         x.new_empty(made, dtype=torch.int64),
-        x.new_empty(modules, triton.cdiv(tokens, count_block(tokens)), dtype=torch.int32),
+        x.new_empty(modules, cdiv(tokens, count_block(tokens)), dtype=torch.int32),
     )
 
 
@@ -321,10 +321,10 @@ def _backward(
     grad_x = torch.empty_like(x) if through is None else through
     tokens, (outputs, d), modules = x.shape[0] * x.shape[1], weight.shape, score.shape[2]
     each = tokens_per_program(tokens)
-    programs = triton.cdiv(tokens, each)
+    programs = cdiv(tokens, each)
     shares = x.new_empty(programs, outputs * d + outputs + 1, dtype=torch.float32)
     block_t, block_d = backward_sizes(d)
-    backward_kernel[(programs, triton.cdiv(d, block_d))](
+    backward_kernel[(programs, cdiv(d, block_d))](
         x,
         weight,
         x if log_temperature is None else log_temperature,

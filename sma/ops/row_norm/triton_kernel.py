@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sma.ops.kernel import kernel
+from sma.ops.kernel import cdiv, kernel, next_power_of_2
 from sma.ops.row_norm import RowNorm
 
 ELEMENTS = 2048
@@ -126,15 +126,15 @@ def backward_kernel(
 
 def sizes(d: int) -> tuple[int, int, int]:
     """Tokens and features of a block, and warps."""
-    block_d = max(triton.next_power_of_2(d), 16)
+    block_d = max(next_power_of_2(d), 16)
     return max(1, ELEMENTS // block_d), block_d, WARPS if block_d <= ELEMENTS else 2 * WARPS
 
 
 def shares(tokens: int, d: int) -> tuple[int, int]:
     """Blocks for each program of a backward pass, and programs."""
-    blocks: int = triton.cdiv(tokens, sizes(d)[0])
-    each: int = triton.cdiv(blocks, PROGRAMS)
-    return each, triton.cdiv(blocks, each)
+    blocks: int = cdiv(tokens, sizes(d)[0])
+    each: int = cdiv(blocks, PROGRAMS)
+    return each, cdiv(blocks, each)
 
 
 def stride(weight: Tensor | None) -> int:
@@ -169,7 +169,7 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, centred: bool
     out = torch.empty_like(x)
     tokens, d = x.shape
     block_t, block_d, warps = sizes(d)
-    forward_kernel[(triton.cdiv(tokens, block_t),)](
+    forward_kernel[(cdiv(tokens, block_t),)](
         x,
         x if weight is None else weight,
         x if bias is None else bias,

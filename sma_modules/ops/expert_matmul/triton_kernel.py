@@ -13,7 +13,7 @@ import triton  # type: ignore[import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
 from torch import Tensor
 
-from sma.ops.kernel import kernel
+from sma.ops.kernel import cdiv, kernel, next_power_of_2
 
 # "tf32x3" (tensor cores, about the error of float32) or "ieee" (none).
 FLOAT32_PRECISION = "tf32x3"
@@ -34,7 +34,7 @@ class Tile:
 
 def _power(n: int, low: int, high: int) -> int:
     """The power of two next above n, in low..high."""
-    return int(max(low, min(high, triton.next_power_of_2(max(n, 1)))))
+    return int(max(low, min(high, next_power_of_2(max(n, 1)))))
 
 
 def _tile(dtype: torch.dtype, m: int, n: int, k: int) -> Tile:
@@ -49,12 +49,12 @@ def _tile(dtype: torch.dtype, m: int, n: int, k: int) -> Tile:
 
 def product_tile(dtype: torch.dtype, rows: int, experts: int, depth: int, cols: int) -> Tile:
     """The tile for ``(R, depth) @ (E, depth, cols)``, from the rows that an expert has on average."""
-    return _tile(dtype, triton.cdiv(rows, experts), cols, depth)
+    return _tile(dtype, cdiv(rows, experts), cols, depth)
 
 
 def gradient_tile(dtype: torch.dtype, rows: int, experts: int, d_in: int, d_out: int) -> Tile:
     """The tile for the gradient of the matrices, ``(d_in, rows) @ (rows, d_out)`` for each expert."""
-    return _tile(dtype, d_in, d_out, triton.cdiv(rows, experts))
+    return _tile(dtype, d_in, d_out, cdiv(rows, experts))
 
 
 @triton.jit
@@ -185,10 +185,10 @@ def rows_times_matrices(x: Tensor, weight: Tensor, ends: Tensor, transposed: boo
         return out.zero_()
     if rows and cols:
         tile = product_tile(x.dtype, rows, experts, depth, cols)
-        row_tiles = triton.cdiv(rows, tile.rows) + experts
-        product_kernel[(row_tiles * triton.cdiv(cols, tile.cols),)](
+        row_tiles = cdiv(rows, tile.rows) + experts
+        product_kernel[(row_tiles * cdiv(cols, tile.cols),)](
             x.contiguous(), weight.contiguous(), ends, out, rows, row_tiles, depth, cols, transposed, experts,
-            triton.next_power_of_2(experts), tile.rows, tile.cols, tile.depth, GROUP, FLOAT32_PRECISION, _widen(x),
+            next_power_of_2(experts), tile.rows, tile.cols, tile.depth, GROUP, FLOAT32_PRECISION, _widen(x),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out
@@ -205,7 +205,7 @@ def rows_times_rows(x: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
     experts, d_in, d_out = out.shape
     if out.numel():
         tile = gradient_tile(x.dtype, x.shape[0], experts, d_in, d_out)
-        gradient_kernel[(triton.cdiv(d_in, tile.rows) * triton.cdiv(d_out, tile.cols), experts)](
+        gradient_kernel[(cdiv(d_in, tile.rows) * cdiv(d_out, tile.cols), experts)](
             x.contiguous(), grad.contiguous(), ends, out, x.shape[0], d_in, d_out, tile.rows, tile.cols, tile.depth,
             FLOAT32_PRECISION, _widen(x), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

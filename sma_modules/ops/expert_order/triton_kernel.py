@@ -7,7 +7,7 @@ import triton  # type: ignore[import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
 from torch import Tensor
 
-from sma.ops.kernel import kernel
+from sma.ops.kernel import cdiv, kernel, next_power_of_2
 
 # What may be tuned. The sort: programs at most, cells (entries x experts) that one program compares at a time, warps.
 SORT_PROGRAMS = 128
@@ -150,7 +150,7 @@ def combine_backward_kernel(
 
 def _tile(d: int) -> tuple[int, int]:
     """Rows and columns of a tile of ``(., d)``."""
-    width = min(triton.next_power_of_2(max(d, 1)), TILE_WIDTH)
+    width = min(next_power_of_2(max(d, 1)), TILE_WIDTH)
     return max(TILE // width, 1), width
 
 
@@ -168,10 +168,10 @@ def _fake_order(choice: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor,
 def order_by_expert(choice: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """order, inverse, counts and ends (see ``ExpertOrder``) of ``choice (T, k)``, in two launches."""
     order, inverse, counts, ends = _fake_order(choice, n_experts)
-    entries, e_pad = choice.numel(), triton.next_power_of_2(n_experts)
+    entries, e_pad = choice.numel(), next_power_of_2(n_experts)
     block = min(max(SORT_CELLS // e_pad, 16), 1024)
-    share = triton.cdiv(triton.cdiv(max(entries, 1), SORT_PROGRAMS), block) * block
-    programs = triton.cdiv(max(entries, 1), share)
+    share = cdiv(cdiv(max(entries, 1), SORT_PROGRAMS), block) * block
+    programs = cdiv(max(entries, 1), share)
     shared = choice.new_empty(programs, n_experts, dtype=torch.int32)
     choice = choice.contiguous()
     count_kernel[(programs,)](choice, shared, entries, share, n_experts, e_pad, block, num_warps=SORT_WARPS)
@@ -192,7 +192,7 @@ def spread(x: Tensor, order: Tensor, top_k: int) -> Tensor:
     x, rows = x.contiguous(), _fake_spread(x, order, top_k)
     if rows.numel():
         br, bd = _tile(x.shape[1])
-        grid = (triton.cdiv(rows.shape[0], br), triton.cdiv(x.shape[1], bd))
+        grid = (cdiv(rows.shape[0], br), cdiv(x.shape[1], bd))
         spread_kernel[grid](x, order, rows, rows.shape[0], x.shape[1], top_k, br, bd, num_warps=WARPS)
     return rows
 
@@ -207,7 +207,7 @@ def gather(rows: Tensor, inverse: Tensor, weight: Tensor | None, top_k: int) -> 
     rows, y = rows.contiguous(), _fake_gather(rows, inverse, weight, top_k)
     if y.numel():
         bt, bd = _tile(y.shape[1])
-        grid = (triton.cdiv(y.shape[0], bt), triton.cdiv(y.shape[1], bd))
+        grid = (cdiv(y.shape[0], bt), cdiv(y.shape[1], bd))
         given = rows if weight is None else weight.contiguous()
         gather_kernel[grid](
             rows, inverse, given, y, y.shape[0], y.shape[1], top_k, weight is not None, bt, bd, num_warps=WARPS
@@ -226,7 +226,7 @@ def combine_backward(grad: Tensor, rows: Tensor, inverse: Tensor, weight: Tensor
     tokens, top_k = weight.shape
     if rows.numel():
         bt, bd = _tile(rows.shape[1])
-        combine_backward_kernel[(triton.cdiv(tokens, bt),)](
+        combine_backward_kernel[(cdiv(tokens, bt),)](
             grad.contiguous(), rows.contiguous(), inverse, weight.contiguous(), grad_rows, grad_weight, tokens,
             rows.shape[1], top_k, bt, bd, num_warps=WARPS,
         )  # fmt: skip

@@ -10,7 +10,7 @@ import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sma.ops.kernel import kernel
+from sma.ops.kernel import cdiv, kernel, next_power_of_2
 
 # What may be tuned: tokens x experts of a program, and its warps.
 CELLS = 1024
@@ -117,7 +117,7 @@ def choose_backward_kernel(
 
 def _tile(experts: int) -> tuple[int, int]:
     """Experts, padded, and tokens of a program."""
-    padded = int(triton.next_power_of_2(experts))
+    padded = int(next_power_of_2(experts))
     return padded, min(max(CELLS // padded, 1), 256)
 
 
@@ -142,11 +142,11 @@ def _choose(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tens
     expert, weight, probability, square = _fake_choose(logits, top_k, renormalise)
     if not tokens:
         return expert, weight, probability.zero_(), square.zero_()
-    programs = triton.cdiv(tokens, block)
+    programs = cdiv(tokens, block)
     shares = logits.new_empty(programs, experts + 1)
     choose_kernel[(programs,)](
         logits.contiguous(), expert, weight, shares, tokens, experts, top_k, renormalise, padded,
-        triton.next_power_of_2(top_k), block, num_warps=WARPS,
+        next_power_of_2(top_k), block, num_warps=WARPS,
     )  # fmt: skip
     return expert, weight, shares[:, :-1].sum(0), shares[:, -1].sum()
 
@@ -165,7 +165,7 @@ def _choose_backward(
     grad = _fake_backward(logits, expert, weight, probability, square, renormalise)
     (tokens, experts), (padded, block) = logits.shape, _tile(logits.shape[1])
     if tokens:
-        choose_backward_kernel[(triton.cdiv(tokens, block),)](
+        choose_backward_kernel[(cdiv(tokens, block),)](
             logits.contiguous(), expert, weight.contiguous(), probability.contiguous(), square.contiguous(), grad,
             tokens, experts, expert.shape[1], renormalise, padded, block, num_warps=WARPS,
         )  # fmt: skip

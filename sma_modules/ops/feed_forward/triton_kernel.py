@@ -12,7 +12,7 @@ import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
 from torch import Tensor
 
 from sma.ops.column_sums.triton_kernel import column_sums
-from sma.ops.kernel import kernel
+from sma.ops.kernel import cdiv, kernel
 
 # What may be tuned: bytes of a forward program; tile and rows of a backward program; warps of both.
 BLOCK_BYTES = 4096
@@ -160,9 +160,7 @@ def activate(up: Tensor, gate: Tensor | None, activation: str) -> Tensor:
     if n := out.numel():
         other = up if gate is None else gate.contiguous()
         block = BLOCK_BYTES // up.element_size()
-        activate_kernel[(triton.cdiv(n, block),)](
-            up, other, out, n, activation, gate is not None, block, num_warps=WARPS
-        )
+        activate_kernel[(cdiv(n, block),)](up, other, out, n, activation, gate is not None, block, num_warps=WARPS)
     return out
 
 
@@ -189,11 +187,11 @@ def activate_backward(
     grad_up, grad_gate, values, total = _fake_backward(grad, up, gate, other, activation, hidden, sums)
     gated, (n_rows, d) = gate is not None, up.shape
     d_other = 0 if other is None else other.shape[1]
-    programs = triton.cdiv(n_rows, ROWS)
+    programs = cdiv(n_rows, ROWS)
     partial = up.new_empty(programs, total.numel(), dtype=torch.float32)
     if programs:
         up = up.contiguous()
-        activate_backward_kernel[(programs, triton.cdiv(d, TILE_COLS) + triton.cdiv(d_other, TILE_COLS))](
+        activate_backward_kernel[(programs, cdiv(d, TILE_COLS) + cdiv(d_other, TILE_COLS))](
             grad.contiguous(), up, up if gate is None else gate.contiguous(), grad_up, grad_gate, values,
             up if other is None else other.contiguous(), partial, n_rows, d, d_other, activation, gated, hidden, sums,
             TILE_ROWS, TILE_COLS, ROWS, num_warps=WARPS,
