@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeVar, cast
@@ -24,6 +25,13 @@ _MOST_GRAPHS = 4
 """Whole chunks of further numbers of prompts are launched."""
 _LEAST_COLUMNS = 128
 """Of a graph for less than a chunk; the next ones have four times as many, and the last a chunk."""
+
+
+class Pass(NamedTuple):
+    """What :meth:`Reader.read_pieces` reads at once: pieces of up to ``columns`` tokens, of up to ``rows`` prompts."""
+
+    columns: int
+    rows: int
 
 
 class Prefilled(NamedTuple):
@@ -63,10 +71,12 @@ class Reader:
         model: that reads, in evaluation mode. Its weights are used where they lie, and may change in place.
         chunk: how many columns are read at once.
         capture: False never captures a graph, and has rows for the active tokens only.
-        together: for how many single prompts at a time :meth:`read_pieces` is to have a graph.
+        together: of how many single prompts :meth:`read_pieces` is to read a whole chunk at once. Of shorter pieces it
+            then reads more: twice as many with a quarter of the columns, and so on.
 
     Attributes:
-        together: how many it takes at most: 1 where nothing is captured, or where the rows would be too many.
+        together: the same; 1 where nothing is captured, or where the rows would be too many.
+        passes: what it reads at once, the shortest pieces first.
 
     Raises:
         ConfigError: the chunk or ``together`` is below 1.
@@ -79,12 +89,15 @@ class Reader:
         self.model, self.chunk = model, chunk
         self._why_not = _why_uncaptured(model, capture)
         self.together = 1 if self._why_not or together * chunk > _MOST_TOKENS else together
+        # A quarter of the columns, twice the rows: half the tokens, and not too many states to keep and to move.
+        sizes = _sizes(chunk) if self.together > 1 else [chunk]
+        self.passes = [Pass(columns, self.together * math.isqrt(chunk // columns)) for columns in sizes]
         self._fixed: LanguageModel | None = None
         self._beginning: StackState | None = None
         self._places: dict[int, StackState] = {}  # of the states that go in, by the number of prompts
         self._wholes: dict[int, _Captured] = {}
         self._parts: dict[int, _Captured] = {}
-        self._several: _Captured | None = None
+        self._several: dict[Pass, _Captured] = {}
 
     @property
     def uncaptured(self) -> dict[str, str]:
@@ -101,8 +114,8 @@ class Reader:
         return any(graph.ready for graph in self._graphs())
 
     def _graphs(self) -> list[Graph[BlockOutput]]:
-        several = [] if self._several is None else [self._several]
-        return [each.graph for each in (*self._wholes.values(), *self._parts.values(), *several)]
+        captured = (*self._wholes.values(), *self._parts.values(), *self._several.values())
+        return [each.graph for each in captured]
 
     def beginning(self) -> StackState:
         """The state before the first token of a single prompt, made once: states are values."""
@@ -113,12 +126,12 @@ class Reader:
     def warm_up(self) -> None:
         """Read single prompts of every length that has a graph, so that no later one waits for its capture.
 
-        Of a reader of several ``together`` that is the one graph for these.
+        Of a reader of several ``together`` these are the graphs of its :attr:`passes`.
         """
         if self._why_not:
             return
         parts = {min(size, self.chunk - 1) for size in _sizes(self.chunk)} - {0}
-        for length in [1] if self.together > 1 else [*sorted(parts), self.chunk]:
+        for length in [each.columns for each in self.passes] if self.together > 1 else [*sorted(parts), self.chunk]:
             tokens = torch.zeros(1, length, dtype=torch.int64, device=self.model.embedding.weight.device)
             for _ in range(WARMUP + 1):
                 self.read_pieces([tokens], [self.beginning()])
@@ -169,15 +182,19 @@ class Reader:
             return self._wholes[batch].run(tokens, state)
         return fixed.stack(fixed.embed(tokens), state)  # type: ignore[no-any-return]
 
+    def pass_of(self, length: int) -> Pass:
+        """In which a piece of so many tokens is read, at most the chunk: whatever the others are, and their number."""
+        return next(each for each in self.passes if each.columns >= length)
+
     @torch.no_grad()
     def read_pieces(self, pieces: Sequence[Tensor], states: Sequence[StackState]) -> list[BlockOutput]:
-        """Pieces of several single prompts, in one pass.
+        """Pieces of several single prompts, those of a :meth:`pass <pass_of>` at once.
 
-        With several ``together`` there are always that many rows of a whole chunk, whoever comes, so that what one
-        prompt gives does not depend on the others.
+        A pass always has all its rows and columns, whoever comes, so that what one prompt gives does not depend on the
+        others.
 
         Args:
-            pieces: ``(1, L)`` each, L at most the chunk; at most ``together`` of them.
+            pieces: ``(1, L)`` each, L at most the chunk; of each pass at most its rows.
             states: to go on from.
 
         Returns:
@@ -186,13 +203,24 @@ class Reader:
         Raises:
             ConfigError: there are more of them.
         """
-        if len(pieces) > self.together:
-            raise ConfigError(f"pieces: must be at most {self.together}, got {len(pieces)}")
+        of_pass: dict[Pass, list[int]] = {}
+        for i, piece in enumerate(pieces):
+            of_pass.setdefault(self.pass_of(piece.shape[1]), []).append(i)
+        for each, those in of_pass.items():
+            if len(those) > each.rows:
+                raise ConfigError(
+                    f"pieces: must be at most {each.rows} of up to {each.columns} tokens, got {len(those)}"
+                )
         if self.together == 1:
             return [self.read_chunk(*each) for each in zip(pieces, states, strict=True)]
-        if self._several is None:
-            self._several = _Captured(self._with_fixed_rows(), self.chunk, self._place(self.together), part=True)
-        return self._several.run_rows(pieces, states)
+        found: dict[int, BlockOutput] = {}
+        for each, those in of_pass.items():
+            if each not in self._several:
+                place = _rows(self._place(self.passes[0].rows), 0, each.rows)
+                self._several[each] = _Captured(self._with_fixed_rows(), each.columns, place, part=True)
+            outs = self._several[each].run_rows([pieces[i] for i in those], [states[i] for i in those])
+            found |= zip(those, outs, strict=True)
+        return [found[i] for i in range(len(pieces))]
 
     def _with_fixed_rows(self) -> LanguageModel:
         if self._fixed is None:
@@ -292,9 +320,9 @@ class _Captured:
 R = TypeVar("R", StackState, Routing)
 
 
-def _rows(value: R, row: int) -> R:
-    """One row of a batch, where it lies."""
-    return value.map(lambda tensor: tensor[row : row + 1])
+def _rows(value: R, first: int, count: int = 1) -> R:
+    """One row of a batch, or several, where they lie."""
+    return value.map(lambda tensor: tensor[first : first + count])
 
 
 def _value_of(out: BlockOutput, length: int) -> BlockOutput:

@@ -16,6 +16,7 @@ from sma.interfaces import BlockOutput
 from sma.stepping import Decision
 from sma_models.decoding import Decoder, Reader
 from sma_models.decoding.graph import WARMUP
+from sma_models.decoding.prompts import Pass
 from sma_models.heads import LanguageModel
 from sma_models.serving.errors import full, unavailable
 from sma_models.serving.limits import Limits
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
     from sma_models.stack import StackState
 
 _PROMPTS_A_ROUND = 8
-"""Short prompts that are read between two steps at most: each costs a pass, however short."""
+"""Short prompts that are read one by one between two steps at most: each costs a pass, however short."""
 _PROMPTS_TOGETHER = 4
-"""That one pass reads where passes are captured; it keeps as many states."""
+"""Whose whole pieces one pass reads where passes are captured, and more of shorter ones; each has a state there."""
+_STEPS_A_PASS = 8
+"""That are taken before a pass with rows to spare: it costs as much as a full one, and as much as several steps."""
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,8 @@ class Engine:
 
     A *round* reads up to ``prefill_chunk`` tokens of the prompts that wait, a piece of each in turn, so that a long one
     does not stall the others; gives free slots to the texts that wait; and takes one step of all that have a slot.
+    Where pieces of several prompts are read in one pass, a round has one pass at most: of the first prompt, and of
+    those behind it with pieces of the same size. While texts are written, one for a few prompts waits for a few steps.
     Where texts wait for a slot, one that has had its own for ``quantum`` tokens goes to the end of the line: its state
     has a constant size and is put aside and back without a change of a bit.
 
@@ -69,6 +74,7 @@ class Engine:
         self._stale = False  # a request was cancelled and may still be somewhere
         self._open, self._stopping = True, False
         self._reading: deque[Prompt] = deque()
+        self._steps_since_pass = 0
         self._waiting: deque[Text] = deque()
         self._slots: dict[int, Text] = {}
         self._events: dict[Ticket, list[Event]] = {}
@@ -225,9 +231,26 @@ class Engine:
     def _read_some(self) -> None:
         chunk = left = self.limits.prefill_chunk
         while self._reading and left > 0:
-            count = min(self._reader.together, len(self._reading))
-            read = self._read_together([self._reading.popleft() for _ in range(count)])
-            left -= max(read, chunk // _PROMPTS_A_ROUND)
+            rows = self._pass_of(self._reading[0]).rows
+            writing = self._slots or self._waiting
+            if writing and len(self._reading) < rows and self._steps_since_pass < _STEPS_A_PASS:
+                return
+            read = self._read_together(self._next())
+            self._steps_since_pass = 0
+            left -= chunk if rows > 1 else max(read, chunk // _PROMPTS_A_ROUND)
+
+    def _next(self) -> list[Prompt]:
+        """The first prompt, and those behind it that its pass has room for; the others keep their order."""
+        own = self._pass_of(self._reading[0])
+        taken, left = list[Prompt](), list[Prompt]()
+        while self._reading and len(taken) < own.rows:
+            prompt = self._reading.popleft()
+            (taken if self._pass_of(prompt) == own else left).append(prompt)
+        self._reading.extendleft(reversed(left))
+        return taken
+
+    def _pass_of(self, prompt: Prompt) -> Pass:
+        return self._reader.pass_of(min(len(prompt.tokens) - prompt.at, self.limits.prefill_chunk))
 
     def _read_together(self, prompts: list[Prompt]) -> int:
         """A piece of each, and how many tokens these were."""
@@ -311,6 +334,7 @@ class Engine:
     def _step(self) -> None:
         if not self._slots:
             return
+        self._steps_since_pass += 1
         slots = sorted(self._slots)
         texts = [self._slots[slot] for slot in slots]
         logits = self._decoder.logits[slots]

@@ -17,6 +17,7 @@ from sma_models.decoding import Decoder, Reader, prefill, prompts
 from sma_models.decoding import decoder as decoder_module
 from sma_models.decoding.fixed import why_not_fixed
 from sma_models.decoding.graph import WARMUP
+from sma_models.decoding.prompts import Pass
 from sma_models.heads import LanguageModel
 from tests.models.test_decoding import close, double, every_language_model, whole
 from tests.models.tiny import inputs_of, tiny
@@ -151,18 +152,22 @@ def test_parts_of_a_chunk_are_filled_up(name: str, monkeypatch: pytest.MonkeyPat
 
 @every_language_model
 @pytest.mark.usefixtures("replaying")
-def test_pieces_of_several_prompts_are_read_together(name: str) -> None:
+def test_pieces_of_several_prompts_are_read_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "_LEAST_COLUMNS", 2)
     model = double(name)
-    reader, tokens = Reader(model, 9, together=3), inputs_of(model, batch=3, length=30)
+    reader, tokens = Reader(model, 9, together=3), inputs_of(model, batch=3, length=40)
+    assert reader.passes == [Pass(2, 6), Pass(8, 3), Pass(9, 3)]
     states: list[Any] = [reader.beginning()] * 3
     at = [0, 0, 0]
-    # Rows and lengths change from call to call, before the capture and after it.
+    # Rows and lengths change from call to call, before the captures and after them.
     for rows, lengths in (
         ([0, 1, 2], [9, 4, 1]),
         ([2, 0], [9, 2]),
         ([1], [3]),
         ([1, 2, 0], [9, 2, 9]),
         ([0, 1], [1, 9]),
+        ([2, 0, 1], [7, 8, 1]),
+        ([0, 2], [2, 5]),
     ):
         pieces = [tokens[row : row + 1, at[row] : at[row] + length] for row, length in zip(rows, lengths, strict=True)]
         outs = reader.read_pieces(pieces, [states[row] for row in rows])
@@ -182,34 +187,45 @@ def test_pieces_of_several_prompts_are_read_together(name: str) -> None:
                 model(tokens[:1, :1], state).logits,
                 model(torch.cat([tokens[row, : at[row]], tokens[0, :1]])[None]).logits[:, -1:],
             )
-    assert reader.captured
-    with pytest.raises(ConfigError, match="pieces: must be at most 3, got 4"):
-        reader.read_pieces([tokens[:1, :1]] * 4, [reader.beginning()] * 4)
+    assert all(each.graph.ready for each in reader._several.values())
+    with pytest.raises(ConfigError, match="pieces: must be at most 3 of up to 8 tokens, got 4"):
+        reader.read_pieces([tokens[:1, :1], *[tokens[:1, :5]] * 4], [reader.beginning()] * 5)
     with pytest.raises(StreamingError, match="state: must be of 1 sequences like the input, got 2"):
         reader.read_pieces([tokens[:1, :1]], [model.initial_state(2)])
 
 
 @pytest.mark.usefixtures("replaying")
-def test_what_a_prompt_gives_does_not_depend_on_the_others() -> None:
+def test_what_a_prompt_gives_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "_LEAST_COLUMNS", 4)
     model: LanguageModel = tiny("seqboat_lm")  # single precision: a bit would show
-    reader, tokens = Reader(model, 16, together=4), inputs_of(model, batch=4, length=16)
+    reader, tokens = Reader(model, 64, together=2), inputs_of(model, batch=14, length=64)
+    assert reader.passes == [Pass(4, 8), Pass(16, 4), Pass(64, 2)]
     reader.warm_up()
-    pieces = [tokens[i : i + 1, : 16 - 3 * i] for i in range(4)]
-    together = [
-        out.state.clone() for out in reader.read_pieces(pieces, [reader.beginning()] * 4) if out.state is not None
-    ]
-    for piece, state in zip(pieces, together, strict=True):
-        (alone,) = reader.read_pieces([piece], [reader.beginning()])
-        assert alone.state is not None
-        assert all(map(torch.equal, alone.state.tensors(), state.tensors()))
+    lengths = [1, 2, 3, 4, 4, 3, 2, 1, 5, 9, 16, 16, 17, 64]
+    pieces = [tokens[i : i + 1, :length] for i, length in enumerate(lengths)]
+
+    def read(those: list[int]) -> dict[int, list[Tensor]]:
+        outs = reader.read_pieces([pieces[i] for i in those], [reader.beginning()] * len(those))
+        return {i: tensors_of((out.x.clone(), out.state)) for i, out in zip(those, outs, strict=True)}
+
+    everyone = list(range(14))
+    together = read(everyone)
+    for others in (everyone[::-1], everyone[1::3], *([i] for i in everyone)):
+        for i, found in read(others).items():
+            assert all(map(torch.equal, found, together[i]))
 
 
 def test_together_only_where_a_graph_can_hold_it(replaying: None, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("seqboat_small_lm")
     assert Reader(model, 16_384, together=3).together == 1, "too many rows"
-    assert Reader(model, 8, together=3).together == 3
+    assert Reader(model, 8, together=3).passes == [Pass(8, 3)]
+    reader = Reader(model, 2048, together=4)
+    assert reader.passes == [Pass(128, 16), Pass(512, 8), Pass(2048, 4)]
+    assert [reader.pass_of(length).columns for length in (1, 128, 129, 512, 513, 2048)] == [128, 128, 512, 512] + [
+        2048
+    ] * 2
     monkeypatch.undo()
-    assert Reader(model, 8, together=3).together == 1, "nothing is captured"
+    assert Reader(model, 2048, together=3).passes == [Pass(2048, 1)], "nothing is captured"
     with pytest.raises(ConfigError, match="together: must be at least 1, got 0"):
         Reader(model, together=0)
 
@@ -224,6 +240,15 @@ def test_whoever_comes_after_the_warm_up_waits_for_no_capture(chunk: int, parts:
     assert reader.captured
     assert sorted(reader._parts) == parts
     assert all(part.graph.ready for part in reader._parts.values())
+
+
+@pytest.mark.usefixtures("replaying")
+def test_nor_does_anyone_who_comes_with_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "_LEAST_COLUMNS", 4)
+    reader = Reader(tiny("seqboat_small_lm"), 20, together=2)
+    reader.warm_up()
+    assert list(reader._several) == reader.passes == [Pass(4, 4), Pass(16, 2), Pass(20, 2)]
+    assert all(each.graph.ready for each in reader._several.values())
 
 
 def test_where_nothing_is_captured_there_is_no_warm_up() -> None:
@@ -386,19 +411,27 @@ def go_on_alike(reader: Reader, further: Tensor, one: Any, other: Any) -> None:
 
 
 @needs_a_gpu
-def test_captured_pieces_are_the_launched_ones() -> None:
+def test_captured_pieces_are_the_launched_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "_LEAST_COLUMNS", 16)
     model: LanguageModel = deepcopy(tiny("seqboat_lm")).cuda()
-    tokens = inputs_of(model, batch=4, length=64).cuda()
+    tokens = inputs_of(model, batch=10, length=200).cuda()
     further = inputs_of(model, batch=1, length=40, seed=1).cuda()
-    captured, launched = Reader(model, 64, together=4), Reader(model, 64, capture=False)
+    captured, launched = Reader(model, 200, together=2), Reader(model, 200, capture=False)
     captured.warm_up()
-    assert captured.captured, captured.uncaptured
-    pieces = [tokens[i : i + 1, : 64 - 20 * i] for i in range(4)]
-    outs = captured.read_pieces(pieces, [captured.beginning()] * 4)
+    assert not captured.uncaptured
+    assert captured.passes == [Pass(16, 6), Pass(64, 2), Pass(200, 2)]
+    lengths = [1, 4, 16, 15, 2, 9, 17, 64, 65, 200]
+    pieces = [tokens[i : i + 1, :length] for i, length in enumerate(lengths)]
+    outs = captured.read_pieces(pieces, [captured.beginning()] * len(pieces))
+    assert all(each.graph.ready for each in captured._several.values())
     for piece, out in zip(pieces, outs, strict=True):
         expected = launched.read_chunk(piece, launched.beginning())
         torch.testing.assert_close(out.x, expected.x, rtol=0, atol=1e-4)
         go_on_alike(launched, further, out.state, expected.state)
+    for state in [out.state for out in outs]:
+        assert state is not None
+        (alone,) = captured.read_pieces([further], [state])
+        torch.testing.assert_close(alone.x, launched.read_chunk(further, state).x, rtol=0, atol=1e-4)
 
 
 @needs_a_gpu

@@ -10,8 +10,9 @@ import torch
 
 import sma
 from sma.errors import ConfigError
+from sma_models.decoding import prompts
 from sma_models.heads import LanguageModel
-from sma_models.serving.engine import Engine
+from sma_models.serving.engine import _STEPS_A_PASS, Engine
 from sma_models.serving.errors import RequestError
 from sma_models.serving.limits import Limits
 from sma_models.serving.sequences import Activated, Event, Finished, Read, Written
@@ -250,16 +251,83 @@ def test_of_prompts_that_are_read_together_a_bad_one_fails_alone(
         return honest(pieces, states)
 
     monkeypatch.setattr(engine._reader, "read_pieces", read)
-    prompts = [b"one", b"!", b"another", b"the third of them", b"!!", b"last"]
+    texts = [b"one", b"!", b"another", b"the third of them", b"!!", b"last"]
     # The request of a bad prompt fails as a whole, with a good one that is read in the same pass.
-    asked = [ask(engine, prompt, 5, others=[b"fine"] * prompt.startswith(b"!")) for prompt in prompts]
+    asked = [ask(engine, prompt, 5, others=[b"fine"] * prompt.startswith(b"!")) for prompt in texts]
     rounds(engine)
-    for prompt, each in zip(prompts, asked, strict=True):
+    for prompt, each in zip(texts, asked, strict=True):
         if prompt.startswith(b"!"):
             assert each.failed == "the prompt could not be read; the server's log says why"
         else:
             assert each.written() == continued(model, prompt, 5)
     assert free(engine)
+
+
+@pytest.fixture
+def passes(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, replaying: None) -> tuple[Engine, list[list[int]]]:  # noqa: F811
+    """An engine that reads up to 8 pieces of up to 4 bytes in a pass, or 4 of up to 16; the lengths in each pass."""
+    monkeypatch.setattr(prompts, "_LEAST_COLUMNS", 4)
+    engine, lengths = Engine(model, SMALL), list[list[int]]()
+    honest = engine._reader.read_pieces
+
+    def read(pieces: Any, states: Any) -> Any:
+        lengths.append([piece.shape[1] for piece in pieces])
+        return honest(pieces, states)
+
+    monkeypatch.setattr(engine._reader, "read_pieces", read)
+    return engine, lengths
+
+
+def test_pieces_of_one_size_share_a_pass(passes: tuple[Engine, list[list[int]]], model: LanguageModel) -> None:
+    engine, lengths = passes
+    written = [3, 10, 1, 16, 4, 2, 12, 37, 9, 3]
+    asked = [ask(engine, bytes(range(n, 2 * n)), 3) for n in written]
+    rounds(engine)
+    for n, each in zip(written, asked, strict=True):
+        assert each.written() == continued(model, bytes(range(n, 2 * n)), 3)
+    # The first one is always read, and whoever fits comes with it; the rest of 37 bytes is of 16, and then of 5.
+    assert lengths == [[3, 1, 4, 2, 3], [10, 16, 12, 16], [9, 16], [5]]
+    assert free(engine)
+
+
+def test_a_pass_with_rows_to_spare_waits_for_some_steps(passes: tuple[Engine, list[list[int]]]) -> None:
+    engine, lengths = passes
+    ask(engine, b"first", 200)
+    engine.round()
+    assert lengths == [[5]], "nobody writes, so that nothing is gained by waiting"
+    few = [ask(engine, b"second", 1), ask(engine, b"third", 1)]
+    for _ in range(_STEPS_A_PASS - 1):
+        engine.round()
+        assert len(lengths) == 1
+    engine.round()
+    assert lengths[1:] == [[6, 5]]
+    assert all(each.finished for each in few)
+    for _ in range(_STEPS_A_PASS):
+        engine.round()
+    ask(engine, b"nobody came then", 1)
+    engine.round()
+    assert lengths[2:] == [[16]]
+    for i in range(5):
+        ask(engine, b"many of one size"[i:], 1)
+    engine.round()
+    assert lengths[3:] == [[16, 15, 14, 13]], "a full one, and no more than one between two steps"
+    engine.round()
+    assert len(lengths) == 4
+
+
+def test_nobody_waits_for_ever_to_be_read(passes: tuple[Engine, list[list[int]]]) -> None:
+    engine, lengths = passes
+    ask(engine, b"writes", 300)
+    engine.round()
+    long = ask(engine, b"x" * 6 * SMALL.prefill_chunk, 1)
+    count = 0
+    while not long.finished:
+        for _ in range(4):
+            ask(engine, b"abc", 0)
+        engine.round()
+        count += 1
+        assert count <= 6 * 2 * _STEPS_A_PASS
+    assert lengths.count([16]) == 6
 
 
 def test_a_step_that_fails_ends_everything(
@@ -334,13 +402,16 @@ def likelihoods_of(events: list[Event]) -> list[float]:
     return [each.own for each in read if each is not None]
 
 
-def test_pieces_that_are_replayed_tell_the_same(model: LanguageModel, request: pytest.FixtureRequest) -> None:
+def test_pieces_that_are_replayed_tell_the_same(
+    model: LanguageModel, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Of six whole pieces and a rest, and of less: more than are read together, so that they take turns.
-    prompts = [bytes(range(first, first + length)) for first, length in ((0, 100), (40, 100), (7, 3), (9, 16), (1, 40))]
+    monkeypatch.setattr(prompts, "_LEAST_COLUMNS", 4)
+    texts = [bytes(range(first, first + length)) for first, length in ((0, 100), (40, 100), (7, 3), (9, 16), (1, 40))]
 
     def told(replayed: bool) -> list[list[Event]]:
         engine = Engine(model, SMALL)
-        asked = [ask(engine, prompt, 6, likelihoods=2, of_prompt=True, activations=True) for prompt in prompts]
+        asked = [ask(engine, prompt, 6, likelihoods=2, of_prompt=True, activations=True) for prompt in texts]
         rounds(engine)
         assert (engine._reader.together, engine._reader.captured) == ((4, True) if replayed else (1, False))
         assert free(engine)
