@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sma.errors import StreamingError
+from sma.ops.append import append
 from sma.routing import Packed
 from sma.state import State
 
@@ -84,27 +85,8 @@ class WorkingMemory(State):
             StreamingError: the memory is of another batch size, or of rows of another number or shape.
         """
         self._check(packed, rows)
-        old, start = self.lengths, self.count - self.lengths
-        total = self.rows[0].shape[0] * self.capacity + packed.index.shape[0] if packed.fixed else None
-        if total is not None:
-            unused = self.rows[0].shape[0] * self.capacity - old.sum(0, keepdim=True)
-            old, start = torch.cat([old, unused]), torch.cat([start, torch.zeros_like(unused)])
-        lengths = old + packed.lengths
-        cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        total = int(cu_seqlens[-1]) if total is None else total
-        sequence = torch.repeat_interleave(lengths, output_size=total)
-        rank = torch.arange(total, device=cu_seqlens.device) - cu_seqlens[sequence]
-        remembered = sequence * self.capacity + self.capacity - old[sequence] + rank
-        if packed.fixed:  # any rows that are there are good enough for the sequence of nothing
-            remembered = remembered.clamp(0, max(packed.batch * self.capacity - 1, 0))
-        arrived = packed.batch * self.capacity + packed.cu_seqlens[sequence] + rank - old[sequence]
-        source = torch.where(rank < old[sequence], remembered, arrived)
-        both = tuple(
-            torch.cat([was.flatten(0, 1).to(row.dtype), row]).index_select(0, source)
-            for was, row in zip(self.rows, rows, strict=True)
-        )
-        after = _last(both, cu_seqlens[: packed.batch + 1], self.capacity)
-        return Appended(both, cu_seqlens, start, type(self)(after, self.count + packed.lengths[: packed.batch]))
+        found = append(self.rows, self.count, rows, packed)
+        return Appended(found.both, found.cu_seqlens, found.start, type(self)(found.after, found.counts))
 
     def _check(self, packed: Packed, rows: tuple[Tensor, ...]) -> None:
         if packed.batch != self.count.shape[0]:
@@ -114,18 +96,3 @@ class WorkingMemory(State):
         ours, theirs = [tuple(row.shape[2:]) for row in self.rows], [tuple(row.shape[1:]) for row in rows]
         if ours != theirs:
             raise StreamingError(f"WorkingMemory: remembers rows of shapes {ours}, the new tokens have {theirs}")
-
-
-def _last(rows: tuple[Tensor, ...], cu_seqlens: Tensor, capacity: int) -> tuple[Tensor, ...]:
-    """The last ``capacity`` rows of every sequence ``(B, capacity, ...)``, zeros in front of shorter ones."""
-    index = cu_seqlens[1:, None] - capacity + torch.arange(capacity, device=cu_seqlens.device)
-    unused = index < cu_seqlens[:-1, None]
-    if not rows[0].shape[0]:
-        return tuple(row.new_zeros(*index.shape, *row.shape[1:]) for row in rows)
-    flat = index.clamp(min=0).flatten()
-    return tuple(
-        row.index_select(0, flat)
-        .view(*index.shape, *row.shape[1:])
-        .masked_fill(unused.view(*index.shape, *(1,) * (row.dim() - 1)), 0)
-        for row in rows
-    )

@@ -1,5 +1,6 @@
 """Pure tensor functions, each in a folder with a reference and an eager backend."""
 
+from sma.ops.append import append
 from sma.ops.backend import Op, operations, using
 from sma.ops.combine import combine
 from sma.ops.compress import compress
@@ -15,6 +16,7 @@ __all__ = [
     "Gate",
     "Op",
     "RowNorm",
+    "append",
     "combine",
     "compress",
     "embedding",
