@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Generic, Self, TypeVar
 
 import torch
@@ -62,6 +62,26 @@ def _collect(value: Any, tensors: list[Tensor]) -> None:
             _collect(item, tensors)
 
 
+def _form(value: Any, form: list[Any]) -> None:
+    """How a state is built, but for the batch."""
+    if isinstance(value, Tensor):
+        form.append(value.shape[1:])
+    elif isinstance(value, State):
+        form.append(type(value))
+        for name in value.__dataclass_fields__:
+            _form(getattr(value, name), form)
+    elif isinstance(value, tuple):
+        form.append(len(value))
+        for item in value:
+            _form(item, form)
+    elif isinstance(value, dict):
+        form.append(tuple(value))
+        for item in value.values():
+            _form(item, form)
+    else:
+        form.append(value)
+
+
 S = TypeVar("S", bound="State")
 
 
@@ -71,7 +91,12 @@ class State:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
         """A new state with ``fn`` applied to every tensor."""
-        return replace(self, **{field.name: _map(getattr(self, field.name), fn) for field in fields(self)})
+        return type(self)(**{name: _map(getattr(self, name), fn) for name in self.__dataclass_fields__})
+
+    def with_tensors(self, tensors: Iterable[Tensor]) -> Self:
+        """A new state with other tensors, in the order of :meth:`tensors`."""
+        others = iter(tensors)
+        return self.map(lambda _: next(others))
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the state, in the order of the fields."""
@@ -138,6 +163,12 @@ class State:
         others = [iter(_matching(states[0], state)) for state in states[1:]]
         return states[0].map(lambda tensor: torch.cat([tensor, *(next(other) for other in others)]))
 
+    def form(self) -> list[Any]:
+        """How it is built, but for the batch: states with equal forms fit each other."""
+        form: list[Any] = []
+        _form(self, form)
+        return form
+
     @property
     def nbytes(self) -> int:
         """Size in bytes, counted over the elements (not over shared or over-allocated storage)."""
@@ -146,10 +177,19 @@ class State:
 
 def _matching(one: State, other: State) -> list[Tensor]:
     """The tensors of ``other``, which are those of ``one`` but for the batch."""
-    problem = difference(one, other.kinds(), other.named_tensors())
+    problem = misfit(one, other)
     if problem is not None:
         raise StreamingError(f"state: {problem}")
     return other.tensors()
+
+
+def misfit(one: State, other: State, form: list[Any] | None = None) -> str | None:
+    """What keeps ``other`` from being built like ``one`` but for the batch, or None; ``form`` is that of ``one``."""
+    tensors = other.tensors()
+    alike = other.form() == (one.form() if form is None else form)
+    if alike and all(each.shape[0] == tensors[0].shape[0] for each in tensors):
+        return None
+    return difference(one, other.kinds(), other.named_tensors())
 
 
 def difference(one: State, kinds: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str | None:

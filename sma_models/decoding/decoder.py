@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sma.errors import ConfigError, ShapeError, StreamingError
 from sma.stepping import Decision, Moment, Room
-from sma_models.decoding.graph import Graph, fill
+from sma_models.decoding.graph import Graph, copy_all
 from sma_models.decoding.prompts import Reader
 from sma_models.decoding.steps import ModelStepper, position_of
 from sma_models.heads import LanguageModel
@@ -151,12 +151,14 @@ class Decoder:
         read = self.reader.read(prompts, state, valid=valid)
         return self.resume(read.state, read.logits)
 
-    def resume(self, state: StackState, logits: Tensor | None = None) -> list[int]:
+    def resume(self, state: StackState, logits: Tensor | None = None, *, checked: bool = False) -> list[int]:
         """Give the sequences of a state slots of their own, to go on from there.
 
         Args:
             state: of one or several sequences.
             logits: ``(B, V)`` of their next tokens; zeros if None.
+            checked: the state is known to be one of the model, from a reader or a decoder of it. Then it is not looked
+                at, for which the device would be waited for.
 
         Returns:
             The slots, in the order of the sequences.
@@ -164,7 +166,7 @@ class Decoder:
         Raises:
             StreamingError: there are not so many free slots, or the state does not fit the model.
         """
-        position = self._position_of(state)
+        position = position_of(state, checked=True) if checked else self._position_of(state)
         self._check_room(position.numel())
         slots = [slot for slot, taken in enumerate(self._taken) if taken is None][: position.numel()]
         self._write(slots, state, logits, position)
@@ -358,7 +360,8 @@ class _Seat:
     def __init__(self, decoder: Decoder) -> None:
         device = decoder.logits.device
         self._state = decoder.model.initial_state(1)
-        self._dtypes = [each.dtype for each in self._state.tensors()]
+        self._places = self._state.tensors()
+        self._dtypes = [each.dtype for each in self._places]
         self._slot, self._position = torch.zeros(2, 1, dtype=torch.int64, device=device)
         self._logits = torch.zeros_like(decoder.logits[:1])
         self._graph: Graph[None] = Graph(device)
@@ -372,7 +375,7 @@ class _Seat:
         self, put: Callable[..., None], slot: int, state: StackState, position: Tensor, logits: Tensor | None
     ) -> None:
         """Put a state into a slot, by ``put`` of the decoder."""
-        fill(self._state, state)
+        copy_all(self._places, state.tensors())
         self._slot.fill_(slot)
         self._position.copy_(position)
         if logits is None:

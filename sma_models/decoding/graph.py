@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from sma.state import State
 from sma.waiting import capturing
 
 T = TypeVar("T")
@@ -64,12 +63,12 @@ class Graph(Generic[T]):
             self._graph = graph
 
 
-def fill(place: State, state: State) -> None:
-    """Put the tensors of a state into those of another one of the same form, in a few launches."""
+def copy_all(places: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Put each tensor into its place, in a few launches."""
     pairs: dict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-    for to, tensor in zip(place.tensors(), state.tensors(), strict=True):
-        places, tensors = pairs.setdefault((to.dtype, tensor.dtype), ([], []))
-        places.append(to)
-        tensors.append(tensor)
-    for places, tensors in pairs.values():
-        torch._foreach_copy_(places, tensors)
+    for to, tensor in zip(places, tensors, strict=True):
+        tos, froms = pairs.setdefault((to.dtype, tensor.dtype), ([], []))
+        tos.append(to)
+        froms.append(tensor)
+    for tos, froms in pairs.values():
+        torch._foreach_copy_(tos, froms)

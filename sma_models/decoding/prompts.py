@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sma.errors import ConfigError, StreamingError
 from sma.interfaces import BlockOutput
 from sma.routing import Routing
-from sma.state import difference
+from sma.state import State, misfit
 from sma_models.decoding.fixed import why_not_fixed, with_fixed_rows
-from sma_models.decoding.graph import WARMUP, Graph, fill
+from sma_models.decoding.graph import WARMUP, Graph, copy_all
 from sma_models.heads import LanguageModel, check_tokens, without_padding
 from sma_models.stack import StackState
 
@@ -32,6 +33,22 @@ class Pass(NamedTuple):
 
     columns: int
     rows: int
+
+
+class Piece(NamedTuple):
+    """What :meth:`Reader.read_pieces` gives of a piece of a prompt.
+
+    Attributes:
+        x: ``(1, L, D)``, what the stack of the model gives; overwritten by the next call, as are the routings.
+        state: after the piece.
+        logits: ``(1, V)`` of the token after it.
+        routings: of the layers by their names; none where they were not asked for.
+    """
+
+    x: Tensor
+    state: StackState
+    logits: Tensor
+    routings: Mapping[str, Routing]
 
 
 class Prefilled(NamedTuple):
@@ -97,7 +114,7 @@ class Reader:
         self._places: dict[int, StackState] = {}  # of the states that go in, by the number of prompts
         self._wholes: dict[int, _Captured] = {}
         self._parts: dict[int, _Captured] = {}
-        self._several: dict[Pass, _Captured] = {}
+        self._several: dict[Pass, _CapturedPieces] = {}
 
     @property
     def uncaptured(self) -> dict[str, str]:
@@ -113,9 +130,9 @@ class Reader:
         """Whether chunks are replayed from CUDA graphs."""
         return any(graph.ready for graph in self._graphs())
 
-    def _graphs(self) -> list[Graph[BlockOutput]]:
-        captured = (*self._wholes.values(), *self._parts.values(), *self._several.values())
-        return [each.graph for each in captured]
+    def _graphs(self) -> list[Graph[Any]]:
+        single = [each.graph for each in (*self._wholes.values(), *self._parts.values())]
+        return [*single, *(each.graph for each in self._several.values())]
 
     def beginning(self) -> StackState:
         """The state before the first token of a single prompt, made once: states are values."""
@@ -187,21 +204,23 @@ class Reader:
         return next(each for each in self.passes if each.columns >= length)
 
     @torch.no_grad()
-    def read_pieces(self, pieces: Sequence[Tensor], states: Sequence[StackState]) -> list[BlockOutput]:
+    def read_pieces(
+        self, pieces: Sequence[Tensor], states: Sequence[StackState], *, routings: bool = True
+    ) -> list[Piece]:
         """Pieces of several single prompts, those of a :meth:`pass <pass_of>` at once.
 
         A pass always has all its rows and columns, whoever comes, so that what one prompt gives does not depend on the
         others.
 
         Args:
-            pieces: ``(1, L)`` each, L at most the chunk; of each pass at most its rows.
+            pieces: ``(1, L)`` each, L at most the chunk; of each pass at most its rows. All on one device, or on the
+                CPU.
             states: to go on from.
-
-        Returns:
-            What :meth:`read_chunk` gives for each. Features and routings are overwritten by the next call.
+            routings: whether they are wanted.
 
         Raises:
             ConfigError: there are more of them.
+            StreamingError: a state is of another model, or of several sequences.
         """
         of_pass: dict[Pass, list[int]] = {}
         for i, piece in enumerate(pieces):
@@ -212,15 +231,20 @@ class Reader:
                     f"pieces: must be at most {each.rows} of up to {each.columns} tokens, got {len(those)}"
                 )
         if self.together == 1:
-            return [self.read_chunk(*each) for each in zip(pieces, states, strict=True)]
-        found: dict[int, BlockOutput] = {}
+            return [self._read_piece(*each) for each in zip(pieces, states, strict=True)]
+        found: dict[int, Piece] = {}
         for each, those in of_pass.items():
             if each not in self._several:
-                place = _rows(self._place(self.passes[0].rows), 0, each.rows)
-                self._several[each] = _Captured(self._with_fixed_rows(), each.columns, place, part=True)
-            outs = self._several[each].run_rows([pieces[i] for i in those], [states[i] for i in those])
-            found |= zip(those, outs, strict=True)
+                place = _rows(self._place(self.passes[0].rows), each.rows)
+                self._several[each] = _CapturedPieces(self._with_fixed_rows(), each, place)
+            read = self._several[each].run([pieces[i] for i in those], [states[i] for i in those], routings=routings)
+            found |= zip(those, read, strict=True)
         return [found[i] for i in range(len(pieces))]
+
+    def _read_piece(self, piece: Tensor, state: StackState) -> Piece:
+        out = self.read_chunk(piece.to(self.model.embedding.weight.device), state)
+        logits = self.model.logits(out.x[:, -1])
+        return Piece(out.x, cast("StackState", out.state), logits, out.routings)
 
     def _with_fixed_rows(self) -> LanguageModel:
         if self._fixed is None:
@@ -253,8 +277,8 @@ def _why_uncaptured(model: LanguageModel, capture: bool) -> dict[str, str]:
     return why_not_fixed(model)
 
 
-class _Captured:
-    """A chunk of some prompts, or a part of one, in tensors that stay where they are.
+class _Place:
+    """Where a chunk of some prompts, and the state that goes in, stay.
 
     Args:
         model: with a fixed number of rows.
@@ -263,12 +287,40 @@ class _Captured:
         part: whether fewer columns may be filled.
     """
 
+    def __init__(self, model: LanguageModel, columns: int, state: StackState, *, part: bool) -> None:
+        self.model, self._state = model, state
+        self.form, self.tensors = state.form(), state.tensors()
+        device, batch = model.embedding.weight.device, self.tensors[0].shape[0]
+        self.tokens = torch.zeros(batch, columns, dtype=torch.int64, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device) if part else None
+
+    def tensors_of(self, state: StackState, batch: int) -> list[Tensor]:
+        """The tensors of a state, in the order of :attr:`tensors`.
+
+        Raises:
+            StreamingError: it is of another model or batch.
+        """
+        tensors = state.tensors()
+        if state.form() == self.form and all(each.shape[0] == batch for each in tensors):
+            return tensors
+        problem = misfit(self._state, state)
+        if problem is not None:
+            raise StreamingError(f"state: does not fit the model: {problem}")
+        raise StreamingError(f"state: must be of {batch} sequences like the input, got {tensors[0].shape[0]}")
+
+    def stack(self) -> BlockOutput:
+        """What the stack of the model gives for what lies there."""
+        with torch.autocast(self.tokens.device.type, enabled=False):
+            features = self.model.embed(self.tokens)
+            return self.model.stack(features, self._state, lengths=self.lengths)  # type: ignore[no-any-return]
+
+
+class _Captured:
+    """A chunk of some prompts, or a part of one, as a CUDA graph; arguments as for the place."""
+
     def __init__(self, model: LanguageModel, columns: int, state: StackState, *, part: bool = False) -> None:
-        device, batch = model.embedding.weight.device, state.tensors()[0].shape[0]
-        self._model, self._state = model, state
-        self._tokens = torch.zeros(batch, columns, dtype=torch.int64, device=device)
-        self._lengths = torch.zeros(batch, dtype=torch.int64, device=device) if part else None
-        self.graph: Graph[BlockOutput] = Graph(device)
+        self._place = _Place(model, columns, state, part=part)
+        self.graph: Graph[BlockOutput] = Graph(self._place.tokens.device)
 
     def run(self, tokens: Tensor, state: StackState) -> BlockOutput:
         """What the stack gives; see :meth:`Reader.read_chunk`.
@@ -276,64 +328,81 @@ class _Captured:
         Raises:
             StreamingError: the state is of another model or batch.
         """
-        self._check(state, self._tokens.shape[0])
-        length = tokens.shape[1]
-        self._tokens[:, :length].copy_(tokens)  # behind them stand earlier ones, which nobody looks at
-        if self._lengths is not None:
-            self._lengths.fill_(length)
-        fill(self._state, state)
-        return _value_of(self.graph.run(self._forward), length)
+        place, length = self._place, tokens.shape[1]
+        before = place.tensors_of(state, place.tokens.shape[0])
+        place.tokens[:, :length].copy_(tokens)  # behind them stand earlier ones, which nobody looks at
+        if place.lengths is not None:
+            place.lengths.fill_(length)
+        copy_all(place.tensors, before)
+        out = self.graph.run(place.stack)
+        own = cast("StackState", out.state)
+        (state,) = _values(own, [own.tensors()])
+        if length == out.x.shape[1]:
+            return replace(out, state=state)
+        routings = {name: routing.map(lambda each: each[:, :length]) for name, routing in out.routings.items()}
+        return replace(out, x=out.x[:, :length], state=state, routings=routings)
 
-    def run_rows(self, pieces: Sequence[Tensor], states: Sequence[StackState]) -> list[BlockOutput]:
-        """The same for a row each; see :meth:`Reader.read_pieces`."""
-        assert self._lengths is not None
+
+class _CapturedPieces:
+    """A pass over pieces of single prompts, a row each, as a CUDA graph.
+
+    What the host does for a piece counts: views are made once, and all rows are copied together.
+    """
+
+    def __init__(self, model: LanguageModel, size: Pass, state: StackState) -> None:
+        self._place = _Place(model, size.columns, state, part=True)
+        self._rows = [[each[row : row + 1] for each in self._place.tensors] for row in range(size.rows)]
+        self._after: tuple[State | None, list[list[Tensor]]] = (None, [])
+        self.graph: Graph[tuple[BlockOutput, Tensor]] = Graph(self._place.tokens.device)
+
+    def run(self, pieces: Sequence[Tensor], states: Sequence[StackState], *, routings: bool) -> list[Piece]:
+        """See :meth:`Reader.read_pieces`."""
+        place, count = self._place, len(pieces)
+        before = [place.tensors_of(state, 1) for state in states]
+        assert place.lengths is not None
         lengths = [piece.shape[1] for piece in pieces]
-        for state in states:
-            self._check(state, 1)
-        for row, (piece, state) in enumerate(zip(pieces, states, strict=True)):
-            self._tokens[row, : lengths[row]].copy_(piece[0])
-            fill(_rows(self._state, row), state)
-        unused = [0] * (self._tokens.shape[0] - len(lengths))
-        self._lengths.copy_(torch.tensor([*lengths, *unused]))
-        out = self.graph.run(self._forward)
+        tokens = pad_sequence([piece[0] for piece in pieces], batch_first=True)
+        place.tokens[:count, : tokens.shape[1]].copy_(tokens)
+        place.lengths.copy_(torch.tensor([*lengths, *[0] * (len(self._rows) - count)]))
+        copy_all(_joined(self._rows[:count]), _joined(before))
+        out, logits = self.graph.run(self._forward)
+        own = cast("StackState", out.state)
+        if self._after[0] is not own:  # every replay gives the same tensors
+            self._after = own, [[each[row : row + 1] for each in own.tensors()] for row in range(len(self._rows))]
+        values, logits = _values(own, self._after[1][:count]), logits[:count].clone()
         found = []
-        for row, length in enumerate(lengths):
-            routings = {name: _rows(routing, row) for name, routing in out.routings.items()}
-            own = BlockOutput(out.x[row : row + 1], _rows(cast("StackState", out.state), row), routings, out.losses)
-            found.append(_value_of(own, length))
+        for row, (length, state) in enumerate(zip(lengths, values, strict=True)):
+            known = out.routings.items() if routings else ()
+            of_row = {name: routing.map(_cut(row, length)) for name, routing in known}
+            found.append(Piece(_cut(row, length)(out.x), state, logits[row : row + 1], of_row))
         return found
 
-    def _check(self, state: StackState, batch: int) -> None:
-        problem = difference(self._state, state.kinds(), state.named_tensors())
-        rows = {tensor.shape[0] for tensor in state.tensors()} - {batch}
-        if problem is not None:
-            raise StreamingError(f"state: does not fit the model: {problem}")
-        if rows:
-            raise StreamingError(f"state: must be of {batch} sequences like the input, got {rows.pop()}")
-
-    def _forward(self) -> BlockOutput:
-        with torch.autocast(self._tokens.device.type, enabled=False):
-            features = self._model.embed(self._tokens)
-            return self._model.stack(features, self._state, lengths=self._lengths)  # type: ignore[no-any-return]
+    def _forward(self) -> tuple[BlockOutput, Tensor]:
+        """With the logits after the last token of each row, which are anything where there is none."""
+        out, lengths = self._place.stack(), self._place.lengths
+        assert lengths is not None
+        last = (lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, out.x.shape[-1])
+        return out, self._place.model.logits(out.x.gather(1, last)[:, 0])
 
 
-R = TypeVar("R", StackState, Routing)
+def _cut(row: int, length: int) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor[row : row + 1, :length]
 
 
-def _rows(value: R, first: int, count: int = 1) -> R:
-    """One row of a batch, or several, where they lie."""
-    return value.map(lambda tensor: tensor[first : first + count])
+def _joined(lists: Sequence[list[Tensor]]) -> list[Tensor]:
+    return [tensor for each in lists for tensor in each]
 
 
-def _value_of(out: BlockOutput, length: int) -> BlockOutput:
-    """The first ``length`` columns, and a state that no replay overwrites."""
-    state = cast("StackState", out.state)
-    after = state.map(torch.empty_like)
-    fill(after, state)
-    if length == out.x.shape[1]:
-        return replace(out, state=after)
-    routings = {name: routing.map(lambda each: each[:, :length]) for name, routing in out.routings.items()}
-    return replace(out, x=out.x[:, :length], state=after, routings=routings)
+def _rows(state: StackState, count: int) -> StackState:
+    """The first rows of a batch, where they lie."""
+    return state.map(lambda tensor: tensor[:count])
+
+
+def _values(form: StackState, states: Sequence[list[Tensor]]) -> list[StackState]:
+    """States of that form that no replay overwrites, with the values of the tensors of each."""
+    own = [[torch.empty_like(tensor) for tensor in state] for state in states]
+    copy_all(_joined(own), _joined(states))
+    return [form.with_tensors(tensors) for tensors in own]
 
 
 def prefill(

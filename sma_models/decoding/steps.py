@@ -12,7 +12,7 @@ from torch import Tensor
 from sma.errors import StreamingError
 from sma.interfaces import Block
 from sma.layer import ActivatedState
-from sma.state import State, difference
+from sma.state import State, misfit
 from sma.stepping import Decision, Moment, Room, Stepper, normalised
 from sma_models.heads import LanguageModel
 from sma_models.stack import StackState
@@ -24,6 +24,7 @@ class ModelStepper(Stepper):
     def __init__(self, model: LanguageModel, room: Room) -> None:
         self.model = model
         self._empty = model.stack.initial_state(1, room.like.to("meta"))  # shapes, without memory
+        self._form = self._empty.form()
         self.layers = [layer.stepper(room) for layer in model.stack.layers if isinstance(layer, Block)]
 
     def parts(self) -> dict[str, Stepper]:
@@ -46,7 +47,7 @@ class ModelStepper(Stepper):
         """
         if not isinstance(state, StackState):
             raise StreamingError(f"state: must be a StackState, got {type(state).__name__}")
-        problem = difference(self._empty, state.kinds(), state.named_tensors())
+        problem = misfit(self._empty, state, self._form)
         if problem is not None:
             raise StreamingError(f"state: does not fit the model: {problem}")
 
@@ -60,22 +61,28 @@ class ModelStepper(Stepper):
         return self.model.logits(normalised(self.model.stack.final_norm, x)), decisions
 
 
-def position_of(state: StackState) -> Tensor:
+def position_of(state: StackState, *, checked: bool = False) -> Tensor:
     """``(B,)`` int64: real tokens that went by, as the layers that decide have counted them.
 
     Where no layer does, nothing depends on it, and it is zero.
 
+    Args:
+        state: of a model.
+        checked: two layers are known to agree; otherwise the device is waited for, to compare them.
+
     Raises:
         StreamingError: the state holds nothing, or two layers disagree.
     """
-    tensors = state.tensors()
-    if not tensors:
-        raise StreamingError("state: holds no tensor")
-    seen = [each.seen for each in _inside(state) if isinstance(each, ActivatedState)]
-    if not seen:
+    layers = (each.seen for each in _inside(state) if isinstance(each, ActivatedState))
+    first = next(layers, None)
+    if first is None:
+        tensors = state.tensors()
+        if not tensors:
+            raise StreamingError("state: holds no tensor")
         return torch.zeros(tensors[0].shape[0], dtype=torch.int64, device=tensors[0].device)
-    if torch.compiler.is_compiling() or len(seen) == 1:
-        return seen[0]
+    if checked or torch.compiler.is_compiling():
+        return first
+    seen = [first, *layers]
     same = all(each.shape == seen[0].shape for each in seen)
     # A device is waited for only once.
     if not same or bool((torch.stack([each.to(seen[0].device) for each in seen]) != seen[0]).any()):

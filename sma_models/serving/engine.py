@@ -6,17 +6,16 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sma.errors import ConfigError
-from sma.interfaces import BlockOutput
 from sma.stepping import Decision
 from sma_models.decoding import Decoder, Reader
 from sma_models.decoding.graph import WARMUP
-from sma_models.decoding.prompts import Pass
+from sma_models.decoding.prompts import Pass, Piece
 from sma_models.heads import LanguageModel
 from sma_models.serving.errors import full, unavailable
 from sma_models.serving.limits import Limits
@@ -25,7 +24,7 @@ from sma_models.serving.sequences import Activated, Event, Failed, Finished, Pro
 from sma_models.serving.text import ends_with_stop
 
 if TYPE_CHECKING:
-    from sma_models.stack import StackState
+    pass
 
 _PROMPTS_A_ROUND = 8
 """Short prompts that are read one by one between two steps at most: each costs a pass, however short."""
@@ -273,23 +272,24 @@ class Engine:
     def _read(self, prompts: list[Prompt]) -> int:
         """The same, if nothing goes wrong; if something does, nothing has happened."""
         pieces = [prompt.tokens[prompt.at : prompt.at + self.limits.prefill_chunk] for prompt in prompts]
-        device = self.model.embedding.weight.device
-        tokens = [torch.tensor([list(piece)], device=device) for piece in pieces]
+        tokens = [torch.tensor([list(piece)]) for piece in pieces]
         states = [self._reader.beginning() if prompt.state is None else prompt.state for prompt in prompts]
-        outs = self._reader.read_pieces(tokens, states)
-        told = [self._told_of(*each) for each in zip(prompts, tokens, outs, strict=True)]
-        for prompt, piece, out, events in zip(prompts, pieces, outs, told, strict=True):
-            prompt.state, prompt.last = cast("StackState", out.state), self.model.logits(out.x[:, -1])
+        curious = any(prompt.ticket.wish.activations for prompt in prompts)
+        read = self._reader.read_pieces(tokens, states, routings=curious)
+        told = [self._told_of(*each) for each in zip(prompts, tokens, read, strict=True)]
+        for prompt, piece, out, events in zip(prompts, pieces, read, told, strict=True):
+            prompt.state, prompt.last = out.state, out.logits
             prompt.at += len(piece)
             for event in events:
                 self._say(prompt.ticket, event)
         return sum(map(len, pieces))
 
-    def _told_of(self, prompt: Prompt, tokens: Tensor, out: BlockOutput) -> list[Event]:
+    def _told_of(self, prompt: Prompt, tokens: Tensor, out: Piece) -> list[Event]:
         """What is wanted of a piece ``(1, L)`` of a prompt."""
         wish, events = prompt.ticket.wish, list[Event]()
         if wish.of_prompt and wish.likelihoods is not None:
-            found = self._likelihoods_of(self.model.logits(out.x[0]), prompt.last, tokens[0], wish.likelihoods)
+            own = tokens[0].to(out.x.device)
+            found = self._likelihoods_of(self.model.logits(out.x[0]), prompt.last, own, wish.likelihoods)
             events.extend(Read(text.number, found) for text in prompt.texts)
         if wish.activations:
             decisions = {name: Decision(r.active[0], r.confidence[0]) for name, r in out.routings.items()}
@@ -326,7 +326,7 @@ class Engine:
         while self._waiting and self._decoder.free:
             text = self._waiting.popleft()
             assert text.state is not None
-            (slot,) = self._decoder.resume(text.state, text.logits)
+            (slot,) = self._decoder.resume(text.state, text.logits, checked=True)
             text.state = text.logits = None
             self._slots[slot] = text
 

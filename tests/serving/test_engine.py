@@ -245,10 +245,10 @@ def test_of_prompts_that_are_read_together_a_bad_one_fails_alone(
     engine = Engine(model, SMALL)
     honest = engine._reader.read_pieces
 
-    def read(pieces: Any, states: Any) -> Any:
+    def read(pieces: Any, states: Any, **options: Any) -> Any:
         if any(piece[0, 0] == ord("!") for piece in pieces):
             raise RuntimeError("out of memory")
-        return honest(pieces, states)
+        return honest(pieces, states, **options)
 
     monkeypatch.setattr(engine._reader, "read_pieces", read)
     texts = [b"one", b"!", b"another", b"the third of them", b"!!", b"last"]
@@ -270,9 +270,9 @@ def passes(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, replaying: Non
     engine, lengths = Engine(model, SMALL), list[list[int]]()
     honest = engine._reader.read_pieces
 
-    def read(pieces: Any, states: Any) -> Any:
+    def read(pieces: Any, states: Any, **options: Any) -> Any:
         lengths.append([piece.shape[1] for piece in pieces])
-        return honest(pieces, states)
+        return honest(pieces, states, **options)
 
     monkeypatch.setattr(engine._reader, "read_pieces", read)
     return engine, lengths
