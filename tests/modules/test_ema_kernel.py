@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from sma.ops import using
 from sma_modules.ema import EMA
 from sma_modules.ops.ema import EMAState, ema
 from tests.kernels import Compilation, compile_all
+from tests.modules.kernel_checks import guarded
 
 pytest.importorskip("triton")
 
@@ -225,6 +228,39 @@ def test_a_truncated_stream(truncation: int) -> None:
         torch.testing.assert_close(state.history[row].double(), last.history[0], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize("lengths", [None, (20, 0, 7)])
+@pytest.mark.parametrize("begun", [False, True])
+def test_the_state_after_a_chunk(begun: bool, lengths: tuple[int, ...] | None, dtype: torch.dtype) -> None:
+    """At most twice eager's error; inputs are kept as they are, and so is what a row had that takes nothing."""
+    weights = [weight.to(dtype).double() for weight in parameters(35, 3, False)]
+    x = torch.randn(3, 25, 35, device=DEVICE).to(dtype).double()
+    real = None if lengths is None else torch.tensor(lengths, device=DEVICE)
+    options: dict[str, Any] = {"bidirectional": False, "truncation": 19, "return_state": True}
+    with using("eager"):
+        before = ema(x[:, :5], *weights, **options)[1] if begun else None
+    found = []
+    for backend, kind in (("eager", torch.float64), ("eager", dtype), ("triton", dtype)):
+        state = None
+        if before is not None and before.history is not None:
+            state = before.to(dtype=torch.promote_types(kind, torch.float32))
+            state = replace(state, history=before.history.to(kind))
+        given = [each.to(kind) for each in (x[:, 5:], *weights)]
+        with using(backend), guarded() if backend == "triton" else nullcontext():
+            _, after = ema(given[0], *given[1:], state=state, lengths=real, **options)
+        assert isinstance(after, EMAState)
+        found.append(after)
+    exact, eager, mine = found
+    for name in ("fresh", "count", "history"):
+        assert torch.equal(getattr(mine, name), getattr(eager, name)), name
+        assert getattr(mine, name).dtype == getattr(eager, name).dtype, name
+    allowed, error = ((each.hidden.double() - exact.hidden).abs() for each in (eager, mine))
+    assert float(error.max()) <= 2 * float(allowed.max()) + 1e-7 * float(exact.hidden.abs().max())
+    assert float(error.mean()) <= 2 * float(allowed.mean()) + 1e-8
+    if lengths is not None:
+        assert torch.equal(mine.hidden[1], eager.hidden[1])
+
+
 def test_what_it_leaves_to_others() -> None:
     weights = [weight.float() for weight in parameters(2, 2, False)]
     x = torch.randn(1, 4, 2, device=DEVICE)
@@ -271,6 +307,13 @@ def test_same_bits() -> None:
 
     for first, second in zip(run(), run(), strict=True):
         assert torch.equal(first, second)
+    plain, states = [weight.float() for weight in parameters(33, 4, False)], []
+    for _ in range(2):
+        with using("triton"):
+            _, state = ema(x.detach(), *plain, bidirectional=False, truncation=20, return_state=True)
+        assert state is not None
+        states.append(state.tensors())
+    assert all(map(torch.equal, *states))
 
 
 @pytest.mark.parametrize("lengths", [None, (-(2**40), 2**40)])
@@ -334,7 +377,7 @@ def test_compiles_in_one_graph() -> None:
 
 
 def test_operators() -> None:
-    from sma_modules.ops.ema import fused
+    from sma_modules.ops.ema import fused, windowed
 
     weights = [weight.float() for weight in parameters(3, 2, False)]
     flat = [weight[..., 0].contiguous() if weight.dim() == 3 else weight for weight in weights]
@@ -345,6 +388,10 @@ def test_operators() -> None:
     _, pre, table, reach, _ = fused.ema_forward(*arguments)
     torch.library.opcheck(
         fused.ema_backward.operator, (x, x, pre, table, reach, *flat, None, None, None, 0.0), test_utils=tests
+    )
+    lengths = torch.tensor([20], device=DEVICE)
+    torch.library.opcheck(
+        windowed.after_window.operator, (x, table, lengths, None, None, None, 0, 7, 2), test_utils=tests
     )
 
 
@@ -377,20 +424,38 @@ def compilation(kernel: str, bidirectional: bool, leaves: bool) -> Compilation:
     tuned = fused()
     tensors = {"x": "bf16", "y": "bf16", "pre": "bf16", "dx": "bf16", "dy": "bf16", "source": "bf16"}
     tensors |= {"reach": "i32", "lengths": "i64", "seed": "i64"}
-    names = ("scratch", "sums", "table", "omega", "hidden", "hidden_end", "grad", "partial", "out")
-    tensors |= dict.fromkeys(names, "fp32")
-    numbers = dict.fromkeys(("batch", "length", "dim", "chunks", "taps", "n_state"), "i32")
+    names = (
+        "scratch",
+        "sums",
+        "table",
+        "omega",
+        "hidden",
+        "hidden_end",
+        "fresh",
+        "fresh_end",
+        "grad",
+        "partial",
+        "out",
+    )
+    tensors |= dict.fromkeys(names, "fp32") | dict.fromkeys(("count", "count_end"), "i64") | {"history": "bf16"}
+    numbers = dict.fromkeys(("batch", "length", "dim", "chunks", "taps", "n_state", "past", "blocks"), "i32")
     signature = {name: f"*{kind}" for name, kind in tensors.items()} | numbers | {"dropout": "fp32", "scale": "fp32"}
     if kernel == "through_activation":
         flags: dict[str, Any] = {"SILU": True, "DROPOUT": True, "PLACES": tuned.PLACES}
         divisible = ["length", "dim"]
         return Compilation("sma_modules.ops.ema.triton_kernel", kernel, signature, flags, {"num_warps": 4}, divisible)
+    if kernel == "window_end":
+        flags = {"LENGTHS": True, "CARRIED": True, "N": 16, "BLOCK": 32, "WIDTH": 128, "AHEAD": 8}
+        return Compilation("sma_modules.ops.ema.triton_kernel", kernel, signature, flags, {"num_warps": 4})
     sizes = {"DIRECTIONS": 2 if bidirectional else 1, "DIM": 128, "CHUNK": 128, "N": 16, "BLOCK": 32, "TILE": 16}
     flags = {"LENGTHS": True}
     options = {"num_warps": 1}
     if kernel == "chunk_sums":
         flags |= {"GRADIENT": leaves, "STEP": tuned.SUM_STEP}
         signature["source"] = "*fp32" if leaves else "*bf16"
+    elif kernel == "window_sums":
+        del sizes["DIRECTIONS"]
+        flags |= {"STEP": tuned.SUM_STEP}
     else:
         flags |= {"MANY": True, "WINDOW": leaves or bidirectional, "LEAVES": leaves}
     if kernel == "forward":
@@ -417,6 +482,7 @@ def test_compiles_for_a_gpu() -> None:
         for both, leaves in ((True, True), (True, False), (False, False))
     ]
     asked = [compilation(*each) for each in [("chunk_sums", True, False), ("chunk_sums", True, True), *scans]]
-    found = compile_all([*asked, compilation("through_activation", False, False)])
+    asked.append(compilation("window_sums", False, False))
+    found = compile_all([*asked, *(compilation(each, False, False) for each in ("through_activation", "window_end"))])
     assert [each.spilled for each in found] == [0] * len(found)
-    assert [each.shared for each in found[:-1]] == [0] * len(asked)
+    assert [each.shared for each in found[: len(asked)]] == [0] * len(asked)

@@ -13,5 +13,16 @@ hold zeros. ``table (8, directions, blocks, N, BLOCK)`` holds the coefficients i
 from sma_modules.ops.ema.triton_kernel.chunks import carry, chunk_sums, prepare
 from sma_modules.ops.ema.triton_kernel.gradient import backward, finish, through_activation
 from sma_modules.ops.ema.triton_kernel.scan import forward
+from sma_modules.ops.ema.triton_kernel.window import window_end, window_sums
 
-__all__ = ["backward", "carry", "chunk_sums", "finish", "forward", "prepare", "through_activation"]
+__all__ = [
+    "backward",
+    "carry",
+    "chunk_sums",
+    "finish",
+    "forward",
+    "prepare",
+    "through_activation",
+    "window_end",
+    "window_sums",
+]

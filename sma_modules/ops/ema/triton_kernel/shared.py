@@ -14,7 +14,7 @@ LEAVING = tl.constexpr(5)  # q^taps
 LEAVING_SLOPE = tl.constexpr(6)  # d q^taps / dq
 DRIVE = tl.constexpr(7)  # weight of an input in a state, where states carry it
 
-ONE_CHANNEL_EACH = ("table", "sums", "hidden", "hidden_end", "partial")
+ONE_CHANNEL_EACH = ("table", "sums", "hidden", "hidden_end", "fresh", "fresh_end", "partial")
 """What is read or written as ``(N, BLOCK)``. If the compiler knew these addresses to be multiples of 16 bytes it would
 give four neighbouring channels to one thread, to move them together, and spread the states over several threads, which
 would then have to talk to each other in the innermost loop."""
