@@ -261,6 +261,21 @@ def test_the_state_after_a_chunk(begun: bool, lengths: tuple[int, ...] | None, d
         assert torch.equal(mine.hidden[1], eager.hidden[1])
 
 
+@pytest.mark.parametrize("skipped", [1, 16, 37])
+def test_what_nobody_wants_is_not_computed(skipped: int) -> None:
+    """The rest of the output has the same bits."""
+    from sma_modules.ops.ema import fused
+
+    flat = [each.float().squeeze(-1) for each in parameters(33, 2, False)]
+    x, lengths = torch.randn(2, 45, 33, device=DEVICE), torch.tensor([45, 39], device=DEVICE)
+    given = (x, *flat, lengths, None, None, False, 20, True, 0.0, False, False)
+    whole = fused.ema_forward(*given)[0]
+    with guarded():
+        rest = fused.ema_forward(*given, skipped)[0]
+    assert rest.is_contiguous()
+    assert torch.equal(rest, whole[:, skipped:])
+
+
 def test_what_it_leaves_to_others() -> None:
     weights = [weight.float() for weight in parameters(2, 2, False)]
     x = torch.randn(1, 4, 2, device=DEVICE)
@@ -419,7 +434,7 @@ def test_bad_options(change: dict[str, Any], message: str) -> None:
         ema(torch.randn(1, 4, 2, device=DEVICE), *weights, bidirectional=False, **change)
 
 
-def compilation(kernel: str, bidirectional: bool, leaves: bool) -> Compilation:
+def compilation(kernel: str, bidirectional: bool, leaves: bool, skips: bool = False) -> Compilation:
     """At the real size of 16 states and 128 channels, in bfloat16, with the registers that a launch gives."""
     tuned = fused()
     tensors = {"x": "bf16", "y": "bf16", "pre": "bf16", "dx": "bf16", "dy": "bf16", "source": "bf16"}
@@ -438,7 +453,7 @@ def compilation(kernel: str, bidirectional: bool, leaves: bool) -> Compilation:
         "out",
     )
     tensors |= dict.fromkeys(names, "fp32") | dict.fromkeys(("count", "count_end"), "i64") | {"history": "bf16"}
-    numbers = dict.fromkeys(("batch", "length", "dim", "chunks", "taps", "n_state", "past", "blocks"), "i32")
+    numbers = dict.fromkeys(("batch", "length", "dim", "chunks", "taps", "n_state", "past", "blocks", "skipped"), "i32")
     signature = {name: f"*{kind}" for name, kind in tensors.items()} | numbers | {"dropout": "fp32", "scale": "fp32"}
     if kernel == "through_activation":
         flags: dict[str, Any] = {"SILU": True, "DROPOUT": True, "PLACES": tuned.PLACES}
@@ -460,7 +475,7 @@ def compilation(kernel: str, bidirectional: bool, leaves: bool) -> Compilation:
         flags |= {"MANY": True, "WINDOW": leaves or bidirectional, "LEAVES": leaves}
     if kernel == "forward":
         flags |= dict.fromkeys(("STREAM", "CARRIED"), False) | dict.fromkeys(("SILU", "SAVE", "DROPOUT"), True)
-        flags |= {"STEP": tuned.FORWARD_STEP}
+        flags |= {"STEP": tuned.FORWARD_STEP, "SKIPS": skips, "SAVE": not skips}
         options["maxnreg"] = tuned.LARGE_FORWARD_REGISTERS if leaves else tuned.FORWARD_REGISTERS
     if kernel == "backward":
         flags |= {"STEP": tuned.BACKWARD_STEP}
@@ -482,6 +497,7 @@ def test_compiles_for_a_gpu() -> None:
         for both, leaves in ((True, True), (True, False), (False, False))
     ]
     asked = [compilation(*each) for each in [("chunk_sums", True, False), ("chunk_sums", True, True), *scans]]
+    asked += [compilation("forward", False, leaves, skips=True) for leaves in (False, True)]
     asked.append(compilation("window_sums", False, False))
     found = compile_all([*asked, *(compilation(each, False, False) for each in ("through_activation", "window_end"))])
     assert [each.spilled for each in found] == [0] * len(found)

@@ -112,10 +112,11 @@ def _forward_fake(
     dropout: float,
     save: bool,
     stream: bool,
+    skipped: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     directions, n_state = 2 if bidirectional else 1, gamma.shape[1]
     states = 1 << (n_state - 1).bit_length()
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = torch.empty_like(x[:, skipped:], memory_format=torch.contiguous_format)
     pre = torch.empty_like(y) if silu and save else x.new_empty(0)
     table = x.new_empty(8, directions, -(-x.shape[2] // BLOCK), states, BLOCK, dtype=torch.float32)
     reach = x.new_empty(directions, x.shape[2], dtype=torch.int32)
@@ -140,6 +141,7 @@ def ema_forward(
     dropout: float,
     save: bool,
     stream: bool,
+    skipped: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output; what was before the activation (empty unless ``save`` and ``silu``); coefficients, reach; end state.
 
@@ -159,10 +161,11 @@ def ema_forward(
         dropout: see above.
         save: whether a backward pass will follow.
         stream: whether to return the state behind the last real tokens.
+        skipped: of so many tokens in front there is no output; only with a shorter truncation and without ``save``.
     """
     outputs = _forward_fake(
         x, delta, alpha, beta, gamma, omega, lengths, hidden, seed, bidirectional, truncation, silu, dropout, save,
-        stream,
+        stream, skipped,
     )  # fmt: skip
     y, pre, table, reach, end = outputs
     batch, length, dim = x.shape
@@ -182,8 +185,8 @@ def ema_forward(
         triton_kernel.forward[cut.grid](
             x, y, pre, scratch, sums, table, reach, omega, _or(lengths, x), _or(seed, x),
             _or(hidden, x), end,
-            batch, length, cut.chunks, _taps(truncation, length), dropout, 1 / (1 - dropout), n_state,
-            LENGTHS=lengths is not None, MANY=many, WINDOW=window, LEAVES=leaves, STREAM=stream,
+            batch, length, skipped, cut.chunks, _taps(truncation, length), dropout, 1 / (1 - dropout), n_state,
+            SKIPS=skipped > 0, LENGTHS=lengths is not None, MANY=many, WINDOW=window, LEAVES=leaves, STREAM=stream,
             CARRIED=hidden is not None, SILU=silu, DROPOUT=dropout > 0, SAVE=silu and save,
             DIRECTIONS=directions, DIM=dim, CHUNK=cut.chunk, N=cut.states, BLOCK=BLOCK, TILE=TILE, STEP=FORWARD_STEP,
             num_warps=1, maxnreg=LARGE_FORWARD_REGISTERS if leaves or stream else FORWARD_REGISTERS,

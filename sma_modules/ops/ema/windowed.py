@@ -1,7 +1,7 @@
 """A chunk of a stream of a truncated average, by the kernels for whole sequences.
 
 The output at t is a sum over the last K inputs, and the last K before the chunk are part of the state. So the kernels
-run over these and the chunk, as over one sequence, and what they give for the first K is thrown away.
+run over these and the chunk, as over one sequence, but give nothing for the first K.
 """
 
 from __future__ import annotations
@@ -86,20 +86,13 @@ def windowed(
         inputs, past = torch.cat([state.history.to(x.dtype), x], dim=1), truncation
     lengths = None if lengths is None else lengths.contiguous()
     parameters = tuple(each.contiguous() for each in parameters)
+    shifted = None if lengths is None else lengths + past
+    seed = draw_seed(x.device) if dropout > 0 else None
+    silu = activation == "silu"
     y, _, table, _, _ = fused.ema_forward(
-        inputs,
-        *parameters,
-        None if lengths is None else lengths + past,
-        None,
-        draw_seed(x.device) if dropout > 0 else None,
-        False,
-        truncation,
-        activation == "silu",
-        dropout,
-        False,
-        False,
+        inputs, *parameters, shifted, None, seed, False, truncation, silu, dropout, False, False, past
     )
     had = () if state is None else (state.hidden, state.fresh, state.count)
     before = [None if each is None else each.contiguous() for each in had] or [None] * 3
     end = after_window(inputs, table, lengths, *before, past, truncation, parameters[3].shape[1])
-    return y[:, past:], EMAState(*end)
+    return y, EMAState(*end)

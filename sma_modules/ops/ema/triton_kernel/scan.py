@@ -27,10 +27,10 @@ from sma_modules.ops.ema.triton_kernel.shared import (
 @triton.jit
 def _forward_sweep(
     s, x, y, pre, scratch, hidden_end, table, omega, seed,
-    b, begin, tiles, limit, length, columns, inside, direction: tl.constexpr, taps, dropout, scale, n_state,
-    LEAVES: tl.constexpr, LAST: tl.constexpr, LENGTHS: tl.constexpr, STREAM: tl.constexpr, SILU: tl.constexpr,
-    DROPOUT: tl.constexpr, SAVE: tl.constexpr, DIRECTIONS: tl.constexpr, DIM: tl.constexpr, BLOCKS: tl.constexpr,
-    N: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+    b, begin, tiles, limit, length, skipped, columns, inside, direction: tl.constexpr, taps, dropout, scale, n_state,
+    SKIPS: tl.constexpr, LEAVES: tl.constexpr, LAST: tl.constexpr, LENGTHS: tl.constexpr, STREAM: tl.constexpr,
+    SILU: tl.constexpr, DROPOUT: tl.constexpr, SAVE: tl.constexpr, DIRECTIONS: tl.constexpr, DIM: tl.constexpr,
+    BLOCKS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One direction of one chunk. The last one adds what the first left in ``scratch`` and finishes the output."""
     REVERSE: tl.constexpr = direction == 1
@@ -89,6 +89,8 @@ def _forward_sweep(
                     if direction == 1:
                         value = value + in_order(before, group * 4 + i, REVERSE, STEP)
                     mask = inside & (first + place < length)
+                    if SKIPS:
+                        mask = mask & (first + place >= skipped)
                     if SAVE:
                         tl.store(pre + first * DIM + place * DIM, value, mask=mask)
                     if SILU:
@@ -116,13 +118,16 @@ def _forward_sweep(
 @triton.jit(do_not_specialize_on_alignment=ONE_CHANNEL_EACH)
 def forward(
     x, y, pre, scratch, sums, table, reach, omega, lengths, seed, hidden, hidden_end,
-    batch, length, chunks, taps, dropout, scale, n_state,
-    LENGTHS: tl.constexpr, MANY: tl.constexpr, WINDOW: tl.constexpr, LEAVES: tl.constexpr, STREAM: tl.constexpr,
-    CARRIED: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr, SAVE: tl.constexpr,
+    batch, length, skipped, chunks, taps, dropout, scale, n_state,
+    SKIPS: tl.constexpr, LENGTHS: tl.constexpr, MANY: tl.constexpr, WINDOW: tl.constexpr, LEAVES: tl.constexpr,
+    STREAM: tl.constexpr, CARRIED: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr, SAVE: tl.constexpr,
     DIRECTIONS: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """The average, ``omega x``, activation and dropout of all chunks that fall to this program."""
+    """The average, ``omega x``, activation and dropout of all chunks that fall to this program.
+
+    ``SKIPS``: of the first ``skipped`` tokens nobody wants the output, and there is no room for it.
+    """
     BLOCKS: tl.constexpr = (DIM + BLOCK - 1) // BLOCK
     lanes = tl.arange(0, BLOCK)
     columns = tl.program_id(0) * BLOCK + lanes
@@ -132,15 +137,19 @@ def forward(
     slot = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     mine = scratch + slot.to(tl.int64) * (CHUNK * BLOCK) + lanes
     first = tl.program_id(0) * (N * BLOCK)
-    items = batch * chunks
+    ahead = skipped // CHUNK if SKIPS else 0
+    items = batch * (chunks - ahead)
     if WINDOW:  # channels of which something leaves the window, and the others, are two launches
         items = tl.where(anything_leaves(reach, taps, DIM, columns, inside, DIRECTIONS) == LEAVES, items, 0)
     for item in tl.range(tl.program_id(1), items, tl.num_programs(1), disable_licm=True):
-        b = item // chunks
-        j = item - b * chunks
+        b = item // (chunks - ahead)
+        j = item - b * (chunks - ahead) + ahead
         begin = j * CHUNK
         tiles = (tl.minimum(length - begin, CHUNK) + TILE - 1) // TILE
         row = b.to(tl.int64) * length * DIM + columns
+        out = y + row
+        if SKIPS:
+            out -= (b.to(tl.int64) + 1) * skipped * DIM
         limit = length
         if LENGTHS:
             limit = tl.minimum(tl.load(lengths + b).to(tl.int32), length)
@@ -155,8 +164,8 @@ def forward(
                 at = hidden + (b.to(tl.int64) * DIM + columns)[None, :] * n_state + states[:, None]
                 s = tl.load(at, mask=inside[None, :] & (states < n_state)[:, None], other=0.0)
             _forward_sweep(
-                s, x + row, y + row, pre + row, mine, hidden_end, table + first, direct, noise,
-                b, begin, tiles, limit, length, columns, inside, direction, taps, dropout, scale, n_state,
-                LEAVES, direction == DIRECTIONS - 1, LENGTHS, STREAM, SILU, DROPOUT, SAVE, DIRECTIONS, DIM, BLOCKS, N,
-                BLOCK, TILE, STEP,
+                s, x + row, out, pre + row, mine, hidden_end, table + first, direct, noise,
+                b, begin, tiles, limit, length, skipped, columns, inside, direction, taps, dropout, scale, n_state,
+                SKIPS, LEAVES, direction == DIRECTIONS - 1, LENGTHS, STREAM, SILU, DROPOUT, SAVE, DIRECTIONS, DIM,
+                BLOCKS, N, BLOCK, TILE, STEP,
             )  # fmt: skip
