@@ -415,7 +415,8 @@ class SparseMixture(nn.Module):
             states.append(result.state)
             prefix = f"{m}." if len(self._members) > 1 else ""
             losses.update({prefix + name: loss for name, loss in result.losses.items()})
-        after = None if state is None else ActivatedState(state.seen + scored.valid.sum(1), tuple(states))
+        taken = scored.valid.sum(1) if scored.padded else x.shape[1]
+        after = None if state is None else ActivatedState(state.seen + taken, tuple(states))
         return Parts(tuple(members), x, after, routing, losses)
 
     def _check(self, x: Tensor, valid: Tensor | None, lengths: Tensor | None, state: ActivatedState | None) -> None:
