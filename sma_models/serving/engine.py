@@ -30,8 +30,9 @@ _PROMPTS_A_ROUND = 8
 """Short prompts that are read one by one between two steps at most: each costs a pass, however short."""
 _PROMPTS_TOGETHER = 4
 """Whose whole pieces one pass reads where passes are captured, and more of shorter ones; each has a state there."""
-_STEPS_A_PASS = 8
-"""That are taken before a pass with rows to spare: it costs as much as a full one, and as much as several steps."""
+_STEPS_A_PASS, _STEPS_IN_NO_HURRY = 8, 32
+"""That are taken before a pass with rows to spare: it costs as much as a full one, and as much as several steps. The
+second where texts wait for a slot, so that nobody would write any sooner."""
 
 log = logging.getLogger(__name__)
 
@@ -231,8 +232,8 @@ class Engine:
         chunk = left = self.limits.prefill_chunk
         while self._reading and left > 0:
             rows = self._pass_of(self._reading[0]).rows
-            writing = self._slots or self._waiting
-            if writing and len(self._reading) < rows and self._steps_since_pass < _STEPS_A_PASS:
+            steps = _STEPS_IN_NO_HURRY if self._waiting else _STEPS_A_PASS if self._slots else 0
+            if len(self._reading) < rows and self._steps_since_pass < steps:
                 return
             read = self._read_together(self._next())
             self._steps_since_pass = 0

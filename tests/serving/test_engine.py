@@ -12,7 +12,7 @@ import sma
 from sma.errors import ConfigError
 from sma_models.decoding import prompts
 from sma_models.heads import LanguageModel
-from sma_models.serving.engine import _STEPS_A_PASS, Engine
+from sma_models.serving.engine import _STEPS_A_PASS, _STEPS_IN_NO_HURRY, Engine
 from sma_models.serving.errors import RequestError
 from sma_models.serving.limits import Limits
 from sma_models.serving.sequences import Activated, Event, Finished, Read, Written
@@ -313,6 +313,25 @@ def test_a_pass_with_rows_to_spare_waits_for_some_steps(passes: tuple[Engine, li
     assert lengths[3:] == [[16, 15, 14, 13]], "a full one, and no more than one between two steps"
     engine.round()
     assert len(lengths) == 4
+
+
+def test_where_texts_wait_for_a_slot_reading_is_in_no_hurry(passes: tuple[Engine, list[list[int]]]) -> None:
+    engine, lengths = passes
+    ask(engine, b"more than there are slots", 200, n=SMALL.slots + 1)
+    while engine.running < SMALL.slots:
+        engine.round()
+    late, read = ask(engine, b"late", 1), len(lengths)
+    for _ in range(_STEPS_IN_NO_HURRY - 1):
+        engine.round()
+    assert len(lengths) == read
+    engine.round()
+    assert lengths[read:] == [[4]]
+    for i in range(8):
+        ask(engine, bytes([i]), 1)
+    engine.round()
+    assert lengths[read + 1 :] == [[1] * 8], "a full one"
+    rounds(engine)
+    assert late.finished
 
 
 def test_nobody_waits_for_ever_to_be_read(passes: tuple[Engine, list[list[int]]]) -> None:
