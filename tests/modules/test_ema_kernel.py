@@ -268,10 +268,10 @@ def test_what_nobody_wants_is_not_computed(skipped: int) -> None:
 
     flat = [each.float().squeeze(-1) for each in parameters(33, 2, False)]
     x, lengths = torch.randn(2, 45, 33, device=DEVICE), torch.tensor([45, 39], device=DEVICE)
-    given = (x, *flat, lengths, None, None, False, 20, True, 0.0, False, False)
-    whole = fused.ema_forward(*given)[0]
+    options = (None, None, False, 20, True, 0.0, False, False)
+    whole = fused.ema_forward(x, *flat, lengths, *options)[0]
     with guarded():
-        rest = fused.ema_forward(*given, skipped)[0]
+        rest = fused.ema_forward(x, *flat, lengths - skipped, *options, skipped)[0]
     assert rest.is_contiguous()
     assert torch.equal(rest, whole[:, skipped:])
 

@@ -161,7 +161,8 @@ def ema_forward(
         dropout: see above.
         save: whether a backward pass will follow.
         stream: whether to return the state behind the last real tokens.
-        skipped: of so many tokens in front there is no output; only with a shorter truncation and without ``save``.
+        skipped: of so many tokens in front, which the lengths do not count, there is no output; only with a shorter
+            truncation and without ``save``.
     """
     outputs = _forward_fake(
         x, delta, alpha, beta, gamma, omega, lengths, hidden, seed, bidirectional, truncation, silu, dropout, save,
@@ -177,7 +178,7 @@ def ema_forward(
     sums = x
     if many:
         sums = _new_sums(x, cut, directions, 1)
-        _sums(x, sums, table, reach, lengths, cut, gradient=False)
+        _sums(x, sums, table, reach, lengths, cut, skipped, gradient=False)
         if not window:
             _carry(sums, table, hidden, dim, n_state, stream)
     scratch = _scratch(x, cut, directions)
@@ -249,7 +250,7 @@ def ema_backward(
     sums = x
     if many:
         sums = _new_sums(x, cut, directions, 2)
-        _sums(inner, sums, table, reach, None, cut, gradient=True)
+        _sums(inner, sums, table, reach, None, cut, 0, gradient=True)
     if many and not window:
         _carry(sums, table, None, dim, n_state, stream=False, gradient=True)
     partial = x.new_empty(cut.programs, cut.blocks, directions * 2 * cut.states + 1, BLOCK, dtype=torch.float32)
@@ -316,11 +317,12 @@ def _sums(
     reach: Tensor,
     lengths: Tensor | None,
     cut: Plan,
+    skipped: int,
     gradient: bool,
 ) -> None:
     batch, length, dim = source.shape
     triton_kernel.chunk_sums[(batch * cut.chunks, cut.blocks)](
-        source, _or(lengths, source), table, reach, sums, length, cut.chunks,
+        source, _or(lengths, source), table, reach, sums, length, skipped, cut.chunks,
         LENGTHS=lengths is not None, GRADIENT=gradient, DIRECTIONS=table.shape[1], DIM=dim, CHUNK=cut.chunk,
         N=cut.states, BLOCK=BLOCK, TILE=TILE, STEP=SUM_STEP, num_warps=1,
     )  # fmt: skip

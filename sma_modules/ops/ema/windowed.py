@@ -86,11 +86,10 @@ def windowed(
         inputs, past = torch.cat([state.history.to(x.dtype), x], dim=1), truncation
     lengths = None if lengths is None else lengths.contiguous()
     parameters = tuple(each.contiguous() for each in parameters)
-    shifted = None if lengths is None else lengths + past
     seed = draw_seed(x.device) if dropout > 0 else None
     silu = activation == "silu"
     y, _, table, _, _ = fused.ema_forward(
-        inputs, *parameters, shifted, None, seed, False, truncation, silu, dropout, False, False, past
+        inputs, *parameters, lengths, None, seed, False, truncation, silu, dropout, False, False, past
     )
     had = () if state is None else (state.hidden, state.fresh, state.count)
     before = [None if each is None else each.contiguous() for each in had] or [None] * 3

@@ -76,13 +76,14 @@ def prepare(
 
 @triton.jit(do_not_specialize_on_alignment=ONE_CHANNEL_EACH)
 def chunk_sums(
-    source, lengths, table, reach, sums, length, chunks,
+    source, lengths, table, reach, sums, length, skipped, chunks,
     LENGTHS: tl.constexpr, GRADIENT: tl.constexpr, DIRECTIONS: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
     N: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """What every chunk leaves behind: ``sum_j q^j u_j``, j tokens before its end (in the order of the scan).
 
     ``GRADIENT``: of the gradient in place of the input, in the opposite order, with the derivative by q beside it.
+    ``skipped``: how many tokens come before those that the lengths count.
     """
     BLOCKS: tl.constexpr = (DIM + BLOCK - 1) // BLOCK
     item = tl.program_id(0)
@@ -95,7 +96,7 @@ def chunk_sums(
     row = source + b.to(tl.int64) * length * DIM + columns
     limit = length
     if LENGTHS:
-        limit = tl.minimum(tl.load(lengths + b).to(tl.int32), length)
+        limit = tl.minimum(tl.load(lengths + b).to(tl.int32) + skipped, length)
     mine = tl.program_id(1) * (N * BLOCK)
     for direction in tl.static_range(DIRECTIONS):
         _chunk_sum(

@@ -126,7 +126,8 @@ def forward(
 ):  # fmt: skip
     """The average, ``omega x``, activation and dropout of all chunks that fall to this program.
 
-    ``SKIPS``: of the first ``skipped`` tokens nobody wants the output, and there is no room for it.
+    ``SKIPS``: of the first ``skipped`` tokens nobody wants the output, there is no room for it, and the lengths do not
+    count them.
     """
     BLOCKS: tl.constexpr = (DIM + BLOCK - 1) // BLOCK
     lanes = tl.arange(0, BLOCK)
@@ -152,7 +153,7 @@ def forward(
             out -= (b.to(tl.int64) + 1) * skipped * DIM
         limit = length
         if LENGTHS:
-            limit = tl.minimum(tl.load(lengths + b).to(tl.int32), length)
+            limit = tl.minimum(tl.load(lengths + b).to(tl.int32) + skipped, length)
         for direction in tl.static_range(DIRECTIONS):
             needed = longest_reach(reach, direction, DIM, columns, inside)
             s, _ = start_states(
