@@ -143,7 +143,7 @@ class Reader:
     def warm_up(self) -> None:
         """Read single prompts of every length that has a graph, so that no later one waits for its capture.
 
-        Of a reader of several ``together`` these are the graphs of its :attr:`passes`.
+        Of a reader of several ``together`` these are the graphs of its ``passes``.
         """
         if self._why_not:
             return

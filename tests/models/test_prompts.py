@@ -194,11 +194,9 @@ def test_pieces_of_several_prompts_are_read_together(name: str, monkeypatch: pyt
         reader.read_pieces([tokens[:1, :1]], [model.initial_state(2)])
 
 
-@pytest.mark.usefixtures("replaying")
-def test_what_a_prompt_gives_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts, "_LEAST_COLUMNS", 4)
-    model: LanguageModel = tiny("seqboat_lm")  # single precision: a bit would show
-    reader, tokens = Reader(model, 64, together=2), inputs_of(model, batch=14, length=64)
+def check_independence(model: LanguageModel, tokens: Tensor) -> None:
+    """What a piece of ``tokens (14, 64)`` gives has the same bits whoever is read with it, in whatever place."""
+    reader = Reader(model, 64, together=2)
     assert reader.passes == [Pass(4, 8), Pass(16, 4), Pass(64, 2)]
     reader.warm_up()
     lengths = [1, 2, 3, 4, 4, 3, 2, 1, 5, 9, 16, 16, 17, 64]
@@ -213,6 +211,13 @@ def test_what_a_prompt_gives_does_not_depend_on_the_others(monkeypatch: pytest.M
     for others in (everyone[::-1], everyone[1::3], *([i] for i in everyone)):
         for i, found in read(others).items():
             assert all(map(torch.equal, found, together[i]))
+
+
+@pytest.mark.usefixtures("replaying")
+def test_what_a_prompt_gives_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "_LEAST_COLUMNS", 4)
+    model: LanguageModel = tiny("seqboat_lm")  # single precision: a bit would show
+    check_independence(model, inputs_of(model, batch=14, length=64))
 
 
 def test_together_only_where_a_graph_can_hold_it(replaying: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,6 +437,14 @@ def test_captured_pieces_are_the_launched_ones(monkeypatch: pytest.MonkeyPatch) 
         assert state is not None
         (alone,) = captured.read_pieces([further], [state])
         torch.testing.assert_close(alone.x, launched.read_chunk(further, state).x, rtol=0, atol=1e-4)
+
+
+@needs_a_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_captured_pieces_do_not_depend_on_the_others(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "_LEAST_COLUMNS", 4)
+    model: LanguageModel = tiny("seqboat_lm", d_model=96).to("cuda", dtype)
+    check_independence(model, inputs_of(model, batch=14, length=64).cuda())
 
 
 @needs_a_gpu
