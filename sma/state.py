@@ -63,7 +63,7 @@ def _collect(value: Any, tensors: list[Tensor]) -> None:
 
 
 def _form(value: Any, form: list[Any]) -> None:
-    """How a state is built, but for the batch."""
+    """How a state is built, whatever its batch and its numbers."""
     if isinstance(value, Tensor):
         form.append(value.shape[1:])
     elif isinstance(value, State):
@@ -79,7 +79,7 @@ def _form(value: Any, form: list[Any]) -> None:
         for item in value.values():
             _form(item, form)
     else:
-        form.append(value)
+        form.append(None)
 
 
 S = TypeVar("S", bound="State")
@@ -164,7 +164,9 @@ class State:
         return states[0].map(lambda tensor: torch.cat([tensor, *(next(other) for other in others)]))
 
     def form(self) -> list[Any]:
-        """How it is built, but for the batch: states with equal forms fit each other."""
+        """How it is built, whatever its batch and its numbers: between states of one form there is no
+        :func:`difference`, which takes several times as long, for what it would say.
+        """
         form: list[Any] = []
         _form(self, form)
         return form

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sma import load_state, save_state
 from sma.errors import CheckpointError, StreamingError
-from sma.state import State, StateHistory
+from sma.state import State, StateHistory, difference, misfit
 from sma.weights import write_tensors
 
 
@@ -41,6 +41,33 @@ def test_every_tensor_is_reached() -> None:
     assert [tuple(tensor.shape) for tensor in state.tensors()] == [(3,), (3, 2), (3, 4), (3, 1)]
     assert list(map(id, state.tensors())) == list(map(id, state.named_tensors().values()))
     assert state.nbytes == 3 * 8 + 6 * 4 + 12 * 4 + 3 * 8
+
+
+def test_states_of_one_form_fit_each_other() -> None:
+    state = nested()
+
+    def differs(other: Outer) -> bool:
+        problem = difference(state, other.kinds(), other.named_tensors())
+        assert (other.form() != state.form()) == (problem is not None)
+        assert misfit(state, other) == misfit(state, other, state.form()) == problem
+        return problem is not None
+
+    assert not differs(state.reorder(torch.tensor([1])).to(dtype=torch.float16))
+    assert not differs(replace(state, layers=(replace(state.layers[0], name="another"), *state.layers[1:])))
+    assert differs(replace(state, count=torch.ones(3, 1)))
+    assert differs(replace(state, layers=state.layers[1:]))
+    assert differs(replace(state, layers=(state.layers[0], state.layers[2], state.layers[2])))
+    assert differs(replace(state, layers=(state, *state.layers[1:])))
+    assert differs(replace(state, more={"y": state.more["x"]}))
+    assert misfit(state, replace(state, count=torch.ones(4, dtype=torch.int64))) is not None, "two batches in one"
+
+
+def test_other_tensors_in_the_same_state() -> None:
+    state = nested()
+    others = [tensor + 1 for tensor in state.tensors()]
+    changed = state.with_tensors(others)
+    assert changed.form() == state.form()
+    assert all(one is other for one, other in zip(changed.tensors(), others, strict=True))
 
 
 def test_clone_and_detach() -> None:
