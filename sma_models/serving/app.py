@@ -7,6 +7,7 @@ import contextlib
 import hmac
 import json
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from importlib.resources import files
 from typing import Any
@@ -52,6 +53,7 @@ class Service:
     def __init__(self, engine: Engine, model: str, key: str | None = None) -> None:
         self.engine, self.model, self.limits = engine, model, engine.limits
         self.created = int(time.time())
+        self._told: deque[tuple[asyncio.Queue[list[Event]], list[Event]]] = deque()
         self._key = None if key is None else key.encode()
 
     def check_key(self, request: Request) -> None:
@@ -112,6 +114,13 @@ class Service:
             raise RequestError(413, f"body: must hold at most {most} bytes", headers={"Connection": "close"})
         return b"".join(parts)
 
+    def _hear(self) -> None:
+        """What the engine told meanwhile, to those who wait for it."""
+        while self._told:
+            events, some = self._told[0]
+            events.put_nowait(some)
+            self._told.popleft()
+
     def submit(self, request: CompletionRequest) -> tuple[Ticket, asyncio.Queue[list[Event]]]:
         """Give a request to the engine; what it tells comes through the queue.
 
@@ -122,8 +131,10 @@ class Service:
         events: asyncio.Queue[list[Event]] = asyncio.Queue()  # never holds more than what the texts may be long
 
         def tell(some: list[Event]) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                loop.call_soon_threadsafe(events.put_nowait, some)
+            self._told.append((events, some))
+            if len(self._told) == 1:  # the loop is woken once for all that it has not heard of yet
+                with contextlib.suppress(RuntimeError):  # it is closed: nobody listens any more
+                    loop.call_soon_threadsafe(self._hear)
 
         ticket = Ticket(request.wish(), request.samplings(), tell)
         self.engine.submit(ticket)
@@ -198,21 +209,31 @@ class Answer(Response):
 
     async def _stream(self, send: Send) -> None:
         while not self._completion.finished:
-            self._completion.feed(await self._events.get())
-            for piece in self._completion.pieces():
-                await self._send(send, piece)
+            rounds = [await self._events.get()]
+            while not self._events.empty():  # the loop had other things to do: they go out in one write
+                rounds.append(self._events.get_nowait())
+            pieces: list[dict[str, Any]] = []
+            try:
+                for events in rounds:
+                    self._completion.feed(events)
+                    pieces += self._completion.pieces()
+            finally:
+                if pieces:
+                    await self._send(send, *pieces)
         if self._completion.tells_usage:
             await self._send(send, self._completion.closing())
         await self._end(send)
 
-    async def _send(self, send: Send, content: object) -> None:
+    async def _send(self, send: Send, *contents: object) -> None:
+        """Events, in one write."""
         if not self._started:
             self._started = True
             headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
             headers.append((b"x-accel-buffering", b"no"))  # proxies should not collect it
             await send({"type": "http.response.start", "status": 200, "headers": headers})
-        text = json.dumps(content, separators=(",", ":"), allow_nan=False)
-        await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
+        texts = [json.dumps(content, separators=(",", ":"), allow_nan=False) for content in contents]
+        body = "".join(f"data: {text}\n\n" for text in texts).encode()
+        await send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def _end(self, send: Send) -> None:
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
