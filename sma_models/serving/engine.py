@@ -6,7 +6,6 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,9 +21,6 @@ from sma_models.serving.limits import Limits
 from sma_models.serving.sampling import Likelihood, draw, likelihoods
 from sma_models.serving.sequences import Activated, Event, Failed, Finished, Prompt, Read, Text, Ticket, Written
 from sma_models.serving.text import ends_with_stop
-
-if TYPE_CHECKING:
-    pass
 
 _PROMPTS_A_ROUND = 8
 """Short prompts that are read one by one between two steps at most: each costs a pass, however short."""

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sma.ops.append import AppendedRows
-from sma.ops.kernel import kernel
+from sma.ops.kernel import cdiv, kernel, next_power_of_2
 from sma.routing import Packed
 
 ELEMENTS, COLUMNS = 2048, 256
@@ -85,7 +85,7 @@ def bounds(count: Tensor, arrived: Tensor, capacity: int) -> tuple[Tensor, Tenso
     """``cu_seqlens``, ``start`` and ``counts`` of :class:`AppendedRows`; ``arrived`` are the bounds of the new rows."""
     outs = _bounds_fake(count, arrived, capacity)
     batch, sequences = count.shape[0], arrived.shape[0] - 1
-    block = triton.next_power_of_2(max(sequences, 1))
+    block = next_power_of_2(max(sequences, 1))
     bounds_kernel[(1,)](
         count, arrived, *outs, batch, sequences, capacity,
         FIXED=sequences > batch, BLOCK=block, num_warps=warps_for(block),
@@ -104,9 +104,9 @@ def rows(was: Tensor, new: Tensor, cu_seqlens: Tensor, arrived: Tensor, total: i
     (batch, capacity), width, sequences = was.shape[:2], prod(new.shape[1:]), cu_seqlens.shape[0] - 1
     count = total + batch * capacity
     if count and width:
-        block_d = min(triton.next_power_of_2(width), COLUMNS)
+        block_d = min(next_power_of_2(width), COLUMNS)
         block_r = max(1, min(ELEMENTS // block_d, 128))
-        rows_kernel[(triton.cdiv(count, block_r), triton.cdiv(width, block_d))](
+        rows_kernel[(cdiv(count, block_r), cdiv(width, block_d))](
             was, new, both, after, cu_seqlens, arrived, total, count, sequences, max(capacity, 1),
             WIDTH=width, STEPS=sequences.bit_length(), BLOCK_R=block_r, BLOCK_D=block_d, num_warps=WARPS,
         )  # fmt: skip
