@@ -18,8 +18,10 @@ from sma_modules.ema import EMA
 from sma_modules.ffn import FFN
 from sma_modules.moe import MoE
 
-SLACK = 1.03
-"""Capacity over the share of active tokens, which is settled to 2 % and stays, as nothing here is dropped."""
+
+def room(share: float) -> float:
+    """Capacity for a share of active tokens, which is settled to 2 % or 0.001 and stays, as nothing here is dropped."""
+    return min(1.0, max(1.03 * share, share + 0.002))
 
 
 def features(setting: Setting, d_model: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -99,11 +101,11 @@ def sparse_ffn(d_model: int, hidden: int, share: float, *, graph: bool = False) 
 
     def layer(width: int, inner: int, capacity: float) -> sma.SparselyActivated:
         made = sma.SparselyActivated(FFN.Config(d_hidden=inner).build(d_model=width))
-        return made.with_capacity(min(1.0, capacity) if graph else None)
+        return made.with_capacity(capacity if graph else None)
 
     def build(setting: Setting) -> Subject:
         width = setting.narrow(d_model)
-        ours = Ours(layer(width, setting.narrow(hidden), SLACK * share), share).to(setting.device, setting.dtype)
+        ours = Ours(layer(width, setting.narrow(hidden), room(share)), share).to(setting.device, setting.dtype)
         return module_subject(ours, features(setting, width), setting, ours.settle, graph=graph)
 
     def check(setting: Setting) -> gate.Case:
