@@ -149,7 +149,7 @@ def total(share: Tensor, parameter: Tensor) -> Tensor:
 
 def totals(shares: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
     """The gradients of those parameters that are there from the programs' shares ``(parameters, programs, D)``."""
-    sums = iter(shares.sum(1))
+    sums = iter(shares.sum(1) if shares.shape[0] else ())
     return [None if parameter is None else _fitted(next(sums), parameter) for parameter in parameters]
 
 

@@ -65,9 +65,9 @@ def chunked_stream(x: Tensor, log_q: Tensor, drive: Tensor, read: Tensor, hidden
     y = _from_rows(torch.bmm(rows, _toeplitz(taps)).baddbmm_(entering, out_of), padded)[:, :length]
     # The last chunk by itself, as far as it goes.
     rest = (length - 1) % CHUNK + 1
-    last = entering.view(dim, batch, -1, entering.shape[2])[:, :, -1]
-    after = torch.bmm(x[:, length - rest :].permute(2, 0, 1), into[:, CHUNK - rest :])
-    return y, after.addcmul_(last, powers[:, rest, None]).transpose(0, 1).contiguous()
+    last, enters = (each.view(dim, batch, -1, each.shape[2])[:, :, -1] for each in (rows, entering))
+    after = torch.bmm(last[:, :, :rest], into[:, CHUNK - rest :])
+    return y, after.addcmul_(enters, powers[:, rest, None]).transpose(0, 1).contiguous()
 
 
 class _Chunked(torch.autograd.Function):
