@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sma.errors import ConfigError, StreamingError
 from sma.interfaces import BlockOutput
+from sma.ops.backend import without_autocast
 from sma.routing import Routing
 from sma.state import State, misfit
 from sma_models.decoding.fixed import why_not_fixed, with_fixed_rows
@@ -310,7 +311,7 @@ class _Place:
 
     def stack(self) -> BlockOutput:
         """What the stack of the model gives for what lies there."""
-        with torch.autocast(self.tokens.device.type, enabled=False):
+        with without_autocast(self.tokens.device):
             features = self.model.embed(self.tokens)
             return self.model.stack(features, self._state, lengths=self.lengths)  # type: ignore[no-any-return]
 
@@ -382,7 +383,8 @@ class _CapturedPieces:
         out, lengths = self._place.stack(), self._place.lengths
         assert lengths is not None
         last = (lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, out.x.shape[-1])
-        return out, self._place.model.logits(out.x.gather(1, last)[:, 0])
+        with without_autocast(lengths.device):
+            return out, self._place.model.logits(out.x.gather(1, last)[:, 0])
 
 
 def _cut(row: int, length: int) -> Callable[[Tensor], Tensor]:

@@ -83,6 +83,8 @@ def position_of(state: StackState, *, checked: bool = False) -> Tensor:
     if checked or torch.compiler.is_compiling():
         return first
     seen = [first, *layers]
+    if len(seen) == 1:
+        return first
     same = all(each.shape == seen[0].shape for each in seen)
     # A device is waited for only once.
     if not same or bool((torch.stack([each.to(seen[0].device) for each in seen]) != seen[0]).any()):
