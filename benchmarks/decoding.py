@@ -14,8 +14,8 @@ from benchmarks import peers
 from benchmarks.rows import CHUNK, GLA, LM, RETNET, Row, load, model_case
 from benchmarks.shares import Ours
 from benchmarks.subjects import Setting, Subject, capture
-from sma_models.decoding import Decoder, prefill
-from sma_models.heads import LanguageModel
+from sma_models.inference import Decoder, prefill
+from sma_models.language_model import LanguageModel
 
 SPEC, SHARE = "seqboat_lm", 0.3
 TAPE = 64
@@ -38,7 +38,7 @@ def rows() -> tuple[Row, ...]:
 
 
 def ours(label: str, captured: bool = True) -> Row:
-    """The language model in a :class:`~sma_models.decoding.Decoder`."""
+    """The language model in a :class:`~sma_models.inference.Decoder`."""
 
     def build(setting: Setting) -> Subject:
         if captured and setting.device.type != "cuda":

@@ -19,19 +19,19 @@ from torch import Tensor
 
 from benchmarks.tables import EXACT_HEAD, GREEDY_HEAD, exact_cells, exact_title, greedy_cells, text_table
 from sma.routing import Routing
-from sma_models.decoding import Decoder
-from sma_models.generation import generate
-from sma_models.heads import LanguageModel
-from sma_models.hf import SMACache, SMAForCausalLM, from_model
-from sma_models.serving.engine import Engine
+from sma_models.inference import Decoder
+from sma_models.inference.engine import Engine
+from sma_models.inference.generation import generate
+from sma_models.inference.sampling import Sampling
+from sma_models.inference.sequences import Event, Failed, Read, Ticket, Wish, Written
+from sma_models.integrations.hf import SMACache, SMAForCausalLM, from_model
+from sma_models.language_model import LanguageModel
 from sma_models.serving.limits import Limits
-from sma_models.serving.sampling import Sampling
-from sma_models.serving.sequences import Event, Failed, Read, Ticket, Wish, Written
 from sma_models.training.data.lm import load_stdlib
 
 TOKENS = 100_000
 CHUNK = 2048
-"""Prompts are read in such chunks, as by :func:`sma_models.generation.generate` and by Transformers."""
+"""Prompts are read in such chunks, as by :func:`sma_models.inference.generation.generate` and by Transformers."""
 POINTS = (1_000, 10_000)
 """Where to look along the text, as well as at its end."""
 GREEDY = 200
@@ -55,7 +55,7 @@ def read_model(run: str, runs: Path, device: torch.device, dtype: torch.dtype) -
     Raises:
         SMAError: there is none.
     """
-    from sma_models.commands.serve import load_model
+    from sma_models.cli.serve import load_model
 
     if (Path(run) / "config.json").is_file():
         loaded: LanguageModel = SMAForCausalLM.from_pretrained(run).model

@@ -14,9 +14,9 @@ from benchmarks import gate, peers
 from benchmarks.rows import Row
 from benchmarks.shares import Ours
 from benchmarks.subjects import Setting, Subject, module_subject
-from sma_modules.ema import EMA
-from sma_modules.ffn import FFN
-from sma_modules.moe import MoE
+from sma_modules.mixers.ema import EMA
+from sma_modules.modules.ffn import FFN
+from sma_modules.modules.moe import MoE
 
 
 def room(share: float) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import sma
 from benchmarks.shares import settle, watched
 from benchmarks.subjects import Task
-from sma_models.heads import SinusoidalPositions, ValueEmbedding
+from sma_models.embeddings import SinusoidalPositions, ValueEmbedding
 
 
 def optional(name: str) -> ModuleType:

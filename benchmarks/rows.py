@@ -13,8 +13,8 @@ import sma
 from benchmarks import gate, peers
 from benchmarks.shares import Ours
 from benchmarks.subjects import LazyGraph, Setting, Subject, Task, model_subject
-from sma_models.decoding.prompts import Reader
-from sma_models.heads import LanguageModel
+from sma_models.inference.prefill import Reader
+from sma_models.language_model import LanguageModel
 
 SLACK = 1.05
 """Capacity of the fixed-capacity rows over the share of active tokens: dropout moves decisions. What finds no room is
@@ -149,7 +149,7 @@ def prefill(label: str, make: Callable[[Setting], nn.Module], *, graph: bool = F
         label: what the table calls it.
         make: the model; an :class:`~benchmarks.shares.Ours` settles its share of active tokens on the first chunk.
         graph: capture the pass as one CUDA graph.
-        chunk: tokens at a time, with a state, as a :class:`~sma_models.decoding.prompts.Reader` reads prompts, which
+        chunk: tokens at a time, with a state, as a :class:`~sma_models.inference.prefill.Reader` reads prompts, which
             only ours can do; None for all at once.
     """
 

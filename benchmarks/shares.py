@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sma.layer import Activated, SparseMixture
+from sma.activated import Activated
+from sma.layer import SparseMixture
 
 TRIES = 60
 

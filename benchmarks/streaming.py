@@ -14,8 +14,8 @@ from benchmarks.shares import Ours
 from benchmarks.subjects import Setting
 from benchmarks.tables import STREAM_HEAD, stream_cells, text_table
 from benchmarks.timing import Clock
-from sma_models.decoding import Decoder
-from sma_models.heads import LanguageModel
+from sma_models.inference import Decoder
+from sma_models.language_model import LanguageModel
 
 TOKENS = 10_000_000
 POINTS_A_DECADE = 3

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sma.waiting import capturing, waiting_forbidden
+from sma.runtime.cuda_graphs import capturing, waiting_forbidden
 
 LEARNING_RATE = 0.0
 """Adam does all its work, but the weights stay, so that the share of active tokens does too."""

@@ -19,7 +19,7 @@ import typer
 import sma
 from benchmarks.pages import PARTS as BENCHMARKS
 from sma_models.cli import app as command_line
-from sma_models.commands.installed import count_parameters
+from sma_models.cli.installed import count_parameters
 from sma_models.training.recipe import load_recipe, recipe_names
 
 MARK = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)

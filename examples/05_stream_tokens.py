@@ -3,7 +3,7 @@
 import torch
 
 import sma
-from sma_models.generation import generate
+from sma_models.inference.generation import generate
 
 torch.manual_seed(0)
 model = sma.build("seqboat_small_lm").eval()

@@ -1,7 +1,7 @@
 """Sparse Modular Activation: any sub-module of a network runs only on the tokens that need it (arXiv 2306.11197)."""
 
 from sma import configurators, ops, plugins, spec, statistics
-from sma.checkpointing import checkpoint
+from sma.activated import Activated
 from sma.configurable import BaseConfig, Configurable
 from sma.errors import SMAError
 from sma.interfaces import (
@@ -14,16 +14,17 @@ from sma.interfaces import (
     ModuleOutput,
     Norm,
 )
-from sma.layer import Activated, ActivatedConfig, MixtureConfig, SparselyActivated, SparseMixture
-from sma.memory import WorkingMemory
+from sma.layer import ActivatedConfig, MixtureConfig, SparselyActivated, SparseMixture
 from sma.plugins import hookimpl, register
 from sma.routing import Packed, Routing
+from sma.runtime.checkpointing import checkpoint
 from sma.spec import build
 from sma.spec import dump as dump_spec
 from sma.spec import load as load_spec
 from sma.state import State, StateHistory
 from sma.state_files import load_state, save_state
 from sma.weights import load, load_into, save
+from sma.working_memory import WorkingMemory
 
 __all__ = [
     "Activated",

@@ -9,13 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sma.checkpointing import inside_checkpoint, mark_decision
 from sma.errors import RoutingError, ShapeError
 from sma.interfaces import Configurator
-from sma.ops import Gate, narrow_linear, pack
-from sma.ops.router import Compressor, routed_compress
+from sma.ops.narrow_linear import narrow_linear
+from sma.ops.pack import pack
+from sma.ops.router import Compressor, Gate, routed_compress
 from sma.padding import valid_of
 from sma.routing import Packed, Routing
+from sma.runtime.checkpointing import inside_checkpoint, mark_decision
 
 Weights = tuple[Tensor, Tensor]
 """Weight ``(M * logits_per_module, D)`` and bias of a router."""

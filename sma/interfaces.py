@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,7 @@ from sma.ops.router import Gate
 from sma.ops.row_norm import RowNorm
 from sma.routing import Routing
 from sma.state import State
-
-if TYPE_CHECKING:
-    from sma.stepping import BlockStepper, MixerStepper, ModuleStepper, Room
+from sma.steppers import BlockStepper, MixerStepper, ModuleStepper, SlotSpec
 
 Layout = Literal["tokens", "packed", "padded"]
 KINDS: dict[str, type[Configurable]] = {}
@@ -141,7 +139,7 @@ class Module(Part):
     """A module that can be sparsely activated.
 
     ``layout`` says what ``forward`` takes: ``tokens`` (K, D), for anything that works token by token; ``packed`` (K, D)
-    with a :class:`~sma.routing.Packed` and an optional state, for sequence modules. Both return a tensor, ``(tensor,
+    with a :class:`~sma.ops.packed.Packed` and an optional state, for sequence modules. Both return a tensor, ``(tensor,
     state)`` or a :class:`ModuleOutput`. (``padded`` is for stock modules that know neither.)
     """
 
@@ -168,11 +166,9 @@ class Module(Part):
         """
         return None
 
-    def stepper(self, room: Room) -> ModuleStepper:
-        """What decodes with this module's weights; a module that can step in place overrides this."""
-        from sma.stepping.ordinary import OrdinaryModule, TokenModule
-
-        return TokenModule(self) if self.layout == "tokens" else OrdinaryModule(self, room)
+    def stepper(self, spec: SlotSpec) -> ModuleStepper | None:
+        """What decodes in place with this module's weights; None for the fallback, which calls ``forward``."""
+        return None
 
     def attention_window(self) -> int | None:
         """How many activated tokens to each side are visible; None when the module does not attend or has no bound."""
@@ -211,15 +207,13 @@ class Mixer(Part):
             raise StreamingError(f"{type(self).__name__}: cannot stream: it {reason}")
         return None
 
-    def stepper(self, room: Room) -> MixerStepper:
-        """What decodes with this mixer's weights; a mixer that can step in place overrides this.
+    def stepper(self, spec: SlotSpec) -> MixerStepper | None:
+        """What decodes in place with this mixer's weights; None for the fallback, which calls ``forward``.
 
         Raises:
             StreamingError: the mixer cannot stream.
         """
-        from sma.stepping.ordinary import OrdinaryMixer
-
-        return OrdinaryMixer(self, room)
+        return None
 
     def activated(
         self, x: Tensor, state: Any = None, *, lengths: Tensor | None = None, dropout: float = 0.0
@@ -277,15 +271,13 @@ class Block(Part):
         """State before the first token."""
         return None
 
-    def stepper(self, room: Room) -> BlockStepper:
-        """What decodes with this block's weights; a block that can step in place overrides this.
+    def stepper(self, spec: SlotSpec) -> BlockStepper | None:
+        """What decodes in place with this block's weights; None for the fallback, which calls ``forward``.
 
         Raises:
             StreamingError: a part of the block cannot stream.
         """
-        from sma.stepping.ordinary import OrdinaryBlock
-
-        return OrdinaryBlock(self, room)
+        return None
 
 
 class Model(Part):

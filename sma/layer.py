@@ -8,46 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from sma.adapters import call_module, check_supported, infer_layout, infer_width
+from sma.activated import Activated, ActivatedState
 from sma.configurable import BaseConfig
 from sma.configurators.budget import RateController, RateLoss
 from sma.configurators.tempered_softmax import TemperedSoftmax
 from sma.decision import Weights, route_tokens, score_tokens, weights_of
+from sma.decode.choice import module_stepper
+from sma.decode.fallback import WindowedModule
+from sma.decode.mixture import MixtureStepper
 from sma.errors import ConfigError, ShapeError, StreamingError
 from sma.interfaces import Configurator, Layout, Module
-from sma.memory import WorkingMemory
-from sma.ops import combine
+from sma.ops.combine import combine
 from sma.ops.compress import compress_through
 from sma.padding import check_lengths
 from sma.routing import Packed, Routing
 from sma.state import State
-from sma.windows import call_windowed
-
-if TYPE_CHECKING:
-    from sma.stepping import ModuleStepper, Room
-    from sma.stepping.layer import MixtureStepper
-
-
-class Activated(NamedTuple):
-    """What a sparsely activated layer returns.
-
-    Attributes:
-        output: ``(B, L, D)``, zero where nothing is active. Add it to whatever the block adds.
-        state: streaming state after this chunk; None unless one was passed in.
-        routing: who was active, and with which confidence.
-        losses: auxiliary losses by name, scalars, already weighted.
-    """
-
-    output: Tensor
-    state: ActivatedState | None
-    routing: Routing
-    losses: dict[str, Tensor]
+from sma.steppers import ModuleStepper, SlotSpec
+from sma.working_memory import WorkingMemory
+from sma.wrap.layouts import check_supported, infer_layout, infer_width
+from sma.wrap.stock import call_module
+from sma.wrap.windows import call_windowed
 
 
 class Part(NamedTuple):
@@ -81,19 +67,6 @@ class Parts(NamedTuple):
     state: ActivatedState | None
     routing: Routing
     losses: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class ActivatedState(State):
-    """Streaming state of a sparsely activated layer.
-
-    Attributes:
-        seen: ``(B,)`` int64: real tokens that went by, active or not.
-        members: the state of each module, None for a module without memory.
-    """
-
-    seen: Tensor
-    members: tuple[State | None, ...]
 
 
 class _LazyRouter(nn.LazyLinear):
@@ -190,7 +163,7 @@ class SparseMixture(nn.Module):
     def with_capacity(self, share: float | None, *, streams: bool = False) -> Self:
         """Fix how many tokens each module has room for: shapes are static then, and nothing is read back.
 
-        The results are the same as long as the room suffices. If it does not, the first active tokens of the batch
+        The results are the same as long as the spec suffices. If it does not, the first active tokens of the batch
         get it, the others are not active, and :attr:`Routing.overflow` counts them. A replayed decision ignores it.
 
         Args:
@@ -317,26 +290,22 @@ class SparseMixture(nn.Module):
             return WorkingMemory.empty(batch, self.window, like.new_empty(0, self.d_model))
         return module.initial_state(batch, like) if isinstance(module, Module) else None
 
-    def stepper(self, room: Room) -> MixtureStepper:
+    def stepper(self, spec: SlotSpec) -> MixtureStepper:
         """What decodes with this layer's weights.
 
         Raises:
             StreamingError: the layer cannot stream; the message says why.
         """
-        from sma.stepping.layer import MixtureStepper
-
         reason = self.why_not_streaming()
         if reason is not None:
             raise StreamingError(f"{type(self).__name__}: cannot stream: {reason}")
-        members = tuple(self._stepper(*each, room) for each in zip(self._members, self.layouts, strict=True))
-        return MixtureStepper(self, members, room)
+        members = tuple(self._stepper(*each, spec) for each in zip(self._members, self.layouts, strict=True))
+        return MixtureStepper(self.configurator, self.router, members, spec)
 
-    def _stepper(self, module: nn.Module, layout: Layout, room: Room) -> ModuleStepper:
-        from sma.stepping.ordinary import TokenModule, WindowedModule
-
+    def _stepper(self, module: nn.Module, layout: Layout, spec: SlotSpec) -> ModuleStepper:
         if layout == "padded" and self.window is not None:
-            return WindowedModule(module, self.window, self._empty(module, layout, room.slots, room.like), room)
-        return module.stepper(room) if isinstance(module, Module) else TokenModule(module)
+            return WindowedModule(module, self.window, self._empty(module, layout, spec.slots, spec.like), spec)
+        return module_stepper(module, layout, spec)
 
     def forward(
         self,

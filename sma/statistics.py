@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sma.ops import segment_sum, using
+from sma.ops import using
+from sma.ops.segment_sum import segment_sum
 from sma.routing import Packed, Routing
 
 

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from sma.configurable import BaseConfig
 from sma.configurators import Always
+from sma.decode.choice import mixer_stepper
+from sma.decode.mixture import MixtureStepper
 from sma.dropout import Dropout
 from sma.interfaces import Block, BlockOutput, Mixer, Module, Norm
 from sma.layer import ActivatedConfig, MixtureConfig, SparselyActivated, SparseMixture
 from sma.padding import valid_of
 from sma.routing import Routing
 from sma.state import State
-from sma.stepping import BlockStepper, Decision, Moment, Room, Stepped, Stepper, normalised
-from sma.stepping.layer import MixtureStepper
+from sma.steppers import BlockStepper, Decision, SlotSpec, StepContext, Stepped, Stepper, normalised
 from sma_modules.norms import LayerNorm
 
 ROLES = ("mixer", "module", "activate", "mixture")
@@ -91,9 +92,9 @@ class Sublayer(nn.Module):
         state: State | None = getattr(self, self.role).initial_state(batch, like)
         return state
 
-    def stepper(self, room: Room) -> SublayerStepper:
+    def stepper(self, spec: SlotSpec) -> SublayerStepper:
         """What decodes with this sublayer's weights."""
-        return SublayerStepper(self, room)
+        return SublayerStepper(self, spec)
 
     def forward(self, x: Tensor, state: Any, lengths: Tensor | None, replay: Routing | None) -> BlockOutput:
         """``x (B, L, D)``, right-padded; the routing is named by the role."""
@@ -118,9 +119,10 @@ class Sublayer(nn.Module):
 class SublayerStepper(BlockStepper):
     """One residual step that decodes."""
 
-    def __init__(self, sublayer: Sublayer, room: Room) -> None:
+    def __init__(self, sublayer: Sublayer, spec: SlotSpec) -> None:
         self.sublayer = sublayer
-        self.inner = getattr(sublayer, sublayer.role).stepper(room)
+        inner = getattr(sublayer, sublayer.role)
+        self.inner = mixer_stepper(inner, spec) if sublayer.role == "mixer" else inner.stepper(spec)
 
     def parts(self) -> dict[str, Stepper]:
         return {self.sublayer.role: self.inner}
@@ -132,16 +134,16 @@ class SublayerStepper(BlockStepper):
     def write(self, slots: Tensor, state: State | None, position: Tensor) -> None:
         self.inner.write(slots, state, position)
 
-    def step(self, x: Tensor, moment: Moment) -> Stepped:
+    def step(self, x: Tensor, context: StepContext) -> Stepped:
         sublayer = self.sublayer
         y = normalised(sublayer.norm, x) if sublayer.prenorm else x
         decisions: dict[str, Decision] = {}
         if isinstance(self.inner, MixtureStepper):
-            y, decision = self.inner.step(y, moment)
+            y, decision = self.inner.step(y, context)
             if sublayer.role != "module":
                 decisions[sublayer.role] = decision
         else:
-            y = self.inner.step(y, moment)
+            y = self.inner.step(y, context)
         y = x + y if sublayer.residual else y
         return Stepped(y if sublayer.prenorm else normalised(sublayer.norm, y), decisions)
 
@@ -177,8 +179,8 @@ class Hybrid(Block):
     def initial_state(self, batch: int, like: Tensor) -> HybridState:
         return HybridState(tuple(sublayer.initial_state(batch, like) for sublayer in self.sublayers))  # type: ignore[operator]
 
-    def stepper(self, room: Room) -> HybridStepper:
-        return HybridStepper(self, room)
+    def stepper(self, spec: SlotSpec) -> HybridStepper:
+        return HybridStepper(self, spec)
 
     def forward(
         self,
@@ -205,8 +207,8 @@ class Hybrid(Block):
 class HybridStepper(BlockStepper):
     """A block that decodes: its sublayers, one after the other."""
 
-    def __init__(self, block: Hybrid, room: Room) -> None:
-        self.sublayers = [SublayerStepper(sublayer, room) for sublayer in block.sublayers]  # type: ignore[arg-type]
+    def __init__(self, block: Hybrid, spec: SlotSpec) -> None:
+        self.sublayers = [SublayerStepper(sublayer, spec) for sublayer in block.sublayers]  # type: ignore[arg-type]
 
     def parts(self) -> dict[str, Stepper]:
         return {f"sublayers.{i}": sublayer for i, sublayer in enumerate(self.sublayers)}
@@ -218,9 +220,9 @@ class HybridStepper(BlockStepper):
         for sublayer, own in zip(self.sublayers, state.sublayers, strict=True):
             sublayer.write(slots, own, position)
 
-    def step(self, x: Tensor, moment: Moment) -> Stepped:
+    def step(self, x: Tensor, context: StepContext) -> Stepped:
         decisions: dict[str, Decision] = {}
         for i, sublayer in enumerate(self.sublayers):
-            x, own = sublayer.step(x, moment)
+            x, own = sublayer.step(x, context)
             decisions.update({f"sublayers.{i}.{name}": decision for name, decision in own.items()})
         return Stepped(x, decisions)

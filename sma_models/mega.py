@@ -10,30 +10,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sma.activated import ActivatedState
+from sma.decode.choice import mixer_stepper
 from sma.dropout import Dropout
 from sma.interfaces import Block, BlockOutput, Mixer, Module, ModuleOutput, Norm
-from sma.layer import ActivatedState, SparselyActivated
-from sma.linear import Linear
+from sma.layer import SparselyActivated
 from sma.padding import valid_of
 from sma.routing import Packed, Routing
+from sma.runtime.onednn import Linear
 from sma.state import State
-from sma.stepping import BlockStepper, Moment, Room, Stepped, Stepper, normalised
+from sma.steppers import BlockStepper, SlotSpec, StepContext, Stepped, Stepper, normalised
 from sma_models.hybrid import SublayerConfig, always_on
-from sma_modules.ema import EMA
-from sma_modules.gau import SingleHead
-from sma_modules.local_attention import initialise
+from sma_modules.mixers.ema import EMA
+from sma_modules.modules.gau import SingleHead, SingleHeadStepper
+from sma_modules.modules.local_attention import initialise
 from sma_modules.norms import LayerNorm
-from sma_modules.steppers import SharedStepper
+from sma_modules.ops.gau_inputs.eager import queries_and_keys
 
 
 class MegaAttention(SingleHead):
     """Takes ``[Z | V]`` as its tokens, ``(K, d_qk + d_v)``, and returns the attention's output, ``(K, d_v)``."""
 
-    def stepper(self, room: Room) -> SharedStepper:
-        return SharedStepper(self, room)
+    def stepper(self, spec: SlotSpec) -> MegaAttentionStepper:
+        return MegaAttentionStepper(self, spec)
 
     def forward(self, x: Tensor, packed: Packed, state: State | None = None) -> ModuleOutput:
-        """One chunk; see :class:`~sma_modules.gau.SingleHead`."""
+        """One chunk; see :class:`~sma_modules.modules.gau.SingleHead`."""
         self.check(x, packed, state)
         z, v = x.split_with_sizes([self.config.d_qk, self.d_v], dim=-1)
         return ModuleOutput(*self.attend_shared(z, v, packed, state))
@@ -110,8 +112,8 @@ class Mega(Block):
         ffn = self.ffn.initial_state(batch, like) if self.ffn is not None else None
         return MegaState(self.mixer.initial_state(batch, like), attention, ffn)
 
-    def stepper(self, room: Room) -> MegaStepper:
-        return MegaStepper(self, room)
+    def stepper(self, spec: SlotSpec) -> MegaStepper:
+        return MegaStepper(self, spec)
 
     def forward(
         self,
@@ -157,11 +159,11 @@ class Mega(Block):
 class MegaStepper(BlockStepper):
     """A layer that decodes."""
 
-    def __init__(self, block: Mega, room: Room) -> None:
+    def __init__(self, block: Mega, spec: SlotSpec) -> None:
         self.block = block
-        self.mixer = block.mixer.stepper(room)
-        self.attention = block.attention.stepper(room)
-        self.ffn = None if block.ffn is None else block.ffn.stepper(room)
+        self.mixer = mixer_stepper(block.mixer, spec)
+        self.attention = block.attention.stepper(spec)
+        self.ffn = None if block.ffn is None else block.ffn.stepper(spec)
 
     def parts(self) -> dict[str, Stepper]:
         ffn: dict[str, Stepper] = {} if self.ffn is None else {"ffn": self.ffn}
@@ -177,10 +179,25 @@ class MegaStepper(BlockStepper):
         if self.ffn is not None:
             self.ffn.write(slots, state.ffn, position)
 
-    def step(self, x: Tensor, moment: Moment) -> Stepped:
+    def step(self, x: Tensor, context: StepContext) -> Stepped:
         block = self.block
         n = normalised(block.norm, x) if block.prenorm else x
-        tokens, gates = block.inputs(self.mixer.activated(n, moment), n)
-        y = block.updated(x, self.attention.step(tokens, moment)[0], gates)
+        tokens, gates = block.inputs(self.mixer.activated(n, context), n)
+        y = block.updated(x, self.attention.step(tokens, context)[0], gates)
         y = y if block.prenorm else normalised(block.norm, y)
-        return Stepped(y if self.ffn is None else self.ffn.step(y, moment).x, {})
+        return Stepped(y if self.ffn is None else self.ffn.step(y, context).x, {})
+
+
+class MegaAttentionStepper(SingleHeadStepper):
+    """Attention of MEGA; takes ``[Z | V]`` as its tokens."""
+
+    def __init__(self, module: SingleHead, spec: SlotSpec) -> None:
+        super().__init__(module, spec)
+        self.d_out = module.d_v
+
+    def step(self, x: Tensor, active: Tensor, context: StepContext) -> Tensor:
+        module = self.module
+        z, v = x.split_with_sizes([module.config.d_qk, module.d_v], dim=-1)
+        position = context.position if module.config.positions == "rotary" else None
+        q, k = queries_and_keys(z, module.gamma, module.beta, position, module.config.rotary_theta)
+        return self.attend(q, k, v, None, active, context)

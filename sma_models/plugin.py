@@ -10,15 +10,15 @@ from sma.plugins import hookimpl
 @hookimpl
 def sma_register(register: Callable[[str, Any], None]) -> None:
     """Register blocks, models, data and every YAML file in ``specs/``."""
-    from sma_models import heads, hybrid, mega, seqboat
+    from sma_models import classifier, hybrid, language_model, mega, retrieval, seqboat
     from sma_models.training.sources import labelled, language
 
     register("seqboat", seqboat.SeqBoat)
     register("mega", mega.Mega)
     register("hybrid", hybrid.Hybrid)
-    register("language_model", heads.LanguageModel)
-    register("classifier", heads.Classifier)
-    register("retrieval", heads.Retrieval)
+    register("language_model", language_model.LanguageModel)
+    register("classifier", classifier.Classifier)
+    register("retrieval", retrieval.Retrieval)
     register("listops", labelled.ListOps)
     register("image", labelled.Image)
     register("idx", labelled.Idx)

@@ -10,17 +10,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sma.activated import ActivatedState
+from sma.decode.choice import mixer_stepper
 from sma.interfaces import Block, BlockOutput, Mixer, Norm
-from sma.layer import ActivatedConfig, ActivatedState, init_router
-from sma.linear import linear
-from sma.ops import combine
+from sma.layer import ActivatedConfig, init_router
+from sma.ops.combine import combine
 from sma.routing import Routing
+from sma.runtime.onednn import linear
 from sma.state import State
-from sma.stepping import BlockStepper, Moment, Room, Stepped, Stepper, normalised
-from sma_modules.ema import EMA
-from sma_modules.gau import GAU
+from sma.steppers import BlockStepper, SlotSpec, StepContext, Stepped, Stepper, normalised
+from sma_modules.mixers.ema import EMA
+from sma_modules.modules.gau import GAU, GAUStepper
 from sma_modules.norms import LayerNorm
-from sma_modules.steppers import GAUStepper
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class SeqBoat(Block):
     def initial_state(self, batch: int, like: Tensor) -> SeqBoatState:
         return SeqBoatState(self.mixer.initial_state(batch, like), self.activate.initial_state(batch, like))
 
-    def stepper(self, room: Room) -> SeqBoatStepper:
-        return SeqBoatStepper(self, room)
+    def stepper(self, spec: SlotSpec) -> SeqBoatStepper:
+        return SeqBoatStepper(self, spec)
 
     def projections(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Weight and bias of the router, and of the skip path."""
@@ -122,10 +123,10 @@ class SeqBoat(Block):
 class SeqBoatStepper(BlockStepper):
     """A layer that decodes: average, projections, module and their sum."""
 
-    def __init__(self, block: SeqBoat, room: Room) -> None:
+    def __init__(self, block: SeqBoat, spec: SlotSpec) -> None:
         self.block = block
-        self.mixer = block.mixer.stepper(room)
-        self.activate = block.activate.stepper(room)
+        self.mixer = mixer_stepper(block.mixer, spec)
+        self.activate = block.activate.stepper(spec)
 
     def parts(self) -> dict[str, Stepper]:
         return {"mixer": self.mixer, "activate": self.activate}
@@ -137,20 +138,20 @@ class SeqBoatStepper(BlockStepper):
         self.mixer.write(slots, state.mixer, position)
         self.activate.write(slots, state.activate, position)
 
-    def step(self, x: Tensor, moment: Moment) -> Stepped:
+    def step(self, x: Tensor, context: StepContext) -> Stepped:
         block = self.block
         norm = block.norm.row_norm()
         if block.prenorm and norm is not None:
-            m = self.mixer.activated(x, moment, norm)
+            m = self.mixer.activated(x, context, norm)
         else:
-            m = self.mixer.activated(normalised(block.norm, x) if block.prenorm else x, moment)
+            m = self.mixer.activated(normalised(block.norm, x) if block.prenorm else x, context)
         router, skip = block.projections()
-        decision = self.activate.decide(m, moment, router if block.n_logits else None)
+        decision = self.activate.decide(m, context, router if block.n_logits else None)
         (member,) = self.activate.members
         if isinstance(member, GAUStepper) and member.is_plain:
-            y = member.between(m, skip, x, decision, moment)
+            y = member.between(m, skip, x, decision, context)
         else:
-            (output,) = self.activate.outputs(m, decision, moment)
+            (output,) = self.activate.outputs(m, decision, context)
             y = combine(
                 m if output is None else output,
                 self.activate.packed(decision.active[:, 0]),

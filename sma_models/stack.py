@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sma.checkpointing import checkpoint
+from sma.activated import ActivatedState
 from sma.dropout import Dropout
 from sma.errors import RoutingError, StreamingError
 from sma.interfaces import Block, BlockOutput, Model, Norm
 from sma.padding import Alignment, valid_of
 from sma.routing import Routing
+from sma.runtime.checkpointing import checkpoint
 from sma.state import State
 
 
@@ -164,3 +165,50 @@ def _replay_of(replay: Mapping[str, Routing] | None, prefix: str, alignment: Ali
         return None
     own = {name.removeprefix(prefix): routing for name, routing in replay.items() if name.startswith(prefix)}
     return {name: routing.map(alignment.align) for name, routing in own.items()}
+
+
+def position_of(state: StackState, *, checked: bool = False) -> Tensor:
+    """``(B,)`` int64: real tokens that went by, as the layers that decide have counted them.
+
+    Where no layer does, nothing depends on it, and it is zero.
+
+    Args:
+        state: of a model.
+        checked: two layers are known to agree; otherwise the device is waited for, to compare them.
+
+    Raises:
+        StreamingError: the state holds nothing, or two layers disagree.
+    """
+    layers = (each.seen for each in _inside(state) if isinstance(each, ActivatedState))
+    first = next(layers, None)
+    if first is None:
+        tensors = state.tensors()
+        if not tensors:
+            raise StreamingError("state: holds no tensor")
+        return torch.zeros(tensors[0].shape[0], dtype=torch.int64, device=tensors[0].device)
+    if checked or torch.compiler.is_compiling():
+        return first
+    seen = [first, *layers]
+    if len(seen) == 1:
+        return first
+    same = all(each.shape == seen[0].shape for each in seen)
+    # A device is waited for only once.
+    if not same or bool((torch.stack([each.to(seen[0].device) for each in seen]) != seen[0]).any()):
+        raise StreamingError(
+            f"state: every layer must have seen as many tokens, got {[each.tolist() for each in seen]}"
+        )
+    return seen[0]
+
+
+def _inside(value: Any) -> Iterator[State]:
+    """The states in a state, itself included."""
+    if isinstance(value, State):
+        yield value
+        for field in fields(value):
+            yield from _inside(getattr(value, field.name))
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _inside(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _inside(item)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sma.errors import ShapeError
 from sma.interfaces import Norm
-from sma.ops import RowNorm, row_norm
+from sma.ops.row_norm import RowNorm, row_norm
 
 
 class _FeatureNorm(Norm):

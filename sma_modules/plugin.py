@@ -9,11 +9,14 @@ from sma.plugins import hookimpl
 @hookimpl
 def sma_register(register: Callable[[str, Any], None]) -> None:
     """Register every module, mixer and norm."""
-    from sma_modules import attention, ema, ffn, gau, moe, norms
+    from sma_modules import norms
+    from sma_modules.mixers import attention as attention_mixer
+    from sma_modules.mixers import ema
+    from sma_modules.modules import attention, ffn, gau, moe
 
     register("gau", gau.GAU)
     register("attention", attention.Attention)
-    register("attention_mixer", attention.AttentionMixer)
+    register("attention_mixer", attention_mixer.AttentionMixer)
     register("ffn", ffn.FFN)
     register("moe", moe.MoE)
     register("ema", ema.EMA)

@@ -30,10 +30,10 @@ from sma.errors import BackendError, SMAError
 from sma.layer import ActivatedConfig
 from sma.ops import using
 from sma.padding import Alignment
-from sma_models.convert import LAYER_RULES, convert_layer, translate
+from sma_models.integrations.convert import LAYER_RULES, convert_layer, translate
 from sma_models.seqboat import SeqBoat
-from sma_modules.ema import EMA
-from sma_modules.gau import GAU
+from sma_modules.mixers.ema import EMA
+from sma_modules.modules.gau import GAU
 from sma_modules.norms import BatchNorm, LayerNorm, RMSNorm, ScaleNorm, SyncBatchNorm
 
 TOLERANCE = 1e-9

@@ -19,7 +19,7 @@ import sma_models
 import sma_modules
 from sma.plugins import isolated_registry
 from sma_models.cli import app
-from sma_models.commands.common import split_arguments
+from sma_models.cli.common import split_arguments
 from sma_models.training.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent

@@ -74,4 +74,4 @@ def test_importing_the_core_is_cheap() -> None:
 
 
 def test_transformers_is_loaded_by_the_package_that_needs_it_only() -> None:
-    assert "transformers" not in loaded_by("sma_models.cli, sma_models.heads, sma_models.generation")
+    assert "transformers" not in loaded_by("sma_models.cli, sma_models.heads, sma_models.inference.generation")

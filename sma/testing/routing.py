@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sma.checkpointing import checkpoint
 from sma.interfaces import Configurator
+from sma.runtime.checkpointing import checkpoint
 from sma.testing.base import SequenceSuite, everything, few, gradients, law, leaves, nothing, with_decision
 
 

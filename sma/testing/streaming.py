@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from sma.decode.choice import stepper_of
 from sma.errors import StreamingError
 from sma.state import State, StateHistory
-from sma.stepping import Moment, Room
+from sma.steppers import SlotSpec, StepContext
 from sma.testing.base import SIDES, Result, SequenceSuite, cuts, few, law
 
 
@@ -83,7 +84,7 @@ class StreamingLaws(SequenceSuite):
         rows = torch.stack(self.rows([length + 1] * 2))
         whole = self.call(module, rows).y
         slots, at = torch.arange(2), [begun] * 2
-        stepper = module.stepper(Room(2, 1, rows))
+        stepper = stepper_of(module, SlotSpec(2, 1, rows))
         stepper.write(slots, self._warm(module, rows[:, :begun]), torch.tensor(at))
         generator = torch.Generator().manual_seed(0)
         while max(at) < length:
@@ -91,7 +92,7 @@ class StreamingLaws(SequenceSuite):
             for wrong in (True, False):  # a draft that is taken back, and then the token
                 x = torch.stack([rows[b, at[b]] for b in range(2)])
                 with torch.no_grad():
-                    out = stepper.step(self.garbage(x) if wrong else x, Moment(live, torch.tensor(at)))
+                    out = stepper.step(self.garbage(x) if wrong else x, StepContext(live, torch.tensor(at)))
                 for b in slots[live].tolist() if wrong else []:
                     stepper.rolled_back(b, 1)
             y = out if isinstance(out, Tensor) else out[0]

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sma.adapters import infer_layout
 from sma.configurators import Always, TemperedSoftmax
 from sma.errors import ShapeError
 from sma.interfaces import Block, Configurator, Layout, Mixer, Model, Module, ModuleOutput, Norm
@@ -23,6 +22,7 @@ from sma.testing.numerics import NumericLaws
 from sma.testing.routing import RoutingLaws
 from sma.testing.streaming import StreamingLaws
 from sma.testing.world import WorldLaws
+from sma.wrap.layouts import infer_layout
 
 
 class _LayerSuite(WorldLaws, StreamingLaws, RoutingLaws, NumericLaws):

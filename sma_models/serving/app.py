@@ -18,11 +18,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from sma_models.serving.engine import Engine
+from sma_models.inference.engine import Engine
+from sma_models.inference.sequences import Event, Ticket
 from sma_models.serving.errors import RequestError, error_content
 from sma_models.serving.requests import CompletionRequest, parse
 from sma_models.serving.responses import Completion
-from sma_models.serving.sequences import Event, Ticket
 
 _POLICY = "default-src 'none'; connect-src 'self'; script-src 'self'; style-src 'self'; img-src data:"
 _PAGE = {

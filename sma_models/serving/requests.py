@@ -8,10 +8,10 @@ from typing import Annotated, Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator
 
+from sma_models.inference.sampling import Sampling
+from sma_models.inference.sequences import Wish
 from sma_models.serving.errors import RequestError
 from sma_models.serving.limits import Limits
-from sma_models.serving.sampling import Sampling
-from sma_models.serving.sequences import Wish
 
 _ACTIVATION_TOKENS = 16_384
 """Most tokens of a request that tells activations: each of them is some hundred bytes of JSON for every text."""

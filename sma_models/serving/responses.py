@@ -7,10 +7,10 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from sma_models.inference.sampling import Likelihood
+from sma_models.inference.sequences import Activated, Event, Failed, Finished, Read, Written
 from sma_models.serving.errors import RequestError
 from sma_models.serving.requests import CompletionRequest
-from sma_models.serving.sampling import Likelihood
-from sma_models.serving.sequences import Activated, Event, Failed, Finished, Read, Written
 from sma_models.serving.text import Unfolding, held_back, token_name
 
 

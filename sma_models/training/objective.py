@@ -14,7 +14,10 @@ from torch import Tensor
 from sma.errors import ConfigError
 from sma.interfaces import Model
 from sma.routing import Routing
-from sma_models.heads import Classifier, LanguageModel, ModelOutput, Retrieval
+from sma_models.classifier import Classifier
+from sma_models.language_model import LanguageModel
+from sma_models.model_io import ModelOutput
+from sma_models.retrieval import Retrieval
 from sma_models.training.data.datasets import Batch, Kind
 from sma_models.training.data.lm import IGNORE
 from sma_models.training.sources import Task

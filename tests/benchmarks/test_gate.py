@@ -16,8 +16,9 @@ from benchmarks.modules import ema, experts, mixture, sparse_ffn
 from benchmarks.rows import Row, model, model_case
 from benchmarks.subjects import Setting
 from benchmarks.timing import Clock
-from sma.ops import Gate, using
+from sma.ops import using
 from sma.ops.combine import OP
+from sma.ops.router import Gate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SETTING = Setting(DEVICE, torch.float32).of(2, 64).small()

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sma.adapters import infer_layout
 from sma.configurators import Always
 from sma.errors import ConfigError, ShapeError
 from sma.interfaces import ModuleOutput
 from sma.layer import SparselyActivated
 from sma.routing import Routing
+from sma.wrap.layouts import infer_layout
 from tests.core.parts import Running
 
 

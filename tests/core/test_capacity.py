@@ -10,13 +10,13 @@ import sma
 from sma.configurators import Always, FixedRate
 from sma.errors import ConfigError
 from sma.layer import SparselyActivated, SparseMixture
-from sma.memory import WorkingMemory
 from sma.ops import using
 from sma.routing import Packed
 from sma.testing.base import gradients
-from sma_modules.ffn import FFN
-from sma_modules.gau import GAU
-from sma_modules.moe import MoE
+from sma.working_memory import WorkingMemory
+from sma_modules.modules.ffn import FFN
+from sma_modules.modules.gau import GAU
+from sma_modules.modules.moe import MoE
 
 
 def attention(causal: bool = False) -> GAU:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sma.checkpointing import checkpoint
 from sma.layer import SparselyActivated
+from sma.runtime.checkpointing import checkpoint
 
 
 class Counting(nn.Module):

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from sma.checkpointing import checkpoint
 from sma.configurators import GumbelSoftmax, Sigmoid
 from sma.layer import SparselyActivated
+from sma.runtime.checkpointing import checkpoint
 
 
 class Restless(Sigmoid):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sma import linear as module
-from sma.linear import Linear, linear
+from sma.runtime.onednn import Linear, linear
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 

@@ -8,17 +8,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sma.checkpointing import mark_decision
 from sma.configurators import FixedRate
 from sma.errors import BackendError, ShapeError
 from sma.layer import SparselyActivated
-from sma.ops import compress, extract, narrow_linear, operations, segment_sum, using
+from sma.ops import operations, using
 from sma.ops.backend import Op
 from sma.ops.compress import OP as COMPRESS
-from sma.ops.compress import compress_through
+from sma.ops.compress import compress, compress_through
 from sma.ops.extract import OP as EXTRACT
+from sma.ops.extract import extract
+from sma.ops.narrow_linear import narrow_linear
 from sma.ops.segment_sum import OP as SEGMENT_SUM
+from sma.ops.segment_sum import segment_sum
 from sma.routing import Packed
+from sma.runtime.checkpointing import mark_decision
 from sma.testing import OpCase, OpSuite
 
 LENGTHS = (0, 1, 2, 63, 100, 129)

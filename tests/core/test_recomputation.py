@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sma import checkpoint
-from sma.checkpointing import inside_checkpoint
-from sma.recomputation import _Recomputed, recomputed
+from sma.runtime.checkpointing import inside_checkpoint
+from sma.runtime.recomputation import _Recomputed, recomputed
 
 
 @pytest.mark.parametrize("passes", [1, 2])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sma.waiting import capturing
+from sma.runtime.cuda_graphs import capturing
 
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 import sma
-from sma_models.export import export_prefill, export_step, save
-from sma_models.heads import LanguageModel
+from sma_models.integrations.export import export_prefill, export_step, save
+from sma_models.language_model import LanguageModel
 
 TEXT = "".join(f"line {n} is followed by line {n + 1}.\n" for n in range(400)).encode()
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from sma.errors import ConfigError, ExportError
 from sma_models.cli import main
-from sma_models.export import export, export_forward, export_prefill, export_step, load, save
-from sma_models.heads import LanguageModel
+from sma_models.integrations.export import export, export_forward, export_prefill, export_step, load, save
+from sma_models.language_model import LanguageModel
 from sma_models.training.loop import Outcome
 from sma_models.training.run import Run
 from tests.export.test_graphs import GAU, LAYER, activated, model_of, put

@@ -15,8 +15,9 @@ from sma.errors import ConfigError, ExportError, StreamingError
 from sma.interfaces import Model, Module
 from sma.layer import SparselyActivated
 from sma.plugins import registry
-from sma_models.export import Exported, export_forward, export_prefill, export_step
-from sma_models.heads import LanguageModel, Retrieval
+from sma_models.integrations.export import Exported, export_forward, export_prefill, export_step
+from sma_models.language_model import LanguageModel
+from sma_models.retrieval import Retrieval
 from sma_models.stack import StackState
 from tests.export.conftest import TEXT
 from tests.models.tiny import VOCABULARY, inputs_of, tiny

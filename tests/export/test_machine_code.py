@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sma.errors import ConfigError, ExportError
 from sma.ops import using
-from sma_models.export import Runner, export, export_forward, export_step, load, save
-from sma_models.heads import LanguageModel
+from sma_models.integrations.export import Runner, export, export_forward, export_step, load, save
+from sma_models.language_model import LanguageModel
 from sma_modules.ops.ema import convolution
 from tests.export.conftest import TEXT
 from tests.export.places import FLOATS, Place, at, check

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from sma.ops import using
-from sma_models.export import export_forward, export_prefill, export_step
-from sma_models.heads import LanguageModel, Retrieval
+from sma_models.integrations.export import export_forward, export_prefill, export_step
+from sma_models.language_model import LanguageModel
+from sma_models.retrieval import Retrieval
 from tests.export.places import EVERYWHERE, Place, at, check
 from tests.export.test_graphs import SUBLAYERS, WHOLE, follow, model_of, read, run
 from tests.models.tiny import inputs_of, tiny

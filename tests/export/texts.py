@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sma_models.export import Runner
-from sma_models.generation import generate
-from sma_models.heads import LanguageModel
+from sma_models.inference.generation import generate
+from sma_models.integrations.export import Runner
+from sma_models.language_model import LanguageModel
 from tests.export.conftest import TEXT
 
 PROMPTS = [list(b"line 7 is"), list(TEXT[:50]), list(b"l"), list(TEXT[100:141]), list(b"is followed by")]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers.utils import logging
 
-from sma_models.heads import LanguageModel
-from sma_models.hf import SMAForCausalLM, export, from_model
+from sma_models.integrations.hf import SMAForCausalLM, export, from_model
+from sma_models.language_model import LanguageModel
 from tests.models.tiny import tiny
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 import sma
 from sma.errors import ConfigError, MissingExtraError, SpecError
-from sma_models.hf import SMAConfig, SMAForCausalLM, SMAForSequenceClassification
+from sma_models.integrations.hf import SMAConfig, SMAForCausalLM, SMAForSequenceClassification
 from tests.models.tiny import SPECS
 
 
@@ -68,9 +68,9 @@ def test_names_and_files_are_for_people_only() -> None:
 
 def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, "sma_models.hf")
+    monkeypatch.delitem(sys.modules, "sma_models.integrations.hf")
     with pytest.raises(MissingExtraError, match=r"transformers is not installed; it comes with the extra 'hf'"):
-        import_module("sma_models.hf")
+        import_module("sma_models.integrations.hf")
 
 
 def test_the_model_must_be_of_the_kind() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from sma.errors import ConfigError
-from sma_models.hf import SMACache, from_model
+from sma_models.integrations.hf import SMACache, from_model
 from tests.hf.test_models import CLASSIFIERS, LANGUAGE_MODELS
 from tests.models.tiny import inputs_of, tiny
 
@@ -67,7 +67,7 @@ def test_an_automatic_map_divides_no_block(name: str) -> None:
 def test_a_divided_block_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from_model(tiny("seqboat_small_lm")).save_pretrained(tmp_path)
     # Nothing but a GPU is a second device that computes; so the check is told of one.
-    monkeypatch.setattr("sma_models.hf.base.places_of", lambda block: ["cuda:0", "cuda:1"])
+    monkeypatch.setattr("sma_models.integrations.hf.base.places_of", lambda block: ["cuda:0", "cuda:1"])
     with pytest.raises(ConfigError, match=r"device_map: must keep model\.stack\.layers\.0 on one device, got cuda:0, "):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import GenerationConfig, TextIteratorStreamer, pipeline
 
 from sma.errors import ConfigError
-from sma_models.generation import generate
-from sma_models.heads import LanguageModel
-from sma_models.hf import SMAByteTokenizer, SMACache, SMAForCausalLM, from_model
+from sma_models.inference.generation import generate
+from sma_models.integrations.hf import SMAByteTokenizer, SMACache, SMAForCausalLM, from_model
+from sma_models.language_model import LanguageModel
 from tests.hf.test_models import LANGUAGE_MODELS
 from tests.models.tiny import inputs_of, tiny
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sma_models.generation import generate
-from sma_models.heads import LanguageModel
+from sma_models.inference.generation import generate
+from sma_models.language_model import LanguageModel
 from tests.hf.test_generation import GREEDY, PROMPT, padded
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import sma
-from sma_models.hf import export
+from sma_models.integrations.hf import export
 
 pytestmark = [pytest.mark.lm_eval, pytest.mark.filterwarnings("default")]  # the warnings of others
 

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 
 from sma.errors import ConfigError, ShapeError, StreamingError
-from sma_models.heads import Classifier, LanguageModel
-from sma_models.hf import SMACache, SMAConfig, SMAForCausalLM, SMAForSequenceClassification, from_model
+from sma_models.classifier import Classifier
+from sma_models.integrations.hf import SMACache, SMAConfig, SMAForCausalLM, SMAForSequenceClassification, from_model
+from sma_models.language_model import LanguageModel
 from tests.models.tiny import SPECS, inputs_of, tiny
 
 LANGUAGE_MODELS = [name for name in SPECS if name.endswith("_lm")]
@@ -57,7 +58,7 @@ def test_float32_logits_with_a_cache(model: SMAForCausalLM) -> None:
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("keep", [1, 3, 24, 99, torch.tensor([0, 5])])
 def test_logits_to_keep(model: SMAForCausalLM, keep: Any, cached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sma_models.hf.modeling.PREFILL_CHUNK", 7)
+    monkeypatch.setattr("sma_models.integrations.hf.modeling.PREFILL_CHUNK", 7)
     tokens = inputs_of(model.model)
     whole = model(tokens).logits
     expected = whole[:, keep] if isinstance(keep, torch.Tensor) else whole[:, -keep:]

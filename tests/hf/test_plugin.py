@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 import sma
 from sma.errors import SpecError
 from sma.plugins import isolated_registry
-from sma_models.generation import generate
-from sma_models.heads import LanguageModel
-from sma_models.hf import SMAConfig, SMAForCausalLM, export
+from sma_models.inference.generation import generate
+from sma_models.integrations.hf import SMAConfig, SMAForCausalLM, export
+from sma_models.language_model import LanguageModel
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCE = ROOT / "examples" / "plugin_package" / "src"

@@ -16,9 +16,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import sma
 from sma.errors import ConfigError, SpecError
 from sma_models.cli import main
-from sma_models.generation import generate
-from sma_models.heads import LanguageModel
-from sma_models.hf import SMAByteTokenizer, SMAForCausalLM, SMAForSequenceClassification, export, from_model
+from sma_models.inference.generation import generate
+from sma_models.integrations.hf import (
+    SMAByteTokenizer,
+    SMAForCausalLM,
+    SMAForSequenceClassification,
+    export,
+    from_model,
+)
+from sma_models.language_model import LanguageModel
 from sma_models.training.loop import Outcome
 from sma_models.training.run import Run
 from tests.hf.test_models import CLASSIFIERS, LANGUAGE_MODELS
@@ -116,7 +122,7 @@ tokenizer.save_pretrained({str(tmp_path / "again")!r})
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["sma_models.hf.modeling", "sma_models.hf.tokenization"]
+    assert run.stdout.split() == ["sma_models.integrations.hf.modeling", "sma_models.integrations.hf.tokenization"]
     files = {path.name for path in (tmp_path / "again").iterdir()}
     assert files == {path.name for path in folder.iterdir()}, "saved again, without a copy of the code"
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sma.errors import ShapeError
-from sma_models.hf import SMACache, SMAForCausalLM, from_model
-from sma_models.hf.stepping import Stepping
+from sma_models.integrations.hf import SMACache, SMAForCausalLM, from_model
+from sma_models.integrations.hf.stepping import Stepping
 from tests.hf.test_generation import GREEDY, PROMPT
 from tests.models.tiny import tiny
 
@@ -207,7 +207,7 @@ def test_whole_chunks_of_prompts_are_read_apart(
     model: SMAForCausalLM, padding: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the others by the model itself; nobody can tell from the results."""
-    monkeypatch.setattr("sma_models.hf.modeling.PREFILL_CHUNK", 8)
+    monkeypatch.setattr("sma_models.integrations.hf.modeling.PREFILL_CHUNK", 8)
     lengths: list[int] = []
     plain = Stepping.read
 

@@ -18,7 +18,7 @@ from transformers import (
 
 import sma
 from sma.errors import ConfigError
-from sma_models.hf import SMAByteTokenizer, SMAForCausalLM, from_model
+from sma_models.integrations.hf import SMAByteTokenizer, SMAForCausalLM, from_model
 from tests.models.tiny import inputs_of, tiny
 
 TEXT = b"the quick brown fox jumps over the lazy dog. " * 20

@@ -8,11 +8,11 @@ from sma.testing import BlockSuite
 from sma_models.hybrid import Hybrid, SublayerConfig
 from sma_models.mega import Mega, MegaAttention
 from sma_models.seqboat import SeqBoat
-from sma_modules.attention import Attention
-from sma_modules.ema import EMA
-from sma_modules.ffn import FFN
-from sma_modules.gau import GAU
-from sma_modules.moe import MoE
+from sma_modules.mixers.ema import EMA
+from sma_modules.modules.attention import Attention
+from sma_modules.modules.ffn import FFN
+from sma_modules.modules.gau import GAU
+from sma_modules.modules.moe import MoE
 from sma_modules.norms import BatchNorm, ScaleNorm
 from tests.laws.table import covers
 

@@ -10,10 +10,12 @@ from sma.layer import ActivatedConfig
 from sma.routing import Routing
 from sma.state import State
 from sma.testing import ModelSuite, Result
-from sma_models.heads import Classifier, LanguageModel, Retrieval
+from sma_models.classifier import Classifier
+from sma_models.language_model import LanguageModel
+from sma_models.retrieval import Retrieval
 from sma_models.seqboat import SeqBoat
-from sma_modules.ema import EMA
-from sma_modules.gau import GAU
+from sma_modules.mixers.ema import EMA
+from sma_modules.modules.gau import GAU
 from sma_modules.norms import LayerNorm
 from tests.laws.table import covers
 

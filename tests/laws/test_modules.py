@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from sma.testing import ModuleSuite
-from sma_modules.attention import Attention
-from sma_modules.ffn import FFN
-from sma_modules.gau import GAU
-from sma_modules.moe import MoE
+from sma_modules.modules.attention import Attention
+from sma_modules.modules.ffn import FFN
+from sma_modules.modules.gau import GAU
+from sma_modules.modules.moe import MoE
 from tests.laws.table import covers
 
 

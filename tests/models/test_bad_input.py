@@ -11,10 +11,12 @@ from torch import nn
 import sma
 from sma.errors import ConfigError, RoutingError, ShapeError, StreamingError
 from sma.interfaces import Model
-from sma_models.heads import Classifier, LanguageModel, Retrieval
+from sma_models.classifier import Classifier
 from sma_models.hybrid import Hybrid, SublayerConfig
-from sma_modules.ema import EMA
-from sma_modules.ffn import FFN
+from sma_models.language_model import LanguageModel
+from sma_models.retrieval import Retrieval
+from sma_modules.mixers.ema import EMA
+from sma_modules.modules.ffn import FFN
 from tests.models.tiny import tiny
 
 BLOCK = Hybrid.Config(sublayers=(SublayerConfig(mixer=EMA.Config(n_state=2)), SublayerConfig(module=FFN.Config())))

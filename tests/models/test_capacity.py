@@ -8,7 +8,7 @@ from torch import Tensor
 
 import sma
 from sma.layer import SparseMixture
-from sma_models.heads import LanguageModel
+from sma_models.language_model import LanguageModel
 from sma_models.stack import StackState
 from tests.models.tiny import SPECS, inputs_of, tiny
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import sma
 from sma.errors import CheckpointError
 from sma.interfaces import Model
-from sma_models.convert import convert, convert_into, read_published
+from sma_models.integrations.convert import convert, convert_into, read_published
 from tests.models.tiny import call, inputs_of, tiny
 
 # Ours to the published names, written down from the published modules and not from our rules.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sma.errors import ConfigError, ShapeError, StreamingError
-from sma_models.generation import generate, sample, stream
-from sma_models.heads import LanguageModel
+from sma_models.inference.generation import generate, sample, stream
+from sma_models.language_model import LanguageModel
 from tests.models.tiny import SPECS, inputs_of, tiny
 
 every_language_model = pytest.mark.parametrize("name", [name for name in SPECS if name.endswith("_lm")])

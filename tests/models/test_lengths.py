@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from sma.errors import ShapeError
 from sma.interfaces import BlockOutput
 from sma.padding import valid_of
-from sma_models.heads import Classifier, LanguageModel, Retrieval
+from sma_models.classifier import Classifier
+from sma_models.language_model import LanguageModel
+from sma_models.retrieval import Retrieval
 from tests.models.tiny import inputs_of, loss_of, tiny
 
 LENGTHS = torch.tensor([24, 7, 0, 16])

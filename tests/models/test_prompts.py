@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import sma
 from sma.errors import ConfigError, StreamingError
-from sma_models.decoding import Decoder, Reader, prefill, prompts
-from sma_models.decoding import decoder as decoder_module
-from sma_models.decoding.fixed import why_not_fixed
-from sma_models.decoding.graph import WARMUP
-from sma_models.decoding.prompts import Pass
-from sma_models.heads import LanguageModel
+from sma_models.inference import Decoder, Reader, prefill, prompts
+from sma_models.inference import decoder as decoder_module
+from sma_models.inference.fixed_capacity import why_not_fixed
+from sma_models.inference.graphs import WARMUP
+from sma_models.inference.prefill import Pass
+from sma_models.language_model import LanguageModel
 from tests.models.test_decoding import close, double, every_language_model, whole
 from tests.models.tiny import inputs_of, tiny
 
@@ -449,7 +449,7 @@ def test_captured_pieces_do_not_depend_on_the_others(dtype: torch.dtype, monkeyp
 
 @needs_a_gpu
 def test_captured_chunks_do_not_wait() -> None:
-    from sma.waiting import waiting_forbidden
+    from sma.runtime.cuda_graphs import waiting_forbidden
 
     model: LanguageModel = deepcopy(tiny("seqboat_lm")).cuda()
     reader, tokens = Reader(model, 256), inputs_of(model, batch=1, length=256).cuda()

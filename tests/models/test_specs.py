@@ -14,7 +14,8 @@ from sma.errors import ConfigError, StreamingError
 from sma.interfaces import Model
 from sma.routing import Routing
 from sma.statistics import all_active
-from sma_models.heads import LanguageModel, Retrieval
+from sma_models.language_model import LanguageModel
+from sma_models.retrieval import Retrieval
 from tests.models.tiny import SPECS, call, inputs_of, loss_of, shrink, tiny
 
 LANGUAGE = [name for name in SPECS if name.endswith("_lm")]

@@ -14,7 +14,10 @@ from torch import Tensor
 import sma
 from sma.configurable import BaseConfig
 from sma.interfaces import Model
-from sma_models.heads import Classifier, LanguageModel, ModelOutput, Retrieval
+from sma_models.classifier import Classifier
+from sma_models.language_model import LanguageModel
+from sma_models.model_io import ModelOutput
+from sma_models.retrieval import Retrieval
 
 SPECS = sorted(
     path.name.removesuffix(".yaml")

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from sma.errors import BackendError, ConfigError, ShapeError, StreamingError
-from sma.memory import WorkingMemory
-from sma.ops import RowNorm, using
+from sma.ops import using
 from sma.ops.kernel import why_not_triton
-from sma.stepping import Room
+from sma.ops.row_norm import RowNorm
+from sma.steppers import SlotSpec
+from sma.working_memory import WorkingMemory
 from sma_modules.ops.ema import EMAState, ema
 from sma_modules.ops.ema_step import OP as EMA_STEP
 from sma_modules.ops.ema_step import Averages, Coefficients, ema_step
@@ -68,7 +69,7 @@ def test_the_average_is_that_of_the_whole_sequence(backend: str, truncation: int
         bidirectional=False, truncation=truncation,
     )  # fmt: skip
     coefficients = Coefficients.of((delta, alpha, beta, gamma), omega, truncation)
-    averages = Averages.empty(Room(SLOTS, rollback, x), D, 3, truncation)
+    averages = Averages.empty(SlotSpec(SLOTS, rollback, x), D, 3, truncation)
     position = torch.tensor([0, 5, 11], device=DEVICE)  # where a stream begins does not matter
     live = torch.ones(SLOTS, dtype=torch.bool, device=DEVICE)
     with using(backend):
@@ -100,7 +101,7 @@ def test_the_average_equals_the_reference(backend: str, truncation: int | None, 
         **{part: None if getattr(own, part) is None else getattr(own, part).to(dtype) for part in ("weight", "bias")}
     )
     coefficients = Coefficients.of(parameters(dim, 3, dtype)[:4], numbers(dim, seed=5, dtype=dtype), truncation)  # type: ignore[arg-type]
-    one = Averages.empty(Room(SLOTS, 1, torch.zeros(0, dtype=dtype, device=DEVICE)), dim, 3, truncation)
+    one = Averages.empty(SlotSpec(SLOTS, 1, torch.zeros(0, dtype=dtype, device=DEVICE)), dim, 3, truncation)
     other = copied(one)
     position = torch.tensor([0, 3, 8], device=DEVICE)
     for t in range(9):
@@ -116,7 +117,7 @@ def test_the_average_equals_the_reference(backend: str, truncation: int | None, 
 
 
 def test_states_of_averages_come_and_go() -> None:
-    averages = Averages.empty(Room(4, 2, torch.zeros(0, dtype=torch.float64, device=DEVICE)), D, 3, 6)
+    averages = Averages.empty(SlotSpec(4, 2, torch.zeros(0, dtype=torch.float64, device=DEVICE)), D, 3, 6)
     count, slots, position = (torch.tensor(each, device=DEVICE) for each in ([2, 5], [3, 1], [17, 4]))
     state = EMAState(numbers(2, D, 3), numbers(2, D, 3, seed=1), count, numbers(2, 6, D, seed=2))
     averages.write(slots, state, position)
@@ -143,7 +144,7 @@ RULES: dict[str, dict[str, Any]] = {
 def ring_of(rule: dict[str, Any], heads: int, width: int, dtype: torch.dtype, rollback: int = 1) -> Ring:
     bounds = [rule.get("window"), rule.get("chunk") and rule["chunk"] - 1]
     reach = min(bound for bound in bounds if bound is not None)
-    return Ring.empty(Room(SLOTS, rollback, torch.zeros(0, dtype=dtype, device=DEVICE)), reach, heads, 3, width)
+    return Ring.empty(SlotSpec(SLOTS, rollback, torch.zeros(0, dtype=dtype, device=DEVICE)), reach, heads, 3, width)
 
 
 def table_of(rule: dict[str, Any], dtype: torch.dtype) -> Tensor | None:
@@ -268,7 +269,7 @@ def test_low_precision_is_rounded_once() -> None:
         assert out.dtype == half
         assert float((out.double() - exact).abs().max()) <= 1e-3 * max(1.0, float(exact.abs().max()))
     with using("triton"):
-        averages = Averages.empty(Room(SLOTS, 0, q), D, 3, None)
+        averages = Averages.empty(SlotSpec(SLOTS, 0, q), D, 3, None)
         assert averages.hidden.dtype == torch.float32
         coefficients = Coefficients.of(tuple(p.to(half) for p in parameters(D, 3)), numbers(D).to(half), None)  # type: ignore[arg-type]
         y = ema_step(numbers(SLOTS, D).to(half), averages, coefficients, live=live, position=position)
@@ -290,7 +291,7 @@ def test_bad_input_is_refused() -> None:
         ring_attention(q, k, v, ring, bias="local", **options)
     with pytest.raises(ShapeError, match="the ring has 3 slots, there are 2 tokens"):
         ring_attention(q[:2], k[:2], v[:2], ring, **{name: each[:2] if name != "window" else 4 for name, each in options.items()})  # fmt: skip # noqa: E501
-    averages = Averages.empty(Room(SLOTS, 0, q), D, 3, None)
+    averages = Averages.empty(SlotSpec(SLOTS, 0, q), D, 3, None)
     coefficients = Coefficients.of(parameters(D, 3), numbers(D), None)  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match=r"ema_step: x \(S, D\), averages .* must agree, got \(3, 4\)"):
         ema_step(numbers(SLOTS, 4), averages, coefficients, live=live, position=live.long())
@@ -301,7 +302,7 @@ def test_bad_input_is_refused() -> None:
 @needs_triton
 def test_what_the_kernels_cannot_do_has_a_reason() -> None:
     live = torch.ones(SLOTS, dtype=torch.bool, device=DEVICE)
-    wide = Ring.empty(Room(SLOTS, 0, torch.zeros(0, device=DEVICE)), 4, 1, 300, 2)
+    wide = Ring.empty(SlotSpec(SLOTS, 0, torch.zeros(0, device=DEVICE)), 4, 1, 300, 2)
     q, v = torch.zeros(SLOTS, 1, 300, device=DEVICE), torch.zeros(SLOTS, 1, 2, device=DEVICE)
     with using("triton"), pytest.raises(BackendError, match="keys of at most 256 features, got 300"):
         ring_attention(q, q, v, wide, active=live, live=live, position=live.long(), window=4)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sma import Mixer, StateHistory
 from sma.errors import ConfigError, StreamingError
-from sma_modules.ema import EMA
+from sma_modules.mixers.ema import EMA
 from sma_modules.ops.ema import EMAState, ema
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sma.errors import BackendError, ConfigError
 from sma.ops import using
-from sma_modules.ema import EMA
+from sma_modules.mixers.ema import EMA
 from sma_modules.ops.ema import EMAState, ema
 from tests.kernels import Compilation, compile_all
 from tests.modules.kernel_checks import guarded

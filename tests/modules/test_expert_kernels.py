@@ -15,7 +15,7 @@ from sma.ops import using
 from sma.ops.kernel import why_not_triton
 from sma.testing import OpCase, OpSuite
 from sma.testing.precision import differentiable, known_to
-from sma_modules.moe import MoE
+from sma_modules.modules.moe import MoE
 from sma_modules.ops.expert_matmul import OP as EXPERT_MATMUL
 from sma_modules.ops.expert_matmul import expert_matmul
 from sma_modules.ops.expert_matmul.activated import OP as ACTIVATED

@@ -13,7 +13,7 @@ from sma.errors import ConfigError, ShapeError
 from sma.ops import using
 from sma.ops.kernel import why_not_triton
 from sma.testing import OpCase, OpSuite
-from sma_modules.ffn import FFN
+from sma_modules.modules.ffn import FFN
 from sma_modules.ops.feed_forward import ACTIVATE, FEED_FORWARD, Linear, activate, feed_forward
 from tests.kernels import Compilation, compile_all
 from tests.modules.kernel_checks import DEVICE, DTYPES, check_low_precision, guarded, run

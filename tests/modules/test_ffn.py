@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sma.errors import ConfigError
-from sma_modules.ffn import FFN
+from sma_modules.modules.ffn import FFN
 
 FUNCTIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 

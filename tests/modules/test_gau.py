@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from sma import Packed
 from sma.errors import ConfigError, ShapeError, StreamingError
-from sma.memory import WorkingMemory
-from sma_modules.attention import Attention
-from sma_modules.gau import GAU
+from sma.working_memory import WorkingMemory
+from sma_modules.modules.attention import Attention
+from sma_modules.modules.gau import GAU
 from tests.modules.streams import stream
 
 D = 6

@@ -14,7 +14,7 @@ from torch import Tensor
 from sma import ModuleOutput
 from sma.errors import ConfigError, ShapeError
 from sma.ops import using
-from sma_modules.moe import MoE
+from sma_modules.modules.moe import MoE
 from sma_modules.ops.expert_matmul import expert_matmul
 from sma_modules.ops.expert_order import combine, dispatch, order_by_expert
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from sma.errors import BackendError, ShapeError
 from sma.ops import using
 from sma.ops.kernel import why_not_triton
-from sma_modules.attention import Attention
+from sma_modules.modules.attention import Attention
 from sma_modules.ops.window_attention import blocks, launch, window_attention
 from sma_modules.ops.window_attention.rule import Rule
 from tests.kernels import Compilation, compile_all

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sma.errors import BackendError, ShapeError
-from sma.ops import append, using
-from sma.ops.append import AppendedRows
+from sma.ops import using
+from sma.ops.append import AppendedRows, append
 from sma.routing import Packed
 from tests.devices import DEVICE, needs_triton
 from tests.kernels import Compilation, compile_all

@@ -16,7 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sma.ops import RowNorm, combine, compress, extract, narrow_linear, row_norm, segment_sum, using
+from sma.ops import using
+from sma.ops.combine import combine
+from sma.ops.compress import compress
+from sma.ops.extract import extract
+from sma.ops.narrow_linear import narrow_linear
+from sma.ops.row_norm import RowNorm, row_norm
+from sma.ops.segment_sum import segment_sum
 from sma.routing import Packed
 from sma_modules.ops.ema import ema
 from sma_modules.ops.expert_matmul import expert_matmul

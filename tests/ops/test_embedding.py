@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import sma
 from sma.errors import ShapeError
-from sma.ops import embedding, using
+from sma.ops import using
+from sma.ops.embedding import embedding
 from tests.devices import DEVICE, needs_triton
 from tests.kernels import Compilation, compile_all
 from tests.ops.test_kernels_of_the_core import LOW, assert_same, numbers, results

@@ -10,8 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sma.ops import RowNorm, combine, compress, extract, narrow_linear, pack, row_norm, using
-from sma.ops.compress import compress_through
+from sma.ops import using
+from sma.ops.combine import combine
+from sma.ops.compress import compress, compress_through
+from sma.ops.extract import extract
+from sma.ops.narrow_linear import narrow_linear
+from sma.ops.pack import pack
+from sma.ops.row_norm import RowNorm, row_norm
 from sma.routing import Packed
 from sma.testing.precision import imprecision, known_to
 from tests.devices import DEVICE, error_of, needs_triton

@@ -11,16 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sma.checkpointing import checkpoint
 from sma.configurators import Sigmoid, TemperedSoftmax
 from sma.decision import gate_of
 from sma.errors import ShapeError
 from sma.interfaces import Configurator
 from sma.layer import SparseMixture
-from sma.ops import Gate, pack, router, using
+from sma.ops import using
 from sma.ops.compress import compress as compress_plain
-from sma.ops.router import Routed, routed_compress
+from sma.ops.pack import pack
+from sma.ops.router import Gate, Routed, routed_compress, router
 from sma.routing import Packed
+from sma.runtime.checkpointing import checkpoint
 from tests.devices import DEVICE, error_of, needs_triton
 from tests.kernels import Compilation, compile_all
 from tests.ops.test_kernels_of_the_core import DTYPES, assert_precise, assert_same, mask_of, numbers, results

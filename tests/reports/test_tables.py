@@ -16,7 +16,7 @@ from sma.layer import SparselyActivated, SparseMixture
 from sma.routing import Routing
 from sma.statistics import OperationCount
 from sma_models.reports import compression_table, operations_table, rates_table, summarise_rates
-from sma_modules.gau import GAU
+from sma_modules.modules.gau import GAU
 from tests.reports.conftest import MakeRoutings
 
 

@@ -17,13 +17,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sma_models.generation import generate
-from sma_models.heads import LanguageModel
+from sma_models.inference.engine import Engine
+from sma_models.inference.generation import generate
+from sma_models.inference.sampling import Sampling
+from sma_models.inference.sequences import Event, Failed, Finished, Ticket, Wish, Written
+from sma_models.language_model import LanguageModel
 from sma_models.serving.app import Service
-from sma_models.serving.engine import Engine
 from sma_models.serving.limits import Limits
-from sma_models.serving.sampling import Sampling
-from sma_models.serving.sequences import Event, Failed, Finished, Ticket, Wish, Written
 from sma_models.serving.server import Server, address_of, bind, make_server
 from tests.models.tiny import tiny
 

@@ -12,13 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sma_models.generation import sample
+from sma_models.inference.generation import sample
+from sma_models.inference.sampling import Likelihood, Sampling, draw, likelihoods
+from sma_models.inference.sequences import Event, Failed, Finished, Written
 from sma_models.serving.errors import RequestError
 from sma_models.serving.limits import Limits
 from sma_models.serving.requests import CompletionRequest, parse
 from sma_models.serving.responses import Completion
-from sma_models.serving.sampling import Likelihood, Sampling, draw, likelihoods
-from sma_models.serving.sequences import Event, Failed, Finished, Written
 from sma_models.serving.text import ends_with_stop, held_back, token_name
 
 LIMITS = Limits(slots=4, queue=9, prompt_tokens=50, max_tokens=20, sequences=6)

@@ -22,8 +22,8 @@ import sma
 from sma.errors import ConfigError
 from sma.weights import save
 from sma_models.cli import main
-from sma_models.commands.serve import load_model, read_key
-from sma_models.heads import LanguageModel
+from sma_models.cli.serve import load_model, read_key
+from sma_models.language_model import LanguageModel
 from sma_models.serving.server import address_of, bind
 from sma_models.training.loop import Outcome
 from sma_models.training.recipe import load_recipe

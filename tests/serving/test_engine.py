@@ -10,12 +10,12 @@ import torch
 
 import sma
 from sma.errors import ConfigError
-from sma_models.decoding import prompts
-from sma_models.heads import LanguageModel
-from sma_models.serving.engine import _STEPS_A_PASS, _STEPS_IN_NO_HURRY, Engine
+from sma_models.inference import prompts
+from sma_models.inference.engine import _STEPS_A_PASS, _STEPS_IN_NO_HURRY, Engine
+from sma_models.inference.sequences import Activated, Event, Finished, Read, Written
+from sma_models.language_model import LanguageModel
 from sma_models.serving.errors import RequestError
 from sma_models.serving.limits import Limits
-from sma_models.serving.sequences import Activated, Event, Finished, Read, Written
 from tests.models.test_prompts import replaying  # noqa: F401  # a fixture, used by its name
 from tests.models.tiny import SPECS, tiny
 from tests.serving.conftest import SMALL, ask, byte_model, continued, rounds, tokens_of, until

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from sma_models.heads import LanguageModel
+from sma_models.language_model import LanguageModel
 from tests.serving.conftest import HEAD, SMALL, Running, complete, continued, raw, refused, running, stream, until
 
 

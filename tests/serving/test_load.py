@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from sma_models.heads import LanguageModel
+from sma_models.language_model import LanguageModel
 from sma_models.serving.limits import Limits
 from tests.serving.conftest import Running, continued, running
 

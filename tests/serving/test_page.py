@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sma_models.heads import LanguageModel
+from sma_models.language_model import LanguageModel
 from sma_models.serving.limits import Limits
 from tests.browser import browser  # noqa: F401  # a fixture, used by its name
 from tests.serving.conftest import Running, continued, running, tokens_of, until

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from sma_models.heads import LanguageModel
+from sma_models.language_model import LanguageModel
 from sma_models.serving.limits import Limits
 from tests.serving.conftest import HEAD, Running, complete, raw, refused, running, stream, until
 

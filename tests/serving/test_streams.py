@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from sma_models.heads import LanguageModel
+from sma_models.inference.engine import Engine
+from sma_models.language_model import LanguageModel
 from sma_models.serving.app import Answer, Service
-from sma_models.serving.engine import Engine
 from sma_models.serving.requests import parse
 from tests.serving.conftest import SMALL, continued
 

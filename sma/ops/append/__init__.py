@@ -11,7 +11,7 @@ from torch import Tensor
 from sma.errors import ShapeError
 from sma.ops.backend import Op
 from sma.ops.kernel import why_not_triton
-from sma.routing import Packed
+from sma.ops.packed import Packed
 
 OP = Op("append")
 
@@ -23,7 +23,7 @@ class AppendedRows(NamedTuple):
         both: per kind of row ``(K', ...)``, sequences one after the other, each with what it remembered in front.
         after: per kind of row ``(B, capacity, ...)``: the last rows of each sequence, zeros in front of fewer.
         cu_seqlens: ``(B + 1,)`` int64: sequence b owns ``both[cu_seqlens[b]:cu_seqlens[b + 1]]``. One entry more with a
-            fixed number of new rows, as in :class:`~sma.routing.Packed`.
+            fixed number of new rows, as in :class:`~sma.ops.packed.Packed`.
         start: ``(B,)`` int64: how many rows of each stream came before its first one in ``both``. One entry more with a
             fixed number of new rows, 0.
         counts: ``(B,)`` int64: how many rows each stream has had in all.

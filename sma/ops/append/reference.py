@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sma.ops.append import OP, AppendedRows
-from sma.routing import Packed
+from sma.ops.packed import Packed
 
 
 @OP.backend("reference", priority=90)

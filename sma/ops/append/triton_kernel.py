@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sma.ops.append import AppendedRows
 from sma.ops.kernel import cdiv, kernel, next_power_of_2
-from sma.routing import Packed
+from sma.ops.packed import Packed
 
 ELEMENTS, COLUMNS = 2048, 256
 """Numbers that a program moves, and those of one row at most."""

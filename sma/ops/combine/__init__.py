@@ -10,8 +10,8 @@ from torch import Tensor
 from sma.errors import ConfigError, ShapeError
 from sma.ops.backend import Op, without_autocast
 from sma.ops.kernel import why_not_triton
+from sma.ops.packed import Packed
 from sma.ops.row_norm import WIDEST, RowNorm
-from sma.routing import Packed
 
 OP = Op("combine")
 Activation = Literal["none", "silu"]

@@ -7,9 +7,9 @@ from torch.nn import functional as F
 from sma.dropout import add_dropout, dropout
 from sma.ops.combine import OP, Plan, leading
 from sma.ops.extract import extract
+from sma.ops.packed import Packed
 from sma.ops.row_norm import RowNorm
 from sma.ops.row_norm.eager import row_norm
-from sma.routing import Packed
 
 
 @OP.backend("eager")

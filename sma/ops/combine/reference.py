@@ -5,9 +5,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sma.ops.combine import OP, Plan, leading
+from sma.ops.packed import Packed
 from sma.ops.row_norm import RowNorm
 from sma.ops.row_norm.reference import normalise
-from sma.routing import Packed
 
 
 @OP.backend("reference", priority=90)

@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from sma.ops.combine import Plan, leading
 from sma.ops.kernel import cdiv, draw_seed, kernel
+from sma.ops.packed import Packed
 from sma.ops.row_norm import RowNorm
 from sma.ops.row_norm.triton_kernel import affine, scale, shares, sizes, stride, totals, unscale
-from sma.routing import Packed
 
 PARTS = 1 << 16
 """Probabilities of dropout are multiples of one part."""

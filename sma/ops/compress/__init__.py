@@ -12,7 +12,7 @@ from torch import Tensor
 from sma.errors import ShapeError
 from sma.ops.backend import Op, without_autocast
 from sma.ops.kernel import why_not_triton
-from sma.routing import Packed
+from sma.ops.packed import Packed
 
 OP = Op("compress")
 
@@ -32,7 +32,7 @@ def compress(x: Float[Tensor, "batch length *features"], packed: Packed) -> Floa
 
     Example:
         >>> import torch
-        >>> from sma.routing import Packed
+        >>> from sma.ops.packed import Packed
         >>> x = torch.arange(6.0).reshape(1, 3, 2)
         >>> compress(x, Packed.from_mask(torch.tensor([[True, False, True]])))
         tensor([[0., 1.],

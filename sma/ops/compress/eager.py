@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sma.ops.compress import OP
-from sma.routing import Packed
+from sma.ops.packed import Packed
 
 
 @OP.backend("eager")

@@ -5,7 +5,7 @@ from torch import Tensor
 from sma.ops.backend import scatter_applies, torch_scatter
 from sma.ops.compress import OP
 from sma.ops.compress.eager import compress as eager
-from sma.routing import Packed
+from sma.ops.packed import Packed
 
 
 @OP.backend("torch_scatter", priority=60, applies=lambda x, packed: scatter_applies(x, packed.fixed))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sma.ops.kernel import cdiv, kernel, next_power_of_2
-from sma.routing import Packed
+from sma.ops.packed import Packed
 
 ELEMENTS = 4096
 """Numbers that a program moves at a time."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from sma.errors import ShapeError
 from sma.ops.backend import Op, without_autocast
 from sma.ops.kernel import why_not_triton
-from sma.routing import Packed
+from sma.ops.packed import Packed
 
 OP = Op("extract")
 
@@ -28,7 +28,7 @@ def extract(h: Float[Tensor, "active *features"], packed: Packed) -> Float[Tenso
 
     Example:
         >>> import torch
-        >>> from sma.routing import Packed
+        >>> from sma.ops.packed import Packed
         >>> extract(torch.ones(1, 2), Packed.from_mask(torch.tensor([[False, True]])))
         tensor([[[0., 0.],
                  [1., 1.]]])

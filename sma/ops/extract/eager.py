@@ -6,7 +6,7 @@ The rows are distinct, so there is nothing to add up and the bits are the same e
 from torch import Tensor
 
 from sma.ops.extract import OP
-from sma.routing import Packed
+from sma.ops.packed import Packed
 
 
 @OP.backend("eager")

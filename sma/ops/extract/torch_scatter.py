@@ -5,7 +5,7 @@ from torch import Tensor
 from sma.ops.backend import scatter_applies, torch_scatter
 from sma.ops.extract import OP
 from sma.ops.extract.eager import extract as eager
-from sma.routing import Packed
+from sma.ops.packed import Packed
 
 
 @OP.backend("torch_scatter", priority=60, applies=lambda h, packed: scatter_applies(h, packed.fixed))

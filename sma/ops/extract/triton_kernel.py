@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sma.ops.compress.triton_kernel import flat, take
-from sma.routing import Packed
+from sma.ops.packed import Packed
 
 
 class _Extract(torch.autograd.Function):

@@ -13,7 +13,7 @@ from sma.errors import ShapeError
 from sma.ops.backend import Op
 from sma.ops.kernel import why_not_triton
 from sma.ops.narrow_linear import WIDEST
-from sma.routing import Packed
+from sma.ops.packed import Packed
 
 OP = Op("router")
 

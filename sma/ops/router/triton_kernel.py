@@ -18,8 +18,8 @@ from sma.ops.column_sums.triton_kernel import column_sums
 from sma.ops.compress.triton_kernel import add_, take
 from sma.ops.kernel import cdiv, kernel, next_power_of_2
 from sma.ops.pack.triton_kernel import LEAST_COUNTED, count_block
+from sma.ops.packed import Packed
 from sma.ops.router import Compressor, Gate, Routed
-from sma.routing import Packed
 
 FORWARD_T, FORWARD_D = LEAST_COUNTED, 128
 WARPS = 4

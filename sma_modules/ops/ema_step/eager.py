@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sma.ops.row_norm.eager import row_norm
-from sma.stepping import choose
+from sma.steppers import choose
 
 if TYPE_CHECKING:
     from sma_modules.ops.ema_step import Averages, Coefficients, Step

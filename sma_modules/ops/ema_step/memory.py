@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sma.errors import StreamingError
-from sma.stepping import Room
+from sma.steppers import SlotSpec
 from sma_modules.ops.ema.eager import coefficients
 from sma_modules.ops.ema.state import EMAState, compute_dtype
 
@@ -70,16 +70,16 @@ class Averages:
     truncation: int | None
 
     @classmethod
-    def empty(cls, room: Room, dim: int, n_state: int, truncation: int | None) -> Averages:
-        """Room for ``dim`` channels of ``n_state`` averages."""
-        dtype, device, versions = compute_dtype(room.like), room.like.device, room.rollback + 1
-        hidden = torch.zeros(versions, room.slots, dim, n_state, dtype=dtype, device=device)
+    def empty(cls, spec: SlotSpec, dim: int, n_state: int, truncation: int | None) -> Averages:
+        """SlotSpec for ``dim`` channels of ``n_state`` averages."""
+        dtype, device, versions = compute_dtype(spec.like), spec.like.device, spec.rollback + 1
+        hidden = torch.zeros(versions, spec.slots, dim, n_state, dtype=dtype, device=device)
         if truncation is None:
             return cls(hidden, None, None, None, None)
         # One version more than of the states: every program of a kernel reads the count, one of them writes the next.
-        count = torch.zeros(versions + 1, room.slots, dtype=torch.int64, device=device)
+        count = torch.zeros(versions + 1, spec.slots, dtype=torch.int64, device=device)
         # Inputs come in the dtype of the tokens, so that is enough to keep them.
-        history = torch.zeros(room.slots, truncation + room.rollback, dim, dtype=room.like.dtype, device=device)
+        history = torch.zeros(spec.slots, truncation + spec.rollback, dim, dtype=spec.like.dtype, device=device)
         return cls(hidden, torch.zeros_like(hidden), count, history, truncation)
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from sma.linear import linear
+from sma.runtime.onednn import linear
 from sma_modules.ops.feed_forward import ACTIVATE, FEED_FORWARD
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}

@@ -73,7 +73,7 @@ def ring_attention(
         ring: what was activated before; its keys and values have the dtype of ``v``.
         active: ``(S,)`` who attends; only live slots.
         live: ``(S,)`` who takes a token at all.
-        position: ``(S,)`` int64: tokens that each slot has taken before, see :class:`sma.stepping.Moment`.
+        position: ``(S,)`` int64: tokens that each slot has taken before, see :class:`sma.steppers.StepContext`.
         at: ``(S,)`` int64: the original positions, to be kept and for bias "original"; ``position`` if None.
         window: at least 1, or None for no bound but the chunk's.
         chunk: at least 1, or None.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sma.ops.backend import concrete
-from sma.stepping import choose
+from sma.steppers import choose
 from sma_modules.ops.ring_attention.ring import Query, Ring
 from sma_modules.ops.window_attention.rule import LAPLACE_DEVIATION, LAPLACE_MEAN, Rule
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sma.errors import StreamingError
-from sma.memory import WorkingMemory
-from sma.stepping import Room
+from sma.steppers import SlotSpec
+from sma.working_memory import WorkingMemory
 from sma_modules.ops.window_attention.rule import Rule
 
 
@@ -37,15 +37,15 @@ class Ring:
     reach: int
 
     @classmethod
-    def empty(cls, room: Room, reach: int, heads: int, d_key: int, d_value: int) -> Ring:
-        """Room for keys ``(heads, d_key)`` and values ``(heads, d_value)``, with nothing in it."""
-        rows, like = reach + 1 + room.rollback, room.like
+    def empty(cls, spec: SlotSpec, reach: int, heads: int, d_key: int, d_value: int) -> Ring:
+        """SlotSpec for keys ``(heads, d_key)`` and values ``(heads, d_value)``, with nothing in it."""
+        rows, like = reach + 1 + spec.rollback, spec.like
         return cls(
-            torch.zeros(room.slots, rows, heads, d_key, dtype=like.dtype, device=like.device),
-            torch.zeros(room.slots, rows, heads, d_value, dtype=like.dtype, device=like.device),
-            torch.zeros(room.slots, rows, dtype=torch.int64, device=like.device),
+            torch.zeros(spec.slots, rows, heads, d_key, dtype=like.dtype, device=like.device),
+            torch.zeros(spec.slots, rows, heads, d_value, dtype=like.dtype, device=like.device),
+            torch.zeros(spec.slots, rows, dtype=torch.int64, device=like.device),
             # A version that is read and the next one are never the same: a kernel's programs may do either first.
-            torch.zeros(room.rollback + 2, room.slots, dtype=torch.int64, device=like.device),
+            torch.zeros(spec.rollback + 2, spec.slots, dtype=torch.int64, device=like.device),
             reach,
         )
 

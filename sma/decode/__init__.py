@@ -1,0 +1,1 @@
+"""Decoding in place: one token of every sequence at a time, see :mod:`sma.steppers`."""

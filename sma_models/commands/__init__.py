@@ -1,1 +1,0 @@
-"""The commands of ``sma``. They import what they need when they run, so that ``sma --help`` is quick."""

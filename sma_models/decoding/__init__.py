@@ -1,6 +1,0 @@
-"""Decoding: sequences that come, go on together a token at a time, and leave; see :class:`Decoder`."""
-
-from sma_models.decoding.decoder import Decoder
-from sma_models.decoding.prompts import Prefilled, Reader, prefill
-
-__all__ = ["Decoder", "Prefilled", "Reader", "prefill"]

@@ -1,0 +1,54 @@
+"""From tokens, values and positions to features."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sma.ops.embedding import embedding
+
+
+class TokenEmbedding(nn.Embedding):
+    """``nn.Embedding`` by :func:`sma.ops.embedding.embedding`."""
+
+    def forward(self, input: Tensor, scale: float = 1.0, rounded: bool = True) -> Tensor:
+        """``(B, L)`` to ``(B, L, D)``, times ``scale``; unless ``rounded`` is False, in the dtype of autocast."""
+        device = input.device.type
+        narrow = rounded and torch.is_autocast_enabled(device)
+        return embedding(input, self.weight, scale=scale, dtype=torch.get_autocast_dtype(device) if narrow else None)
+
+
+class ValueEmbedding(nn.Module):
+    """``x_t * w + b`` for a real number ``x_t``: pixels, samples of sound. ``w`` ~ N(0, 1), ``b`` ~ N(0, 0.1)."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(d_model))
+        self.bias = nn.Parameter(torch.randn(d_model) * 0.1)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """``(B, L)`` to ``(B, L, D)``."""
+        return values.to(self.weight.dtype).unsqueeze(-1) * self.weight + self.bias
+
+
+def embedded(table: nn.Module, tokens: Tensor, scale: float = 1.0, rounded: bool = True) -> Tensor:
+    """Tokens by our table, or by one that somebody put in its place."""
+    if isinstance(table, TokenEmbedding):
+        return table(tokens, scale, rounded)  # type: ignore[no-any-return]
+    return table(tokens.long()) * scale  # type: ignore[no-any-return]
+
+
+class SinusoidalPositions(nn.Module):
+    """Sines and cosines of the position, theta 10000, times a learned scale that starts at ``d_model ** -0.5``."""
+
+    frequency: Tensor
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((1,), d_model**-0.5))
+        self.register_buffer("frequency", 10000.0 ** (-torch.arange(0, d_model, 2).float() / d_model), persistent=False)
+
+    def forward(self, position: Tensor) -> Tensor:
+        """``(B, L)`` positions to ``(B, L, D)``."""
+        angle = position.unsqueeze(-1) * self.frequency
+        return torch.cat([angle.sin(), angle.cos()], -1)[..., : 2 * self.frequency.numel()] * self.scale

@@ -1,0 +1,1 @@
+"""Other people's formats and libraries: Hugging Face, exported programs, published checkpoints."""

@@ -1,0 +1,137 @@
+"""The causal language model, and how it decodes in place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from sma.decode.choice import block_stepper
+from sma.errors import StreamingError
+from sma.interfaces import Model
+from sma.routing import Routing
+from sma.runtime.onednn import Linear, linear
+from sma.state import State, misfit
+from sma.steppers import Decision, SlotSpec, StepContext, Stepper, normalised
+from sma_models.embeddings import TokenEmbedding, embedded
+from sma_models.model_io import ModelOutput, check_tokens, without_padding
+from sma_models.stack import Stack, StackConfig, StackState
+
+
+class LanguageModel(Model):
+    """Causal language model over token numbers.
+
+    The embedding ~ N(0, D^-0.5) is multiplied by ``sqrt(D)`` and, with ``tie_embeddings``, also turns features into
+    logits.
+    """
+
+    @dataclass(kw_only=True, frozen=True)
+    class Config(StackConfig):
+        vocab_size: int
+        tie_embeddings: bool = True
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self.require(self.vocab_size >= 2, "vocab_size", "must be at least 2")
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.vocab_size = config.vocab_size
+        self.embedding = TokenEmbedding(config.vocab_size, config.d_model)
+        nn.init.normal_(self.embedding.weight, 0.0, config.d_model**-0.5)
+        self.stack = Stack(config, causal=True)
+        self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, bias=False)
+        if self.head is not None:
+            nn.init.normal_(self.head.weight, 0.0, config.d_model**-0.5)
+
+    def initial_state(self, batch: int) -> StackState:
+        """The state before the first token of ``batch`` sequences.
+
+        Raises:
+            StreamingError: a part of the model cannot stream; the message says why.
+        """
+        return self.stack.initial_state(batch, self.embedding.weight)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: StackState | None = None,
+        *,
+        valid: Tensor | None = None,
+        lengths: Tensor | None = None,
+        replay: Mapping[str, Routing] | None = None,
+    ) -> ModelOutput:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens: ``(B, L)`` integers; any L, also 1 or 0.
+            state: from :meth:`initial_state` or the previous chunk; None runs whole sequences.
+            valid: ``(B, L)`` bool, True on real tokens; padding may lie anywhere and hold anything.
+            lengths: ``(B,)`` int64, instead of ``valid`` where all padding is on the right; spares the search for it.
+            replay: routings whose decisions are taken over, by name.
+
+        Raises:
+            ShapeError: tokens, ``valid`` or ``lengths`` of the wrong shape, dtype, device or range.
+            StreamingError: the state is of another model or batch.
+            RoutingError: ``replay`` does not fit the model or the tokens.
+        """
+        tokens = without_padding("language_model", tokens, valid, self.embedding.weight, lengths)
+        check_tokens("language_model", tokens, self.vocab_size)
+        out = self.stack(self.embed(tokens), state, valid=valid, lengths=lengths, replay=replay)
+        return ModelOutput(self.logits(out.x), out.state, out.routings, out.losses)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Features ``(B, L, D)`` of tokens ``(B, L)``, as the stack takes them."""
+        return embedded(self.embedding, tokens, scale=math.sqrt(self.stack.d_model))
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits ``(..., vocab_size)`` of features ``(..., D)``, as the stack gives them."""
+        if self.head is not None:
+            out: Tensor = self.head(features)
+            return out
+        return linear(features.to(self.embedding.weight.device), self.embedding.weight)  # the stack may lie elsewhere
+
+
+class ModelStepper(Stepper):
+    """A language model that decodes."""
+
+    def __init__(self, model: LanguageModel, spec: SlotSpec) -> None:
+        self.model = model
+        self._empty = model.stack.initial_state(1, spec.like.to("meta"))  # shapes, without memory
+        self._form = self._empty.form()
+        self.layers = [block_stepper(layer, spec) for layer in model.stack.layers]
+
+    def parts(self) -> dict[str, Stepper]:
+        return {f"layers.{i}": layer for i, layer in enumerate(self.layers)}
+
+    def read(self, slots: Tensor, position: Tensor) -> StackState:
+        return StackState(tuple(layer.read(slots, position) for layer in self.layers))
+
+    def write(self, slots: Tensor, state: State | None, position: Tensor) -> None:
+        self.check(state)
+        assert isinstance(state, StackState)
+        for layer, own in zip(self.layers, state.layers, strict=True):
+            layer.write(slots, own, position)
+
+    def check(self, state: object) -> None:
+        """Refuse what is no state of the model, before any of it is written.
+
+        Raises:
+            StreamingError: it is of another model.
+        """
+        if not isinstance(state, StackState):
+            raise StreamingError(f"state: must be a StackState, got {type(state).__name__}")
+        problem = misfit(self._empty, state, self._form)
+        if problem is not None:
+            raise StreamingError(f"state: does not fit the model: {problem}")
+
+    def step(self, tokens: Tensor, context: StepContext) -> tuple[Tensor, dict[str, Decision]]:
+        """Logits ``(S, V)`` for ``tokens (S,)``, and who was active, by the name of the layer."""
+        x = self.model.embed(tokens[:, None]).squeeze(1)
+        decisions: dict[str, Decision] = {}
+        for i, layer in enumerate(self.layers):
+            x, own = layer.step(x, context)
+            decisions.update({f"layers.{i}.{name}": decision for name, decision in own.items()})
+        return self.model.logits(normalised(self.model.stack.final_norm, x)), decisions

@@ -1,0 +1,1 @@
+"""Always-on sequence layers: class, streaming state and stepper of each in one file."""

@@ -1,0 +1,1 @@
+"""Modules that can be sparsely activated: class and stepper of each in one file."""
