@@ -1,15 +1,16 @@
 """Choice between the implementations of one operation.
 
 An operation has a reference backend (the definition), an eager backend (vectorised PyTorch) and possibly others that
-apply only to some inputs. :class:`Op` tries them in order and takes the first that applies; ``with
-using("reference"):`` forces one.
+apply only to some inputs. :class:`Op` takes the first that applies, in order of priority, and keeps it for the
+signature of the arguments; ``with using("reference"):`` forces one.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,45 +20,111 @@ from torch import Tensor
 
 from sma.errors import BackendError
 
+
+class _Forced(threading.local):
+    name: str | None = None
+
+
 # Not a ContextVar: torch.compile cannot read one, while it guards on this and recompiles when it changes.
-_forced = threading.local()
+_forced = _Forced()
 _ops: dict[str, Op] = {}
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One implementation: ``applies`` returns None, or the reason why it cannot run these arguments."""
-
-    name: str
-    run: Callable[..., Any]
-    applies: Callable[..., str | None]
 
 
 def _always(*args: Any, **kwargs: Any) -> str | None:
     return None
 
 
-class Op:
-    """A named operation with several backends, tried in ascending ``priority`` (the default order of preference)."""
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an operation.
 
-    def __init__(self, name: str) -> None:
+    Attributes:
+        name: by which it is forced.
+        run: computes the result.
+        applies: None when it can run these arguments, or the reason why it cannot.
+        pays: None when it is worth choosing, or the reason why another one is better; not asked when it is forced.
+        capabilities: what it can do beyond the others, by names that the operation defines.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    applies: Callable[..., str | None] = _always
+    pays: Callable[..., str | None] = _always
+    capabilities: frozenset[str] = frozenset()
+
+
+def lazy(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module that is imported at its first call, for instance because it imports Triton."""
+    found: list[Callable[..., Any]] = []
+
+    def run(*args: Any) -> Any:
+        if not found:
+            found.append(getattr(importlib.import_module(module), name))
+        return found[0](*args)
+
+    return run
+
+
+class Op:
+    """A named operation with several backends.
+
+    Args:
+        name: of the operation.
+        signature: from the arguments to all that the backends' ``applies`` and ``pays`` may look at, hashable: devices,
+            dtypes, widths. They are given that alone, so a choice holds for as long as the signature is the same, and
+            is kept. Without one they are given the arguments, and are asked at every call.
+
+    Example:
+        >>> half = Op("half_of_an_even_number")
+        >>> half.register("shift", lambda n: n >> 1, priority=10, applies=lambda n: f"{n} is odd" if n % 2 else None)
+        >>> half.register("floor", lambda n: n // 2)
+        >>> half.choose(4).name, half.choose(5).name, half.explain(5)["shift"]
+        ('shift', 'floor', '5 is odd')
+        >>> forget(half)
+    """
+
+    def __init__(self, name: str, signature: Callable[..., Hashable] | None = None) -> None:
         self.name = name
+        self.signature = signature
         self.backends: dict[str, Backend] = {}
         self._priority: dict[str, int] = {}
+        self._kept: dict[tuple[str | None, Hashable], Backend] = {}
         _ops[name] = self
 
-    def backend(
-        self, name: str, *, priority: int = 50, applies: Callable[..., str | None] = _always
-    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Register an implementation. By convention triton is 10, eager 50, torch_scatter 60, reference 90."""
+    def register(
+        self,
+        name: str,
+        run: Callable[..., Any],
+        *,
+        priority: int = 50,
+        applies: Callable[..., str | None] = _always,
+        pays: Callable[..., str | None] = _always,
+        capabilities: tuple[str, ...] = (),
+    ) -> None:
+        """Add a backend, see :class:`Backend`. They are tried in ascending ``priority``: by convention triton is 10,
+        eager 50, torch_scatter 60, reference 90.
+        """
+        self.backends[name] = Backend(name, run, applies, pays, frozenset(capabilities))
+        self._priority[name] = priority
+        self.backends = dict(sorted(self.backends.items(), key=lambda item: self._priority[item[0]]))
+        self._kept.clear()
+
+    def backend(self, name: str, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """:meth:`register` as a decorator."""
 
         def register(run: Callable[..., Any]) -> Callable[..., Any]:
-            self.backends[name] = Backend(name, run, applies)
-            self._priority[name] = priority
-            self.backends = dict(sorted(self.backends.items(), key=lambda item: self._priority[item[0]]))
+            self.register(name, run, **options)
             return run
 
         return register
+
+    def remove(self, name: str) -> None:
+        """Take a backend away again."""
+        del self.backends[name]
+        self._kept.clear()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.choose(*args, **kwargs).run(*args, **kwargs)
 
     def choose(self, *args: Any, **kwargs: Any) -> Backend:
         """The backend that would run these arguments.
@@ -66,23 +133,51 @@ class Op:
             BackendError: a backend is forced that this operation has but that cannot run the arguments, or none
                 applies.
         """
-        forced = self.backends.get(getattr(_forced, "name", None) or "")
+        return self._first(args, kwargs) if self.signature is None else self.chosen(self.signature(*args, **kwargs))
+
+    def chosen(self, signature: Hashable) -> Backend:
+        """The backend for arguments of a signature, from the last time it was chosen if there was one.
+
+        Raises:
+            BackendError: as for :meth:`choose`.
+        """
+        if torch.compiler.is_compiling():  # a graph holds sizes that have no hash
+            return self._first((signature,), {})
+        key = _forced.name, signature
+        kept = self._kept.get(key)
+        if kept is None:
+            kept = self._kept[key] = self._first((signature,), {})
+        return kept
+
+    def _first(self, asked: tuple[Any, ...], named: dict[str, Any]) -> Backend:
+        forced = self.backends.get(_forced.name or "")
         if forced is not None:
-            reason = forced.applies(*args, **kwargs)
+            reason = forced.applies(*asked, **named)
             if reason is not None:
                 raise BackendError(f"{self.name}: backend {forced.name!r} was forced and cannot run: {reason}")
             return forced
         for backend in self.backends.values():
-            if backend.applies(*args, **kwargs) is None:
+            if backend.applies(*asked, **named) is None and backend.pays(*asked, **named) is None:
                 return backend
-        raise BackendError(f"{self.name}: no backend applies: {self.explain(*args, **kwargs)}")
+        raise BackendError(f"{self.name}: no backend applies: {self._reasons(asked, named)}")
 
     def explain(self, *args: Any, **kwargs: Any) -> dict[str, str | None]:
-        """For every backend None when it can run these arguments, or the reason why it cannot."""
-        return {name: backend.applies(*args, **kwargs) for name, backend in self.backends.items()}
+        """For every backend None when it may be chosen for these arguments, or the reason why not."""
+        if self.signature is None:
+            return self._reasons(args, kwargs)
+        return self._reasons((self.signature(*args, **kwargs),), {})
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.choose(*args, **kwargs).run(*args, **kwargs)
+    def _reasons(self, asked: tuple[Any, ...], named: dict[str, Any]) -> dict[str, str | None]:
+        forced, reasons = _forced.name, dict[str, str | None]()
+        for name, backend in self.backends.items():
+            reason = backend.applies(*asked, **named)
+            reasons[name] = backend.pays(*asked, **named) if reason is None and name != forced else reason
+        return reasons
+
+
+def forget(op: Op) -> None:
+    """Take an operation out of :func:`operations` again."""
+    del _ops[op.name]
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -102,7 +197,7 @@ def using(name: str) -> Iterator[None]:
     known = sorted({backend for op in _ops.values() for backend in op.backends})
     if name not in known:
         raise BackendError(f"using({name!r}): no operation has such a backend; there are {', '.join(known)}")
-    before = getattr(_forced, "name", None)
+    before = _forced.name
     _forced.name = name
     try:
         yield
@@ -112,8 +207,7 @@ def using(name: str) -> Iterator[None]:
 
 def forced_backend() -> str | None:
     """The name that :func:`using` forces at present, or None."""
-    name: str | None = getattr(_forced, "name", None)
-    return name
+    return _forced.name
 
 
 def torch_scatter() -> Any:
@@ -129,17 +223,22 @@ def torch_scatter() -> Any:
     return torch_scatter
 
 
-def scatter_applies(x: Tensor, fixed: bool = False) -> str | None:
-    """Why torch-scatter cannot work on ``x`` (in rows of a ``fixed`` number), or None."""
+def why_not_scatter(device: torch.device, dtype: torch.dtype, fixed: bool = False) -> str | None:
+    """Why torch-scatter cannot work on tensors of a device and dtype (in rows of a ``fixed`` number), or None."""
     if fixed:
-        return "torch-scatter has no rows without a token"
+        return "torch-scatter does not support a fixed capacity"
     if importlib.util.find_spec("torch_scatter") is None:
         return "torch-scatter is not installed (extra 'scatter')"
-    if x.dtype in (torch.bfloat16, torch.bool):
-        return f"torch-scatter has no kernels for {x.dtype}"
-    if x.device.type not in ("cpu", "cuda"):
-        return f"torch-scatter has no kernels for device {x.device.type}"
+    if dtype in (torch.bfloat16, torch.bool):
+        return f"torch-scatter has no kernels for {dtype}"
+    if device.type not in ("cpu", "cuda"):
+        return f"torch-scatter has no kernels for device {device.type}"
     return None
+
+
+def scatter_applies(x: Tensor, fixed: bool = False) -> str | None:
+    """:func:`why_not_scatter` for a tensor."""
+    return why_not_scatter(x.device, x.dtype, fixed)
 
 
 def concrete(tensor: Tensor) -> bool:

@@ -27,29 +27,39 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 _capabilities: dict[int, tuple[int, int]] = {}
 
 
-def why_not_triton(x: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> str | None:
-    """Why kernels written in Triton cannot run on ``x``, or None.
+def why_not_triton(device: torch.device, *dtypes: torch.dtype, allowed: tuple[torch.dtype, ...] = FLOATS) -> str | None:
+    """Why kernels written in Triton cannot run, or None. They are for CUDA devices, and for Triton's interpreter.
 
     Args:
-        x: the tensor that decides on device and dtype.
-        dtypes: what the kernel can work on.
+        device: of all tensors.
+        *dtypes: of the tensors.
+        allowed: the dtypes that the kernel can work on.
     """
     if not INSTALLED:
         return "triton is not installed"
-    device = x.device
-    if device.type == "cpu" and INTERPRETING:
-        if forced_backend() != "triton":
-            return "Triton's interpreter is for tests and has to be forced"
-    elif device.type != "cuda":
-        return f"the kernel runs on CUDA devices, got {device.type}"
+    if device.type != "cuda":
+        if device.type != "cpu" or not INTERPRETING:
+            return f"the kernel runs on CUDA devices, got {device.type}"
     elif INTERPRETING:
         return "TRITON_INTERPRET=1 keeps kernels off the device"
     elif torch.version.hip is None and capability(device.index or 0) < MINIMUM_CAPABILITY:
         have = ".".join(map(str, capability(device.index or 0)))
         return f"the kernel needs compute capability 8.0, the device has {have}"
-    if x.dtype not in dtypes:
-        return f"the kernel takes {', '.join(str(each).removeprefix('torch.') for each in dtypes)}, got {x.dtype}"
+    for dtype in dtypes:
+        if dtype not in allowed:
+            return f"the kernel takes {', '.join(str(each).removeprefix('torch.') for each in allowed)}, got {dtype}"
     return None
+
+
+def why_not_triton_on(x: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> str | None:
+    """:func:`why_not_triton` for a tensor, and Triton's interpreter has to be forced."""
+    reason = why_not_triton(x.device, x.dtype, allowed=dtypes)
+    return why_not_interpreted(x.device) if reason is None and forced_backend() != "triton" else reason
+
+
+def why_not_interpreted(device: torch.device) -> str | None:
+    """Why kernels are not worth choosing on a device unless they are forced, or None."""
+    return "Triton's interpreter is for tests and has to be forced" if device.type == "cpu" else None
 
 
 def capability(index: int) -> tuple[int, int]:

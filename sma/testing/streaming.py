@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ class StreamingLaws(SequenceSuite):
         rows = torch.stack(self.rows([length + 1] * 2))
         whole = self.call(module, rows).y
         slots, at = torch.arange(2), [begun] * 2
-        stepper = stepper_of(module, SlotSpec(2, 1, rows))
+        stepper: Any = stepper_of(module, SlotSpec(2, 1, rows))
         stepper.write(slots, self._warm(module, rows[:, :begun]), torch.tensor(at))
         generator = torch.Generator().manual_seed(0)
         while max(at) < length:

@@ -40,7 +40,7 @@ def slightly_wrong() -> Iterator[None]:
             return OP(*args) * 1.001
 
     yield
-    del OP.backends["slightly_wrong"]
+    OP.remove("slightly_wrong")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,7 +12,7 @@ from sma.configurators import FixedRate
 from sma.errors import BackendError, ShapeError
 from sma.layer import SparselyActivated
 from sma.ops import operations, using
-from sma.ops.backend import Op
+from sma.ops.backend import Op, forget
 from sma.ops.compress import OP as COMPRESS
 from sma.ops.compress import compress, compress_through
 from sma.ops.extract import OP as EXTRACT
@@ -192,9 +192,7 @@ def test_backends_that_cannot_run_say_why() -> None:
         with using("any"):
             assert op(4) == -4
     finally:
-        from sma.ops import backend
-
-        del backend._ops["only_even"]
+        forget(op)
     with (
         pytest.raises(BackendError, match=r"using\('fast'\): no operation has such a backend; there are .*eager"),
         using("fast"),

@@ -317,7 +317,7 @@ def test_nothing_around_the_output_is_touched(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_operators_are_sound() -> None:
-    from sma.ops.combine import triton_kernel as merge
+    from sma.ops.combine import launch as merge
     from sma.ops.compress import triton_kernel as rows
     from sma.ops.narrow_linear import triton_kernel as linear
     from sma.ops.pack import triton_kernel as packing

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sma.errors import ShapeError
 from sma.ops.backend import Op
-from sma.ops.kernel import why_not_triton
+from sma.ops.kernel import why_not_triton_on
 from sma.ops.packed import Packed
 
 OP = Op("append")
@@ -83,7 +83,7 @@ def _why_not_triton(
 ) -> str | None:
     if torch.is_grad_enabled() and any(each.requires_grad for each in (*remembered, *rows)):
         return "the kernel has no gradient"
-    return why_not_triton(rows[0], (rows[0].dtype,))  # moves numbers of any kind
+    return why_not_triton_on(rows[0], (rows[0].dtype,))  # moves numbers of any kind
 
 
 @OP.backend("triton", priority=10, applies=_why_not_triton)

@@ -5,40 +5,30 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sma.dropout import add_dropout, dropout
-from sma.ops.combine import OP, Plan, leading
+from sma.ops.combine.types import Finish, Terms, leading
 from sma.ops.extract import extract
 from sma.ops.packed import Packed
-from sma.ops.row_norm import RowNorm
 from sma.ops.row_norm.eager import row_norm
 
 
-@OP.backend("eager")
-def combine(
-    h: Tensor,
-    packed: Packed,
-    weight: Tensor | None,
-    skip: Tensor | None,
-    skip_bias: Tensor | None,
-    residual: Tensor | None,
-    norm: RowNorm | None,
-    plan: Plan,
-) -> Tensor:
+def combine(h: Tensor, packed: Packed, terms: Terms, finish: Finish) -> Tensor:
     """Weigh the rows, put them back, add, activate, normalise."""
-    dtype = leading(h, skip, residual).dtype
+    weight, skip, skip_bias, residual = terms
+    dtype = leading(h, terms).dtype
     if weight is not None:
         rows = packed.index if not packed.fixed else packed.index.clamp(max=packed.row.numel() - 1)
         h = h * weight.reshape(-1).index_select(0, rows).to(h.dtype)[:, None]
-    if not plan.drop_sum:
-        h = dropout(h, plan.dropout)
-    if plan.drop_sum and residual is not None and skip is not None and skip_bias is None and _adds(h, packed, skip):
-        y = add_dropout(skip, plan.dropout, residual, h, packed.index)
+    if not finish.drop_sum:
+        h = dropout(h, finish.dropout)
+    if finish.drop_sum and residual is not None and skip is not None and skip_bias is None and _adds(h, packed, skip):
+        y = add_dropout(skip, finish.dropout, residual, h, packed.index)
     else:
         y = _placed(h, packed, skip)
         y = y if skip_bias is None else y + skip_bias.to(y.dtype)
-        y = dropout(y, plan.dropout) if plan.drop_sum else y
+        y = dropout(y, finish.dropout) if finish.drop_sum else y
         y = y if residual is None else y + residual
-    y = F.silu(y) if plan.activation == "silu" else y
-    return (y if norm is None else row_norm(y, norm)).to(dtype)
+    y = F.silu(y) if finish.activation == "silu" else y
+    return (y if finish.norm is None else row_norm(y, finish.norm)).to(dtype)
 
 
 def _placed(h: Tensor, packed: Packed, skip: Tensor | None) -> Tensor:

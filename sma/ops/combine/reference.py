@@ -4,25 +4,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sma.ops.combine import OP, Plan, leading
+from sma.ops.combine.types import Finish, Terms, leading
 from sma.ops.packed import Packed
-from sma.ops.row_norm import RowNorm
 from sma.ops.row_norm.reference import normalise
 
 
-@OP.backend("reference", priority=90)
-def combine(
-    h: Tensor,
-    packed: Packed,
-    weight: Tensor | None,
-    skip: Tensor | None,
-    skip_bias: Tensor | None,
-    residual: Tensor | None,
-    norm: RowNorm | None,
-    plan: Plan,
-) -> Tensor:
+def combine(h: Tensor, packed: Packed, terms: Terms, finish: Finish) -> Tensor:
     """As it says: everything of one token after the other, in float32 at least."""
-    like = leading(h, skip, residual)
+    weight, skip, skip_bias, residual = terms
+    like = leading(h, terms)
     wide = torch.promote_types(like.dtype, torch.float32)
     batch, length = packed.shape
     tokens: list[Tensor] = []
@@ -33,14 +23,14 @@ def combine(
             value = h[row].to(wide) if row >= 0 else h[:0].sum(0).to(wide)
             if weight is not None:
                 value = value * (weight[b, t].to(wide) if row >= 0 else weight[:0].sum().to(wide))
-            if not plan.drop_sum:
-                value = torch.dropout(value, plan.dropout, plan.dropout > 0)
+            if not finish.drop_sum:
+                value = torch.dropout(value, finish.dropout, finish.dropout > 0)
             value = value if skip is None else value + skip[b, t].to(wide)
             value = value if skip_bias is None else value + skip_bias.to(wide)
-            if plan.drop_sum:
-                value = torch.dropout(value, plan.dropout, plan.dropout > 0)
+            if finish.drop_sum:
+                value = torch.dropout(value, finish.dropout, finish.dropout > 0)
             value = value if residual is None else value + residual[b, t].to(wide)
-            value = F.silu(value) if plan.activation == "silu" else value
-            tokens.append(value if norm is None else normalise(value, norm))
+            value = F.silu(value) if finish.activation == "silu" else value
+            tokens.append(value if finish.norm is None else normalise(value, finish.norm))
     out = torch.stack([*tokens, h.new_zeros(h.shape[1], dtype=wide) + h[:0].sum(0)])[:-1]
     return out.view(batch, length, h.shape[1]).to(like.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sma.errors import ShapeError
 from sma.ops.backend import Op, without_autocast
-from sma.ops.kernel import why_not_triton
+from sma.ops.kernel import why_not_triton_on
 from sma.ops.packed import Packed
 
 OP = Op("compress")
@@ -82,7 +82,7 @@ def _check(x: Tensor, packed: Packed) -> None:
         raise ShapeError(f"compress: x must begin with (B, L) = {packed.shape} as packed, got {tuple(x.shape)}")
 
 
-@OP.backend("triton", priority=10, applies=lambda x, packed: why_not_triton(x))
+@OP.backend("triton", priority=10, applies=lambda x, packed: why_not_triton_on(x))
 def _triton(x: Tensor, packed: Packed) -> Tensor:
     from sma.ops.compress.triton_kernel import compress as run
 

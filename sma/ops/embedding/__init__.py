@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sma.errors import ShapeError
 from sma.ops.backend import Op
-from sma.ops.kernel import FLOATS, why_not_triton
+from sma.ops.kernel import FLOATS, why_not_triton_on
 
 OP = Op("embedding")
 LARGEST = 1024
@@ -55,7 +55,7 @@ def _why_not(tokens: Tensor, weight: Tensor, scale: float, dtype: torch.dtype) -
         return "there is nothing to look up"
     if dtype not in FLOATS:
         return f"the kernel gives float32, bfloat16 or float16, not {dtype}"
-    return why_not_triton(weight)
+    return why_not_triton_on(weight)
 
 
 @OP.backend("triton", priority=10, applies=_why_not)

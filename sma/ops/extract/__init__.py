@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sma.errors import ShapeError
 from sma.ops.backend import Op, without_autocast
-from sma.ops.kernel import why_not_triton
+from sma.ops.kernel import why_not_triton_on
 from sma.ops.packed import Packed
 
 OP = Op("extract")
@@ -44,7 +44,7 @@ def extract(h: Float[Tensor, "active *features"], packed: Packed) -> Float[Tenso
     return out
 
 
-@OP.backend("triton", priority=10, applies=lambda h, packed: why_not_triton(h))
+@OP.backend("triton", priority=10, applies=lambda h, packed: why_not_triton_on(h))
 def _triton(h: Tensor, packed: Packed) -> Tensor:
     from sma.ops.extract.triton_kernel import extract as run
 

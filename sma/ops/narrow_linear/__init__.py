@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sma.errors import ShapeError
 from sma.ops.backend import Op, without_autocast
-from sma.ops.kernel import why_not_triton
+from sma.ops.kernel import why_not_triton_on
 
 OP = Op("narrow_linear")
 WIDEST = 8
@@ -60,7 +60,7 @@ def _why_not(x: Tensor, weight: Tensor, bias: Tensor, valid: Tensor | None) -> s
         return f"the kernel has at most {WIDEST} outputs, got {weight.shape[0]}"
     if x.numel() == 0 or weight.numel() == 0:
         return "there is nothing to compute"
-    return why_not_triton(x) or why_not_triton(weight)
+    return why_not_triton_on(x) or why_not_triton_on(weight)
 
 
 @OP.backend("triton", priority=10, applies=_why_not)

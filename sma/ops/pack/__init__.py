@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sma.errors import ShapeError
 from sma.ops.backend import Op
-from sma.ops.kernel import why_not_triton
+from sma.ops.kernel import why_not_triton_on
 
 OP = Op("pack")
 
@@ -77,7 +77,7 @@ def pack(
 def _why_not(mask: Tensor, position: Tensor | None, capacity: int | None, counts: Tensor | None) -> str | None:
     if mask.numel() == 0:
         return "there is nothing to pack"
-    return why_not_triton(mask, (torch.bool,))
+    return why_not_triton_on(mask, (torch.bool,))
 
 
 @OP.backend("triton", priority=10, applies=_why_not)

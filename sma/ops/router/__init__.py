@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sma.errors import ShapeError
 from sma.ops.backend import Op
-from sma.ops.kernel import why_not_triton
+from sma.ops.kernel import why_not_triton_on
 from sma.ops.narrow_linear import WIDEST
 from sma.ops.packed import Packed
 
@@ -174,7 +174,7 @@ def _why_not(
     if x.numel() == 0 or weight.numel() == 0:
         return "there is nothing to compute"
     for value in (x, weight, gate.balance, gate.log_temperature):
-        reason = None if value is None else why_not_triton(value)
+        reason = None if value is None else why_not_triton_on(value)
         if reason is not None:
             return reason
     return None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sma.errors import ShapeError
 from sma.ops.backend import Op, without_autocast
-from sma.ops.kernel import why_not_triton
+from sma.ops.kernel import why_not_triton_on
 
 OP = Op("row_norm")
 WIDEST = 8192
@@ -62,7 +62,7 @@ def row_norm(x: Float[Tensor, "*rows dim"], norm: RowNorm) -> Float[Tensor, "*ro
 def _why_not(x: Tensor, norm: RowNorm) -> str | None:
     if x.shape[-1] > WIDEST:
         return f"the kernel takes at most {WIDEST} features, got {x.shape[-1]}"
-    return "there is nothing to compute" if x.numel() == 0 else why_not_triton(x)
+    return "there is nothing to compute" if x.numel() == 0 else why_not_triton_on(x)
 
 
 @OP.backend("triton", priority=10, applies=_why_not)

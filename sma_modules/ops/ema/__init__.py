@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sma.errors import ConfigError, ShapeError, StreamingError
 from sma.ops.backend import Op, forced_backend, without_autocast
-from sma.ops.kernel import FLOATS, why_not_triton
+from sma.ops.kernel import FLOATS, why_not_triton_on
 from sma_modules.ops.ema.state import EMAState, compute_dtype, initial_state, with_history_of
 
 __all__ = ["OP", "Activation", "EMAState", "compute_dtype", "ema", "initial_state"]
@@ -190,7 +190,7 @@ def _why_not_triton(
     return_state: bool,
     **options: object,
 ) -> str | None:
-    reason = why_not_triton(x)
+    reason = why_not_triton_on(x)
     if reason is not None:
         return reason
     if parameters[0].shape[1] > MAXIMUM_STATES:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sma.errors import ShapeError
 from sma.ops.backend import Op
-from sma.ops.kernel import why_not_triton
+from sma.ops.kernel import why_not_triton_on
 from sma.ops.row_norm import WIDEST, RowNorm
 from sma_modules.ops.ema_step.eager import ema_step_eager
 from sma_modules.ops.ema_step.memory import Averages, Coefficients
@@ -33,7 +33,7 @@ class Step(NamedTuple):
 def _why_not_triton(x: Tensor, averages: Averages, coefficients: Coefficients, step: Step) -> str | None:
     if x.shape[1] > WIDEST and step.norm is not None:
         return f"the kernel normalises at most {WIDEST} features, got {x.shape[1]}"
-    return "there is nothing to compute" if x.numel() == 0 else why_not_triton(x)
+    return "there is nothing to compute" if x.numel() == 0 else why_not_triton_on(x)
 
 
 @OP.backend("triton", priority=10, applies=_why_not_triton)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sma.ops.backend import forced_backend
-from sma.ops.kernel import capability, why_not_triton
+from sma.ops.kernel import capability, why_not_triton_on
 from sma_modules.ops.expert_matmul import OP
 
 # The rule between the two where both apply: PyTorch's product from so many multiplications (rows * d_in * d_out) on.
@@ -42,7 +42,7 @@ def why_not_kernels(x: Tensor, weight: Tensor, counts: Tensor, ends: Tensor | No
         return f"the kernel takes fewer than 2^31 rows, got {x.shape[0]}"
     if weight.shape[1] * weight.shape[2] >= 2**31:
         return f"the kernel takes matrices of fewer than 2^31 entries, got {tuple(weight.shape[1:])}"
-    return why_not_triton(x)
+    return why_not_triton_on(x)
 
 
 def running_ends(counts: Tensor, rows: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sma.ops.kernel import FLOATS, why_not_triton
+from sma.ops.kernel import FLOATS, why_not_triton_on
 from sma_modules.ops.expert_order import COMBINE, DISPATCH, ORDER
 from sma_modules.ops.expert_order.order import ExpertOrder
 
@@ -20,7 +20,7 @@ def _order_applies(choice: Tensor, n_experts: int) -> str | None:
         return f"the kernel sorts at most {MAX_EXPERTS} experts, got {n_experts}"
     if choice.numel() >= 2**31:
         return f"the kernel sorts fewer than 2^31 entries, got {choice.numel()}"
-    return why_not_triton(choice, (torch.int64, torch.int32))
+    return why_not_triton_on(choice, (torch.int64, torch.int32))
 
 
 @ORDER.backend("triton", priority=10, applies=_order_applies)
@@ -33,13 +33,13 @@ def order_by_expert(choice: Tensor, n_experts: int) -> ExpertOrder:
 
 
 def _dispatch_applies(x: Tensor, order: ExpertOrder) -> str | None:
-    return why_not_triton(x)
+    return why_not_triton_on(x)
 
 
 def _combine_applies(rows: Tensor, weight: Tensor, order: ExpertOrder) -> str | None:
     if weight.dtype not in FLOATS:
         return f"the kernel takes weights in float32, bfloat16, float16, got {weight.dtype}"
-    return why_not_triton(rows)
+    return why_not_triton_on(rows)
 
 
 @DISPATCH.backend("triton", priority=10, applies=_dispatch_applies)

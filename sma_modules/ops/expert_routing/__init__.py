@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sma.errors import ShapeError
 from sma.ops.backend import Op
-from sma.ops.kernel import why_not_triton
+from sma.ops.kernel import why_not_triton_on
 from sma_modules.ops.expert_routing.choice import Choice
 
 __all__ = ["OP", "Choice", "choose_experts"]
@@ -45,7 +45,7 @@ def choose_experts(logits: Float[Tensor, "tokens experts"], top_k: int, renormal
 def _why_not(logits: Tensor, top_k: int, renormalise: bool) -> str | None:
     if logits.shape[1] > MAX_EXPERTS:
         return f"the kernel chooses among {MAX_EXPERTS} experts at most, got {logits.shape[1]}"
-    return why_not_triton(logits, (torch.float32,))
+    return why_not_triton_on(logits, (torch.float32,))
 
 
 @OP.backend("triton", priority=10, applies=_why_not)

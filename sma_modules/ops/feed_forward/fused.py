@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sma.ops.backend import forced_backend
-from sma.ops.kernel import why_not_triton
+from sma.ops.kernel import why_not_triton_on
 from sma_modules.ops.feed_forward import ACTIVATE, FEED_FORWARD
 
 # Below so many hidden values a call takes as long as its launches, of which eager operations need fewer in Python.
@@ -23,7 +23,7 @@ def _too_small(hidden: int) -> str | None:
 
 
 def _activate_applies(up: Tensor, gate: Tensor | None, activation: str) -> str | None:
-    return why_not_triton(up) or _too_small(up.numel())
+    return why_not_triton_on(up) or _too_small(up.numel())
 
 
 def _feed_forward_applies(
@@ -36,7 +36,7 @@ def _feed_forward_applies(
     down_bias: Tensor | None,
     activation: str,
 ) -> str | None:
-    reason = why_not_triton(x) or _too_small(x.shape[0] * up.shape[0])
+    reason = why_not_triton_on(x) or _too_small(x.shape[0] * up.shape[0])
     if reason is not None:
         return reason
     others = {each.dtype for each in (up, up_bias, gate, gate_bias, down, down_bias) if each is not None}

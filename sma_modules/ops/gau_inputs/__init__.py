@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sma.errors import ShapeError
 from sma.ops.backend import Op, without_autocast
-from sma.ops.kernel import why_not_triton
+from sma.ops.kernel import why_not_triton_on
 from sma_modules.ops.gau_inputs.eager import gau_inputs_eager
 from sma_modules.ops.gau_inputs.reference import gau_inputs_reference
 
@@ -22,7 +22,7 @@ MAXIMUM_Z = 1024
 def _why_not_triton(mx: Tensor, gamma: Tensor, beta: Tensor, position: Tensor | None, theta: float) -> str | None:
     if gamma.shape[1] > MAXIMUM_Z:
         return f"the kernel takes a Z of at most {MAXIMUM_Z} features, got {gamma.shape[1]}"
-    return why_not_triton(mx)
+    return why_not_triton_on(mx)
 
 
 @OP.backend("triton", priority=10, applies=_why_not_triton)

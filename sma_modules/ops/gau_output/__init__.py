@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sma.errors import ShapeError
 from sma.ops.backend import Op
-from sma.ops.kernel import why_not_triton
+from sma.ops.kernel import why_not_triton_on
 
 __all__ = ["OP", "gau_output"]
 
@@ -21,7 +21,7 @@ def _why_not_triton(
         return "there is nothing to compute"
     if weight.dtype != x.dtype:
         return f"the kernel takes weights of the dtype of the tokens, {x.dtype}, got {weight.dtype}"
-    return why_not_triton(x)
+    return why_not_triton_on(x)
 
 
 @OP.backend("triton", priority=10, applies=_why_not_triton)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sma.errors import ShapeError
 from sma.ops.backend import Op
-from sma.ops.kernel import why_not_triton
+from sma.ops.kernel import why_not_triton_on
 
 __all__ = ["OP", "Projections", "gau_projections"]
 
@@ -35,7 +35,7 @@ def _why_not_triton(m: Tensor, skip: Linear, mx: Linear, affine: Affine, active:
     wrong = [each.dtype for each in (*skip, *mx) if each.dtype != m.dtype]
     if wrong:
         return f"the kernel takes weights of the dtype of the tokens, {m.dtype}, got {wrong[0]}"
-    return why_not_triton(m)
+    return why_not_triton_on(m)
 
 
 class Linear(NamedTuple):

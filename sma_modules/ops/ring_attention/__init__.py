@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sma.errors import ConfigError, ShapeError
 from sma.ops.backend import Op
-from sma.ops.kernel import why_not_triton
+from sma.ops.kernel import why_not_triton_on
 from sma_modules.ops.ring_attention.eager import ring_attention_eager
 from sma_modules.ops.ring_attention.reference import ring_attention_reference
 from sma_modules.ops.ring_attention.ring import Query, Ring
@@ -21,7 +21,7 @@ WIDEST_KEY = 256
 
 
 def _why_not_triton(query: Query, ring: Ring) -> str | None:
-    reason = why_not_triton(query.q)
+    reason = why_not_triton_on(query.q)
     if reason is not None:
         return reason
     if query.q.shape[2] > WIDEST_KEY:

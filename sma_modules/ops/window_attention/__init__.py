@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sma.errors import ConfigError, ShapeError
 from sma.ops.backend import Op, forced_backend, without_autocast
-from sma.ops.kernel import why_not_triton
+from sma.ops.kernel import why_not_triton_on
 from sma_modules.ops.window_attention.blocks import FEWEST_QUERIES, MAXIMUM_QK
 from sma_modules.ops.window_attention.eager import window_attention_eager
 from sma_modules.ops.window_attention.reference import window_attention_reference
@@ -22,7 +22,7 @@ OP = Op("window_attention")
 def _why_not_triton(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, table: Tensor | None, layout: Layout, rule: Rule
 ) -> str | None:
-    reason = why_not_triton(q)
+    reason = why_not_triton_on(q)
     if reason is not None:
         return reason
     if q.shape[2] > MAXIMUM_QK:
