@@ -99,7 +99,7 @@ def run_queue(options: argparse.Namespace, **limits: Any) -> int:
     try:
         failures = runner.work(outstanding(entries, options.out, options.root, retry=options.retry))
     finally:
-        _pack(runner, entries, options, pack)
+        _pack(runner, options, pack)
     left = outstanding(entries, options.out, options.root)
     print(f"{len(entries) - len(left)} of {len(entries)} runs done or failed; next: {left[0].key if left else 'none'}")
     return 1 if failures else 0
@@ -120,9 +120,10 @@ def _leave(signum: int, frame: Any) -> None:
     sys.exit(128 + signum)
 
 
-def _pack(runner: Runner, entries: list[plan.Entry], options: argparse.Namespace, pack: Path) -> None:
+def _pack(runner: Runner, options: argparse.Namespace, pack: Path) -> None:
+    """Pack what lies in the working folder, also of runs that this call did not work on."""
     packing.pack_results(options.out, pack)
-    unfinished = outstanding(entries, options.out, options.root)
+    unfinished = outstanding(plan.read_queue(options.root), options.out, options.root, retry=True)
     folders = [runner.run_folder(entry) for entry in unfinished]
     for run in packing.pack_checkpoints(runner.folder, [each for each in folders if each.is_dir()], pack):
         print(f"not packed: {run}, larger than {packing.LIMIT // 2**20} MiB or one too many")

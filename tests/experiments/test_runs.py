@@ -61,8 +61,11 @@ def test_interrupted_and_carried_elsewhere(
     carried.mkdir()
     for name in ("results.tar", "checkpoints.tar"):
         shutil.move(first / name, carried / name)
+    # A call that works on other runs carries these on.
+    again = tmp_path / "again"
+    assert run(root, tmp_path / "elsewhere", carried=carried, pack=again, only="other") == 0
     capsys.readouterr()
-    assert run(root, second, carried=carried) == 0
+    assert run(root, second, carried=again) == 0
     assert f"start which.lines.always.s0 ({partial['steps']} of 300 steps done)" in capsys.readouterr().out
     assert not (second / "checkpoints.tar").exists()
     assert run(root, whole) == 0
