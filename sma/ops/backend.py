@@ -68,9 +68,14 @@ def lazy(module: str, name: str) -> Callable[..., Any]:
     """A function of a module that is imported at its first call, for instance because it imports Triton."""
     found: list[Callable[..., Any]] = []
 
-    def run(*args: Any) -> Any:
+    @torch.compiler.assume_constant_result  # the compiler cannot trace an import by name, and runs this instead
+    def load() -> None:
         if not found:
             found.append(getattr(importlib.import_module(module), name))
+
+    def run(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or not found:  # it must not look at the list before the import
+            load()
         return found[0](*args)
 
     return run

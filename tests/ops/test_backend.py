@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Barrier
 from typing import NamedTuple
 
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from sma.errors import BackendError
 from sma.ops import using
-from sma.ops.backend import Op, forget
+from sma.ops.backend import Op, forget, lazy
 from sma.ops.compress import OP as COMPRESS
 from sma.routing import Packed
 
@@ -176,6 +178,18 @@ def test_compiled_code_keeps_nothing(op: Op) -> None:
     assert not op._kept
     with using("reference"):
         assert torch.equal(compiled(torch.ones(2, 3)), torch.full((2, 3), 3.0))
+
+
+def test_what_is_imported_lazily_compiles_at_its_first_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "imported_late.py").write_text("def triple(x):\n    return 3 * x\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    triple = lazy("imported_late", "triple")
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: triple(x) + 1, fullgraph=True, backend="eager")
+    assert "imported_late" not in sys.modules
+    for width in (2, 2, 3):
+        assert torch.equal(compiled(torch.ones(width)), torch.full((width,), 4.0))
+    assert torch.equal(triple(torch.ones(2)), torch.full((2,), 3.0))
 
 
 def test_capabilities_are_functions() -> None:

@@ -49,7 +49,7 @@ def rows_kernel(
     first = tl.load(arrived + sequence, mask=there, other=0)
     old = length - (tl.load(arrived + sequence + 1, mask=there, other=0) - first)
     rank = tl.where(together, r - begin, length - capacity + behind % capacity)
-    # Any rows that are there are good enough for the sequence of nothing.
+    # The sequence of the rows without a token may hold any rows.
     place = tl.minimum(tl.maximum(sequence * capacity + capacity - old + rank, 0), rows - total - 1)
     remembered, cells = (rank >= 0) & (rank < old), d[None, :] < WIDTH
     kept = tl.load(was + place[:, None] * WIDTH + d, mask=(there & remembered)[:, None] & cells, other=0)

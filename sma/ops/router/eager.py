@@ -15,8 +15,7 @@ def router(x: Tensor, weight: Tensor, bias: Tensor, gate: Gate, valid: Tensor | 
         valid = valid_of(lengths, x)
     logits, x = narrow_linear(x, weight, bias, valid)
     modules = gate.balance.numel()
-    margin = gate.margin(logits.reshape(*x.shape[:2], modules, weight.shape[0] // modules))
-    score = gate.score_of(margin)
+    margin, score = gate.margin_and_score(logits.reshape(*x.shape[:2], modules, weight.shape[0] // modules))
     if valid is None:
         valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     else:

@@ -32,20 +32,17 @@ class Gate(NamedTuple):
 
     def score(self, logits: Tensor) -> Tensor:
         """Scores ``(B, L, M)``, in the dtype of the logits ``(B, L, M, 1 or 2)``."""
-        return self.score_of(self.margin(logits))
+        return self.margin_and_score(logits)[1]
 
-    def margin(self, logits: Tensor) -> Tensor:
-        """Margin of each module, ``(B, L, M)``."""
+    def margin_and_score(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Both ``(B, L, M)``, in the dtype of the logits ``(B, L, M, 1 or 2)``."""
         margin = logits[..., 0] if logits.shape[-1] == 1 else logits[..., 1] - logits[..., 0]
-        return margin + self.balance.to(logits.dtype)
-
-    def score_of(self, margin: Tensor) -> Tensor:
-        """Scores of margins, of the same shape and dtype."""
+        margin = scaled = margin + self.balance.to(logits.dtype)
         if self.log_temperature is not None:
-            margin = margin / self.log_temperature.to(margin.dtype).exp()
+            scaled = scaled / self.log_temperature.to(scaled.dtype).exp()
         if self.temperature != 1:
-            margin = margin / self.temperature
-        return torch.sigmoid(margin)
+            scaled = scaled / self.temperature
+        return margin, torch.sigmoid(scaled)
 
     def decide(self, score: Tensor) -> Tensor:
         """Which tokens are active. NaN is, so that it shows in the output instead of hiding."""
