@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.subjects import Setting
 from sma.ops import Op, using
-from sma.ops.backend import Backend
+from sma.ops.backend import Backend, Signature
 
 ROUNDINGS = 4
 """Allowed beyond twice the eager error, in units of the dtype's precision: the eager error may be zero by luck."""
@@ -113,15 +114,24 @@ def _wrong(mine: Tensor, base: Tensor, truth: Tensor, dtype: torch.dtype, floor:
 @contextmanager
 def recorded(used: dict[str, str]) -> Iterator[None]:
     """Note which backend each operation takes inside the ``with`` block."""
-    choose = Op.choose
+    call, run, chosen = Op.__call__, Op.run, Op.chosen
 
-    def noting(op: Op, *args: Any, **kwargs: Any) -> Backend:
-        backend = choose(op, *args, **kwargs)
+    def noting_call(op: Op, *args: Any, **kwargs: Any) -> Any:
+        used[op.name] = op.choose(*args, **kwargs).name
+        return call(op, *args, **kwargs)
+
+    def noting_run(op: Op, signature: Signature, *args: Any, **kwargs: Any) -> Any:
+        op.chosen(signature)
+        return run(op, signature, *args, **kwargs)
+
+    def noting_chosen(op: Op, signature: Signature) -> Backend:
+        backend = chosen(op, signature)
         used[op.name] = backend.name
         return backend
 
-    Op.choose = noting  # type: ignore[method-assign, assignment]
-    try:
+    with (
+        patch.object(Op, "__call__", noting_call),
+        patch.object(Op, "run", noting_run),
+        patch.object(Op, "chosen", noting_chosen),
+    ):
         yield
-    finally:
-        Op.choose = choose  # type: ignore[method-assign]

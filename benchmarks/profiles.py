@@ -217,7 +217,8 @@ def _path(event: Any) -> list[str]:
 def named_operations() -> Iterator[None]:
     """Inside the ``with`` block the profiler sees operations of ours, and launches of Triton kernels, by name."""
     with ExitStack() as stack:
-        stack.enter_context(_wrapped(Op, "__call__", lambda op: f"{OURS}{op.name}"))
+        for method in ("__call__", "run"):
+            stack.enter_context(_wrapped(Op, method, lambda op: f"{OURS}{op.name}"))
         with suppress(ImportError):
             from triton.runtime.jit import JITFunction
 

@@ -48,7 +48,7 @@ nitpick_ignore_regex = [
         r"(Tensor|Parameter|Traversable|PathLike|os\.PathLike|Path|Generator|Iterator|Iterable|ModuleType|WithJsonSchema|Random)",
     ),
     (r"py:.*", r"(Callable|Mapping|Sequence|Any|Self|Literal.*|ClassVar|Final|NamedTuple|Protocol|optional)"),
-    (r"py:.*", r"(Float|Int|Bool|Activation|jaxtyping)(\..*|\[.*)?"),
+    (r"py:.*", r"(Float|Int|Bool|Activation|Compressor|jaxtyping)(\..*|\[.*)?"),
     (r"py:.*", r"(sma\w*\..*\.)?(_\w+(\.\w+)*|[A-Z]|Part|Test)"),
 ]
 

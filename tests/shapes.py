@@ -26,6 +26,12 @@ def _tactful(*, typechecker: Any) -> Callable[[Any], Any]:
     def decorate(function: Any) -> Any:
         if "triton_kernel" in function.__module__.split("."):  # its functions are source for a compiler
             return function
+        if isinstance(function, type):  # of a dataclass it checks the fields, in place
+            plain = function.__init__
+            checked = _jaxtyped(typechecker=typechecker)(function)
+            if checked.__init__ is not plain:
+                checked.__init__ = _unless_compiling(plain, checked.__init__)
+            return checked
         checked = _jaxtyped(typechecker=typechecker)(function)
         if not inspect.isfunction(function):
             return checked
@@ -43,3 +49,11 @@ def _tactful(*, typechecker: Any) -> Callable[[Any], Any]:
         return call
 
     return decorate
+
+
+def _unless_compiling(plain: Callable[..., None], checked: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(plain)
+    def init(*args: Any, **kwargs: Any) -> None:
+        (plain if torch.compiler.is_compiling() else checked)(*args, **kwargs)
+
+    return init

@@ -1,7 +1,7 @@
 """Choice between the implementations of one operation.
 
 An operation has a reference backend (the definition), an eager backend (vectorised PyTorch) and possibly others that
-apply only to some inputs. :class:`Op` takes the first that applies, in order of priority, and keeps it for the
+support only some inputs. :class:`Op` takes the first that applies, in order of priority, and keeps that choice for the
 signature of the arguments; ``with using("reference"):`` forces one.
 """
 
@@ -10,10 +10,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -43,23 +44,38 @@ class Backend:
         run: computes the result.
         applies: None when it can run these arguments, or the reason why it cannot.
         pays: None when it is worth choosing, or the reason why another one is better; not asked when it is forced.
-        capabilities: what it can do beyond the others, by names that the operation defines.
+        capabilities: what it can do beyond ``run``, by names that the operation defines: the function that does it, or
+            ``run`` itself where that has the capability.
     """
 
     name: str
     run: Callable[..., Any]
     applies: Callable[..., str | None] = _always
     pays: Callable[..., str | None] = _always
-    capabilities: frozenset[str] = frozenset()
+    capabilities: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Signature(Protocol):
+    """All that the choice of a backend may look at. An operation defines its own: hashable, with at least a device."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of the arguments."""
 
 
 def lazy(module: str, name: str) -> Callable[..., Any]:
     """A function of a module that is imported at its first call, for instance because it imports Triton."""
     found: list[Callable[..., Any]] = []
 
-    def run(*args: Any) -> Any:
+    @torch.compiler.assume_constant_result  # the compiler cannot trace an import by name, and runs this instead
+    def load() -> None:
         if not found:
             found.append(getattr(importlib.import_module(module), name))
+
+    def run(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or not found:  # it must not look at the list before the import
+            load()
         return found[0](*args)
 
     return run
@@ -83,13 +99,18 @@ class Op:
         >>> forget(half)
     """
 
-    def __init__(self, name: str, signature: Callable[..., Hashable] | None = None) -> None:
+    def __init__(self, name: str, signature: Callable[..., Signature] | None = None) -> None:
         self.name = name
         self.signature = signature
-        self.backends: dict[str, Backend] = {}
+        self._backends: dict[str, Backend] = {}
         self._priority: dict[str, int] = {}
-        self._kept: dict[tuple[str | None, Hashable], Backend] = {}
+        self._kept: dict[tuple[str | None, Signature], Backend] = {}
         _ops[name] = self
+
+    @property
+    def backends(self) -> Mapping[str, Backend]:
+        """By name, in the order in which they are tried."""
+        return MappingProxyType(self._backends)
 
     def register(
         self,
@@ -99,15 +120,15 @@ class Op:
         priority: int = 50,
         applies: Callable[..., str | None] = _always,
         pays: Callable[..., str | None] = _always,
-        capabilities: tuple[str, ...] = (),
+        capabilities: Mapping[str, Callable[..., Any]] | Iterable[str] = (),
     ) -> None:
         """Add a backend, see :class:`Backend`. They are tried in ascending ``priority``: by convention triton is 10,
         eager 50, torch_scatter 60, reference 90.
         """
-        self.backends[name] = Backend(name, run, applies, pays, frozenset(capabilities))
+        more = capabilities if isinstance(capabilities, Mapping) else dict.fromkeys(capabilities, run)
         self._priority[name] = priority
-        self.backends = dict(sorted(self.backends.items(), key=lambda item: self._priority[item[0]]))
-        self._kept.clear()
+        backends = {**self._backends, name: Backend(name, run, applies, pays, more)}
+        self._replace(dict(sorted(backends.items(), key=lambda item: self._priority[item[0]])))
 
     def backend(self, name: str, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """:meth:`register` as a decorator."""
@@ -119,12 +140,33 @@ class Op:
         return register
 
     def remove(self, name: str) -> None:
-        """Take a backend away again."""
-        del self.backends[name]
-        self._kept.clear()
+        """Remove a backend."""
+        rest = dict(self._backends)
+        del rest[name]
+        self._replace(rest)
+
+    def _replace(self, backends: dict[str, Backend]) -> None:
+        # In this order: a thread that chooses at the same time keeps its choice in the old dictionary.
+        self._backends = backends
+        self._kept = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.choose(*args, **kwargs).run(*args, **kwargs)
+        if self.signature is None:
+            return self._first(args, kwargs).run(*args, **kwargs)
+        return self.run(self.signature(*args, **kwargs), *args, **kwargs)
+
+    def run(self, signature: Signature, *args: Any, **kwargs: Any) -> Any:
+        """Run the backend for a signature, with autocast off: an operation says itself in which dtype it computes.
+
+        Raises:
+            BackendError: as for :meth:`choose`.
+        """
+        kept = None if torch.compiler.is_compiling() else self._kept.get((_forced.name, signature))
+        run = (self.chosen(signature) if kept is None else kept).run
+        if torch.is_autocast_enabled(signature.device.type):
+            with torch.autocast(signature.device.type, enabled=False):
+                return run(*args, **kwargs)
+        return run(*args, **kwargs)
 
     def choose(self, *args: Any, **kwargs: Any) -> Backend:
         """The backend that would run these arguments.
@@ -135,7 +177,7 @@ class Op:
         """
         return self._first(args, kwargs) if self.signature is None else self.chosen(self.signature(*args, **kwargs))
 
-    def chosen(self, signature: Hashable) -> Backend:
+    def chosen(self, signature: Signature) -> Backend:
         """The backend for arguments of a signature, from the last time it was chosen if there was one.
 
         Raises:
@@ -143,20 +185,20 @@ class Op:
         """
         if torch.compiler.is_compiling():  # a graph holds sizes that have no hash
             return self._first((signature,), {})
-        key = _forced.name, signature
-        kept = self._kept.get(key)
+        choices, key = self._kept, (_forced.name, signature)
+        kept = choices.get(key)
         if kept is None:
-            kept = self._kept[key] = self._first((signature,), {})
+            kept = choices[key] = self._first((signature,), {})
         return kept
 
     def _first(self, asked: tuple[Any, ...], named: dict[str, Any]) -> Backend:
-        forced = self.backends.get(_forced.name or "")
+        forced = self._backends.get(_forced.name or "")
         if forced is not None:
             reason = forced.applies(*asked, **named)
             if reason is not None:
                 raise BackendError(f"{self.name}: backend {forced.name!r} was forced and cannot run: {reason}")
             return forced
-        for backend in self.backends.values():
+        for backend in self._backends.values():
             if backend.applies(*asked, **named) is None and backend.pays(*asked, **named) is None:
                 return backend
         raise BackendError(f"{self.name}: no backend applies: {self._reasons(asked, named)}")
@@ -169,19 +211,19 @@ class Op:
 
     def _reasons(self, asked: tuple[Any, ...], named: dict[str, Any]) -> dict[str, str | None]:
         forced, reasons = _forced.name, dict[str, str | None]()
-        for name, backend in self.backends.items():
+        for name, backend in self._backends.items():
             reason = backend.applies(*asked, **named)
             reasons[name] = backend.pays(*asked, **named) if reason is None and name != forced else reason
         return reasons
 
 
 def forget(op: Op) -> None:
-    """Take an operation out of :func:`operations` again."""
+    """Remove an operation from :func:`operations`."""
     del _ops[op.name]
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A ``with`` block in which autocast does nothing; where it is off already this costs nothing."""
+    """A ``with`` block in which autocast is off."""
     if not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
@@ -206,7 +248,7 @@ def using(name: str) -> Iterator[None]:
 
 
 def forced_backend() -> str | None:
-    """The name that :func:`using` forces at present, or None."""
+    """The name that :func:`using` forces in this thread, or None."""
     return _forced.name
 
 
@@ -224,7 +266,7 @@ def torch_scatter() -> Any:
 
 
 def why_not_scatter(device: torch.device, dtype: torch.dtype, fixed: bool = False) -> str | None:
-    """Why torch-scatter cannot work on tensors of a device and dtype (in rows of a ``fixed`` number), or None."""
+    """Why torch-scatter cannot run on tensors of a device and dtype, or with a ``fixed`` capacity, or None."""
     if fixed:
         return "torch-scatter does not support a fixed capacity"
     if importlib.util.find_spec("torch_scatter") is None:
@@ -236,18 +278,13 @@ def why_not_scatter(device: torch.device, dtype: torch.dtype, fixed: bool = Fals
     return None
 
 
-def scatter_applies(x: Tensor, fixed: bool = False) -> str | None:
-    """:func:`why_not_scatter` for a tensor."""
-    return why_not_scatter(x.device, x.dtype, fixed)
-
-
 def concrete(tensor: Tensor) -> bool:
-    """True where looking at a value costs no wait for a device and breaks no compiled or exported graph."""
+    """True where reading a value neither synchronises with a device nor breaks a compiled or exported graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def wider(x: Tensor) -> torch.dtype:
-    """The dtype in which to add up many values of ``x``: one step wider, where its device has one."""
+    """The dtype in which to sum many values of ``x``: one step wider, where its device has one."""
     if x.dtype in (torch.float16, torch.bfloat16):
         return torch.float32
     return torch.float64 if x.dtype == torch.float32 and x.device.type != "mps" else x.dtype

@@ -23,17 +23,19 @@ MINIMUM_CAPABILITY = (8, 0)
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-"""True where kernels run in Triton's interpreter, on a CPU. That is for tests, far too slow for anything else."""
+"""True where kernels run in Triton's interpreter, on a CPU. It is for tests, and too slow for anything else."""
 _capabilities: dict[int, tuple[int, int]] = {}
 
 
-def why_not_triton(device: torch.device, *dtypes: torch.dtype, allowed: tuple[torch.dtype, ...] = FLOATS) -> str | None:
+def why_not_triton(
+    device: torch.device, *dtypes: torch.dtype | None, allowed: tuple[torch.dtype, ...] = FLOATS
+) -> str | None:
     """Why kernels written in Triton cannot run, or None. They are for CUDA devices, and for Triton's interpreter.
 
     Args:
         device: of all tensors.
-        *dtypes: of the tensors.
-        allowed: the dtypes that the kernel can work on.
+        *dtypes: of the tensors; None for one that is not given.
+        allowed: the dtypes that the kernel supports.
     """
     if not INSTALLED:
         return "triton is not installed"
@@ -46,7 +48,7 @@ def why_not_triton(device: torch.device, *dtypes: torch.dtype, allowed: tuple[to
         have = ".".join(map(str, capability(device.index or 0)))
         return f"the kernel needs compute capability 8.0, the device has {have}"
     for dtype in dtypes:
-        if dtype not in allowed:
+        if dtype is not None and dtype not in allowed:
             return f"the kernel takes {', '.join(str(each).removeprefix('torch.') for each in allowed)}, got {dtype}"
     return None
 
@@ -58,7 +60,7 @@ def why_not_triton_on(x: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> st
 
 
 def why_not_interpreted(device: torch.device) -> str | None:
-    """Why kernels are not worth choosing on a device unless they are forced, or None."""
+    """Why kernels do not pay on a device unless they are forced, or None."""
     return "Triton's interpreter is for tests and has to be forced" if device.type == "cpu" else None
 
 
@@ -75,8 +77,8 @@ def kernel(
     """Make a custom operator ``sma::name`` of a function that launches kernels.
 
     The operator is what ``torch.compile`` and ``torch.export`` see. Called eagerly the function runs as it is, on the
-    device of its first tensor: the dispatcher would cost more time than many a kernel. Gradients are up to a
-    ``torch.autograd.Function`` around it.
+    device of its first tensor: the dispatcher would take longer than many a kernel. A ``torch.autograd.Function``
+    around it defines the gradient.
 
     Args:
         name: of the operator.
@@ -106,7 +108,7 @@ def kernel(
 
 
 def cdiv(a: int, b: int) -> int:
-    """``a / b``, rounded up. Triton's own, which kernels can call too, takes a hundred times as long."""
+    """``a / b``, rounded up. Triton's own function takes a hundred times as long on the host."""
     return -(-a // b)
 
 
@@ -116,7 +118,8 @@ def next_power_of_2(n: int) -> int:
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """``(1,)`` int64 for the noise of one call, from torch's generator of the device (and so kept under activation
-    checkpointing, and fresh at every replay of a CUDA graph).
+    """``(1,)`` int64 for the noise of one call, from torch's generator of the device.
+
+    Activation checkpointing therefore repeats it, and every replay of a CUDA graph draws another.
     """
     return torch.randint(0, 2**31 - 1, (1,), device=device)

@@ -15,8 +15,8 @@ from sma.ops.pack import PackedRows, pack
 class Packed:
     """The active tokens of one module, all sequences one after the other ("varlen", as in flash-attention).
 
-    With a fixed capacity the number of rows K is that. Rows without a token then follow behind the others and make up
-    one more sequence: ``cu_seqlens`` has ``B + 2`` entries, so that a sequence module needs not know.
+    With a fixed capacity that is the number of rows K. Rows without a token follow the others and make up one more
+    sequence: ``cu_seqlens`` has ``B + 2`` entries. A sequence module therefore needs no special case for them.
 
     Attributes:
         index: ``(K,)`` int64, ascending: where each token lies in the flattened ``(B * L)`` input; ``B * L`` in rows
@@ -27,7 +27,7 @@ class Packed:
         max_length: host-side upper bound of the longest sequence of active tokens.
         shape: ``(B, L)`` of the input that was compressed.
         row: ``(B * L,)`` int32: the inverse of ``index``, -1 for tokens that are not active.
-        overflow: ``()`` int64: active tokens that found no room; None without a capacity.
+        overflow: ``()`` int64: active tokens that were dropped for lack of capacity; None without a capacity.
         whole: known on the host: the rows are all ``B * L`` tokens of the input, in their order.
     """
 
@@ -77,14 +77,15 @@ class Packed:
         Args:
             mask: which tokens to keep.
             position: ``(B, L)`` original positions; by default the column.
-            capacity: fixed number of rows; the first so many active tokens of the batch find room.
+            capacity: fixed number of rows: so many active tokens of the batch, the first ones, get a row each.
         """
         return Packed.from_rows(pack(mask, position, capacity=capacity), (mask.shape[0], mask.shape[1]))
 
     @staticmethod
     def of_all(position: Tensor) -> Packed:
-        """All tokens of an input without padding, whose original positions are ``position (B, L)``: nothing is looked
-        for, so that nothing is waited for either.
+        """All tokens of an input without padding, whose original positions are ``position (B, L)``.
+
+        No value is read, so this does not synchronise with the device.
         """
         (batch, length), device = position.shape, position.device
         index = torch.arange(batch * length, device=device)
@@ -99,6 +100,6 @@ class Packed:
         fixed = rows.overflow is not None
         if not fixed and rows.tokens.device.type == "cpu" and not torch.compiler.is_compiling():
             count = int(rows.cu_seqlens.diff().max()) if batch else 0
-        # Elsewhere the longest sequence would have to be waited for, and a bound is enough.
+        # Elsewhere reading the longest sequence would synchronise with the device, and a bound is enough.
         max_length = count if fixed else min(count, length)
         return Packed(rows.tokens, rows.cu_seqlens, rows.position, max_length, shape, rows.row, rows.overflow)

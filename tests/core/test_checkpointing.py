@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from sma.configurators import GumbelSoftmax, Sigmoid
 from sma.layer import SparselyActivated
-from sma.runtime.checkpointing import checkpoint
+from sma.runtime.checkpointing import checkpoint, mark_decision
 
 
 class Restless(Sigmoid):
@@ -80,3 +80,14 @@ def test_activations_are_not_kept() -> None:
             run(x)
         sizes[name] = sum(kept)
     assert sizes["checkpointed"] < sizes["plain"] / 4
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1), (0, 3, 2), (2, 0, 2)])
+def test_the_operation_of_decisions(shape: tuple[int, ...]) -> None:
+    active = torch.rand(shape) < 0.5
+    torch.library.opcheck(torch.ops.sma.decision.default, (active,))
+    torch.library.opcheck(torch.ops.sma.decision.default, (active.transpose(0, 1),))
+    torch.library.opcheck(torch.ops.sma.decision.default, (torch.ones(2, 3, 1, dtype=torch.bool).expand(2, 3, 4),))
+    marked = mark_decision(active)
+    assert torch.equal(marked, active)
+    assert marked.untyped_storage().data_ptr() != active.untyped_storage().data_ptr() or not active.numel()

@@ -147,7 +147,7 @@ def test_compiles_in_one_graph() -> None:
 
 @needs_triton
 def test_operators_are_sound() -> None:
-    from sma.ops.append import triton_kernel as kernels
+    from sma.ops.append import launch as kernels
 
     was, count, new, packed = case(HAD["some"], spare=3)
     found = kernels.bounds(count, packed.cu_seqlens, 64)
@@ -161,7 +161,7 @@ def test_operators_are_sound() -> None:
 
 @needs_triton
 def test_kernels_fit_the_hardware() -> None:
-    from sma.ops.append.triton_kernel import warps_for
+    from sma.ops.append.launch import warps_for
 
     module, integers = "sma.ops.append.triton_kernel", dict.fromkeys(("batch", "sequences", "capacity"), "i32")
     pointers = dict.fromkeys(("count", "arrived", "cu_seqlens", "start", "after"), "*i64")

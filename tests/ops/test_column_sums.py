@@ -7,7 +7,7 @@ import torch
 
 from tests.devices import DEVICE, needs_triton
 from tests.kernels import Compilation, compile_all
-from tests.ops.test_kernels_of_the_core import numbers
+from tests.ops.kernel_checks import numbers
 
 pytestmark = needs_triton
 
@@ -15,7 +15,7 @@ pytestmark = needs_triton
 @pytest.mark.parametrize("rows", [0, 1, 127, 129, 256, 257, 1000, 2600])
 @pytest.mark.parametrize("d", [0, 1, 33, 64])
 def test_every_row_counts_once(rows: int, d: int) -> None:
-    from sma.ops.column_sums.triton_kernel import column_sums
+    from sma.ops.column_sums.launch import column_sums
 
     walls = torch.full((rows + 2, max(d, 1)), torch.nan, device=DEVICE)
     x = walls[1:-1, :d] if d else walls.new_empty(rows, 0)
@@ -26,7 +26,7 @@ def test_every_row_counts_once(rows: int, d: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_rounded_once(dtype: torch.dtype) -> None:
-    from sma.ops.column_sums.triton_kernel import column_sums
+    from sma.ops.column_sums.launch import column_sums
 
     x = numbers(700, 40).to(dtype)
     exact = x.double().sum(0)
@@ -39,7 +39,7 @@ def test_rounded_once(dtype: torch.dtype) -> None:
 
 
 def test_operator_is_sound() -> None:
-    from sma.ops.column_sums.triton_kernel import column_sums
+    from sma.ops.column_sums.launch import column_sums
 
     for rows in (5, 300):
         arguments = (numbers(rows, 9), torch.float16)
@@ -47,7 +47,7 @@ def test_operator_is_sound() -> None:
 
 
 def test_kernel_fits_the_hardware() -> None:
-    from sma.ops.column_sums.triton_kernel import BLOCK_D, BLOCK_R, WARPS
+    from sma.ops.column_sums.launch import BLOCK_D, BLOCK_R, WARPS
 
     module, sizes = "sma.ops.column_sums.triton_kernel", {"BLOCK_R": BLOCK_R, "BLOCK_D": BLOCK_D}
     asked = [

@@ -14,7 +14,7 @@ from sma.ops import using
 from sma.ops.embedding import embedding
 from tests.devices import DEVICE, needs_triton
 from tests.kernels import Compilation, compile_all
-from tests.ops.test_kernels_of_the_core import LOW, assert_same, numbers, results
+from tests.ops.kernel_checks import LOW, assert_same, numbers, results
 
 
 def tokens_of(*shape: int, rows: int) -> Tensor:
@@ -95,13 +95,13 @@ def test_bad_input() -> None:
 def test_large_tables_go_the_other_way() -> None:
     from sma.ops.embedding import OP
 
-    reason = OP.backends["triton"].applies(tokens_of(1, 2, rows=5), numbers(1025, 4), 1.0, torch.float32)
+    reason = OP.explain(tokens_of(1, 2, rows=5), numbers(1025, 4), 1.0, torch.float32)["triton"]
     assert reason == "the kernel takes at most 1024 rows, got 1025"
 
 
 @needs_triton
 def test_operators_are_sound_and_compile() -> None:
-    from sma.ops.embedding import triton_kernel as kernels
+    from sma.ops.embedding import launch as kernels
 
     tokens, weight = tokens_of(2, 70, rows=9), numbers(9, 20)
     out = kernels.forward(tokens, weight, 2.0, torch.float32)
@@ -120,7 +120,7 @@ def test_operators_are_sound_and_compile() -> None:
 
 @needs_triton
 def test_kernels_fit_the_hardware() -> None:
-    from sma.ops.embedding import triton_kernel as kernels
+    from sma.ops.embedding import launch as kernels
 
     signature = {"tokens": "*i64", "shares": "*fp32", "count": "i32", "rows": "i32", "each": "i32", "scale": "fp32"}
     sizes = {"BLOCK_V": kernels.BLOCK_V, "BLOCK_T": kernels.BLOCK_T, "BLOCK_D": kernels.BLOCK_D}

@@ -24,7 +24,7 @@ from sma.routing import Packed
 from sma.runtime.checkpointing import checkpoint
 from tests.devices import DEVICE, error_of, needs_triton
 from tests.kernels import Compilation, compile_all
-from tests.ops.test_kernels_of_the_core import DTYPES, assert_precise, assert_same, mask_of, numbers, results
+from tests.ops.kernel_checks import DTYPES, assert_precise, assert_same, mask_of, numbers, results
 
 SQUARE = torch.eye(20, device=DEVICE)
 LENGTHS = torch.tensor([40, 13], device=DEVICE)
@@ -185,7 +185,7 @@ def test_bad_input() -> None:
 
 @needs_triton
 def test_operators_are_sound() -> None:
-    from sma.ops.router import triton_kernel as kernels
+    from sma.ops.router import launch as kernels
 
     x, weight, bias, balance, log_temperature = inputs_of(2, 2)
     calls: list[tuple[Any, tuple[Any, ...]]] = []
@@ -209,7 +209,7 @@ def test_compiles_in_one_graph() -> None:
 
 @needs_triton
 def test_kernels_fit_the_hardware() -> None:
-    from sma.ops.router import triton_kernel as kernels
+    from sma.ops.router import launch as kernels
 
     tensors = dict.fromkeys(("weight", "bias", "balance", "log_temperature", "score", "margin"), "*fp32")
     numbers_of = {"tokens": "i32", "length": "i32", "temperature": "fp32", "threshold": "fp32"}

@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from sma.ops.append import OP, AppendedRows
+from sma.ops.append.types import AppendedRows
 from sma.ops.packed import Packed
 
 
-@OP.backend("eager")
 def append(remembered: tuple[Tensor, ...], count: Tensor, rows: tuple[Tensor, ...], packed: Packed) -> AppendedRows:
     """One ``index_select`` for what is returned together, and one for what is remembered, of each kind."""
     batch, capacity = remembered[0].shape[:2]
@@ -22,7 +21,7 @@ def append(remembered: tuple[Tensor, ...], count: Tensor, rows: tuple[Tensor, ..
     sequence = torch.repeat_interleave(lengths, output_size=total)
     rank = torch.arange(total, device=cu_seqlens.device) - cu_seqlens[sequence]
     before = sequence * capacity + capacity - old[sequence] + rank
-    if packed.fixed:  # any rows that are there are good enough for the sequence of nothing
+    if packed.fixed:  # the sequence of the rows without a token may hold any rows
         before = before.clamp(0, max(batch * capacity - 1, 0))
     arrived = batch * capacity + packed.cu_seqlens[sequence] + rank - old[sequence]
     source = torch.where(rank < old[sequence], before, arrived)

@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from sma.ops.append import OP, AppendedRows
+from sma.ops.append.types import AppendedRows
 from sma.ops.packed import Packed
 
 
-@OP.backend("reference", priority=90)
 def append(remembered: tuple[Tensor, ...], count: Tensor, rows: tuple[Tensor, ...], packed: Packed) -> AppendedRows:
     """Cut out what each sequence remembers and what is new of it, and lay them one behind the other."""
     capacity, bounds = remembered[0].shape[1], packed.cu_seqlens.tolist()

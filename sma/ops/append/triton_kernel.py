@@ -1,20 +1,9 @@
-"""append in one kernel for the bounds of the sequences, and one for the rows of each kind."""
+"""Kernels of append: one for the bounds of the sequences, and one for the rows of each kind."""
 
 from __future__ import annotations
 
-from math import prod
-
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from sma.ops.append import AppendedRows
-from sma.ops.kernel import cdiv, kernel, next_power_of_2
-from sma.ops.packed import Packed
-
-ELEMENTS, COLUMNS = 2048, 256
-"""Numbers that a program moves, and those of one row at most."""
-WARPS = 4
 
 
 @triton.jit
@@ -60,7 +49,7 @@ def rows_kernel(
     first = tl.load(arrived + sequence, mask=there, other=0)
     old = length - (tl.load(arrived + sequence + 1, mask=there, other=0) - first)
     rank = tl.where(together, r - begin, length - capacity + behind % capacity)
-    # Any rows that are there are good enough for the sequence of nothing.
+    # The sequence of the rows without a token may hold any rows.
     place = tl.minimum(tl.maximum(sequence * capacity + capacity - old + rank, 0), rows - total - 1)
     remembered, cells = (rank >= 0) & (rank < old), d[None, :] < WIDTH
     kept = tl.load(was + place[:, None] * WIDTH + d, mask=(there & remembered)[:, None] & cells, other=0)
@@ -69,58 +58,3 @@ def rows_kernel(
     value = tl.where(remembered[:, None], kept.to(value.dtype), value)
     tl.store(both + r[:, None] * WIDTH + d, value, mask=together[:, None] & cells)
     tl.store(after + behind[:, None] * WIDTH + d, value, mask=last[:, None] & cells)
-
-
-def warps_for(sequences: int) -> int:
-    """Of the one program for the bounds of so many sequences."""
-    return max(1, min(sequences // 64, 16))
-
-
-def _bounds_fake(count: Tensor, arrived: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    return arrived.new_empty(arrived.shape[0]), arrived.new_empty(arrived.shape[0] - 1), count.new_empty(count.shape)
-
-
-@kernel("append_bounds", fake=_bounds_fake)
-def bounds(count: Tensor, arrived: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``cu_seqlens``, ``start`` and ``counts`` of :class:`AppendedRows`; ``arrived`` are the bounds of the new rows."""
-    outs = _bounds_fake(count, arrived, capacity)
-    batch, sequences = count.shape[0], arrived.shape[0] - 1
-    block = next_power_of_2(max(sequences, 1))
-    bounds_kernel[(1,)](
-        count, arrived, *outs, batch, sequences, capacity,
-        FIXED=sequences > batch, BLOCK=block, num_warps=warps_for(block),
-    )  # fmt: skip
-    return outs
-
-
-def _rows_fake(was: Tensor, new: Tensor, cu_seqlens: Tensor, arrived: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    return new.new_empty(total, *new.shape[1:]), new.new_empty(was.shape)
-
-
-@kernel("append_rows", fake=_rows_fake)
-def rows(was: Tensor, new: Tensor, cu_seqlens: Tensor, arrived: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """One kind of ``both`` and ``after`` of :class:`AppendedRows`; everything is contiguous."""
-    both, after = _rows_fake(was, new, cu_seqlens, arrived, total)
-    (batch, capacity), width, sequences = was.shape[:2], prod(new.shape[1:]), cu_seqlens.shape[0] - 1
-    count = total + batch * capacity
-    if count and width:
-        block_d = min(next_power_of_2(width), COLUMNS)
-        block_r = max(1, min(ELEMENTS // block_d, 128))
-        rows_kernel[(cdiv(count, block_r), cdiv(width, block_d))](
-            was, new, both, after, cu_seqlens, arrived, total, count, sequences, max(capacity, 1),
-            WIDTH=width, STEPS=sequences.bit_length(), BLOCK_R=block_r, BLOCK_D=block_d, num_warps=WARPS,
-        )  # fmt: skip
-    return both, after
-
-
-def append(remembered: tuple[Tensor, ...], count: Tensor, new: tuple[Tensor, ...], packed: Packed) -> AppendedRows:
-    """See :func:`sma.ops.append.append`."""
-    arrived, (batch, capacity) = packed.cu_seqlens.contiguous(), remembered[0].shape[:2]
-    cu_seqlens, start, counts = bounds(count.contiguous(), arrived, capacity)
-    total = batch * capacity + packed.index.shape[0] if packed.fixed else int(cu_seqlens[-1])
-    pairs = [
-        rows(was.contiguous(), row.contiguous(), cu_seqlens, arrived, total)
-        for was, row in zip(remembered, new, strict=True)
-    ]
-    both, after = zip(*pairs, strict=True)
-    return AppendedRows(both, after, cu_seqlens, start, counts)

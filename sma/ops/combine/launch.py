@@ -12,7 +12,7 @@ from sma.ops.combine.triton_kernel import PARTS, ZEROS, backward_kernel, forward
 from sma.ops.combine.types import Finish, Terms, leading
 from sma.ops.kernel import cdiv, draw_seed, kernel
 from sma.ops.packed import Packed
-from sma.ops.row_norm.triton_kernel import shares, sizes, stride, totals
+from sma.ops.row_norm.launch import shares, sizes, stride, totals
 
 
 def _dropped(dropout: float) -> tuple[int, float]:
@@ -190,7 +190,7 @@ def backward(
     tokens, d = grad.shape
     block_t, block_d, warps = sizes(d)
     if _rows_only(silu, norm, skip_bias, need_residual, need_skip):
-        block_r = max(1, block_t // 2)  # enough to wait for, and more programs at once
+        block_r = max(1, block_t // 2)  # enough loads in flight, and more programs at once
         rows_backward_kernel[(max(1, cdiv(h.shape[0], block_r)),)](
             grad,
             h,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -58,15 +57,11 @@ def combine(
                  [0.5000, 0.5000]]])
     """
     terms, finish = Terms(weight, skip, skip_bias, residual), Finish(activation, norm, dropout, drop_sum)
-    _check(h, packed, terms, finish)
-    run = OP.chosen(_signature(h, packed, terms, finish)).run
-    if torch.is_autocast_enabled(h.device.type):
-        with torch.autocast(h.device.type, enabled=False):
-            return run(h, packed, terms, finish)  # type: ignore[no-any-return]
-    return run(h, packed, terms, finish)  # type: ignore[no-any-return]
+    out: Tensor = OP.run(_signature(h, packed, terms, finish), h, packed, terms, finish)
+    return out
 
 
-def _check(h: Tensor, packed: Packed, terms: Terms, finish: Finish) -> None:
+def _signature(h: Tensor, packed: Packed, terms: Terms, finish: Finish) -> Signature:
     if finish.activation not in ("none", "silu"):
         raise ConfigError(f"combine: activation must be 'none' or 'silu', got {finish.activation!r}")
     if not 0 <= finish.dropout < 1:
@@ -74,15 +69,16 @@ def _check(h: Tensor, packed: Packed, terms: Terms, finish: Finish) -> None:
     rows = packed.index.numel()
     if h.dim() != 2 or h.shape[0] != rows:
         raise ShapeError(f"combine: h must be ({rows}, D), one row per active token, got {tuple(h.shape)}")
-    expected = (*packed.shape, h.shape[1])
-    for name, value, shape in zip(terms._fields, terms, (packed.shape, expected, expected[2:], expected), strict=True):
-        if value is not None and tuple(value.shape) != shape:
+    width, dtypes = h.shape[1], [h.dtype]
+    expected = (*packed.shape, width)
+    for name, value, shape in zip(terms._fields, terms, (packed.shape, expected, (width,), expected), strict=True):
+        if value is None:
+            continue
+        if tuple(value.shape) != shape:
             raise ShapeError(f"combine: {name} must be {shape}, got {tuple(value.shape)}")
-
-
-def _signature(h: Tensor, packed: Packed, terms: Terms, finish: Finish) -> Signature:
-    dtypes = tuple(each.dtype for each in (h, terms.weight, terms.skip, terms.residual) if each is not None)
-    return Signature(h.device, dtypes, h.shape[1], packed.row.numel() == 0 or h.shape[1] == 0)
+        if name != "skip_bias":
+            dtypes.append(value.dtype)
+    return Signature(h.device, tuple(dtypes), width, packed.row.numel() == 0 or width == 0)
 
 
 def _why_not_triton(signature: Signature) -> str | None:
@@ -93,13 +89,13 @@ def _why_not_triton(signature: Signature) -> str | None:
     return why_not_triton(signature.device, *signature.dtypes)
 
 
-def _why_not_worth_it(signature: Signature) -> str | None:
-    return why_not_interpreted(signature.device)
-
-
 OP = Op("combine", _signature)
 OP.register(
-    "triton", lazy("sma.ops.combine.launch", "combine"), priority=10, applies=_why_not_triton, pays=_why_not_worth_it
+    "triton",
+    lazy("sma.ops.combine.launch", "combine"),
+    priority=10,
+    applies=_why_not_triton,
+    pays=lambda signature: why_not_interpreted(signature.device),
 )
 OP.register("eager", eager.combine)
 OP.register("reference", reference.combine, priority=90)

@@ -45,7 +45,7 @@ class Finish(NamedTuple):
 
 
 class Signature(NamedTuple):
-    """What the choice of a backend depends on."""
+    """What the choice of a backend depends on; ``empty`` says that there is nothing to compute."""
 
     device: torch.device
     dtypes: tuple[torch.dtype, ...]

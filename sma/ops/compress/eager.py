@@ -5,11 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sma.ops.compress import OP
 from sma.ops.packed import Packed
 
 
-@OP.backend("eager")
 def compress(x: Tensor, packed: Packed) -> Tensor:
     """One ``index_select`` over the flattened batch."""
     flat = x.flatten(0, 1)
@@ -37,12 +35,14 @@ class _Through(torch.autograd.Function):
             return through, None
         through = grad.new_zeros(ctx.shape) if through is None else through.contiguous()
         flat = through.flatten(0, 1)
-        if torch.is_grad_enabled():  # somebody will differentiate this
+        if torch.is_grad_enabled():  # a gradient of this gradient may be asked for
             return flat.index_add(0, index, grad).view(ctx.shape), None
         flat.index_add_(0, index, grad)
         return through, None
 
 
 def compress_through(x: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
-    """See :func:`sma.ops.compress.compress_through`; for a CPU, without a capacity."""
+    """See :func:`sma.ops.compress.compress_through`; the gradient is added in place on a CPU, without a capacity."""
+    if x.device.type != "cpu" or packed.overflow is not None or torch.compiler.is_compiling():
+        return compress(x, packed), x
     return _Through.apply(x, packed.index)  # type: ignore[no-any-return,no-untyped-call]

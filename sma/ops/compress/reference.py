@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from sma.ops.compress import OP
 from sma.ops.packed import Packed
 
 
-@OP.backend("reference", priority=90)
 def compress(x: Tensor, packed: Packed) -> Tensor:
     """Walk over the active tokens and copy each."""
     batch, length = packed.shape

@@ -4,10 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sma.ops.embedding import OP
 
-
-@OP.backend("eager")
 def embedding(tokens: Tensor, weight: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """Look up, multiply, round; the multiplication comes first where the tokens are more than the rows."""
     # What is traced must do for any number of tokens.

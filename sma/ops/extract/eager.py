@@ -5,16 +5,16 @@ The rows are distinct, so there is nothing to add up and the bits are the same e
 
 from torch import Tensor
 
-from sma.ops.extract import OP
 from sma.ops.packed import Packed
 
 
-@OP.backend("eager")
 def extract(h: Tensor, packed: Packed) -> Tensor:
     """One ``index_copy`` over the flattened batch."""
     batch, length = packed.shape
-    if not packed.fixed:
+    if packed.whole:
+        return h.reshape(batch, length, *h.shape[1:])
+    if packed.overflow is None:
         flat = h.new_zeros(batch * length, *h.shape[1:]).index_copy(0, packed.index, h)
-    else:  # rows without a token go behind the end, from where nobody takes them
+    else:  # rows without a token go into one more row at the end, which is cut off
         flat = h.new_zeros(batch * length + 1, *h.shape[1:]).index_copy(0, packed.index, h)[:-1]
     return flat.reshape(batch, length, *h.shape[1:])

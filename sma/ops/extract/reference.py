@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from sma.ops.extract import OP
 from sma.ops.packed import Packed
 
 
-@OP.backend("reference", priority=90)
 def extract(h: Tensor, packed: Packed) -> Tensor:
     """For every position its row, or zeros."""
     batch, length = packed.shape

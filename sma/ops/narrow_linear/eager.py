@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sma.ops.narrow_linear import OP
 
-
-@OP.backend("eager")
 def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """A matrix product in float32 at least; padding is set to zero in front of it, where NaN would spread."""
     wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
@@ -38,7 +35,7 @@ class _Through(torch.autograd.Function):
         rows = grad.flatten(0, 1)
         if through is None:
             through = grad @ weight
-        elif torch.is_grad_enabled():  # somebody will differentiate this
+        elif torch.is_grad_enabled():  # a gradient of this gradient may be asked for
             through = through + grad @ weight
         else:
             through = through.contiguous()

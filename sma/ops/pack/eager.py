@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from sma.ops.pack import OP, PackedRows
+from sma.ops.pack.types import PackedRows
 
 
-@OP.backend("eager")
 def pack(mask: Tensor, position: Tensor | None, capacity: int | None, counts: Tensor | None) -> PackedRows:
     """One search for the True entries; with a capacity a running count instead, which looks at no value."""
     length = mask.shape[1]

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from sma.ops.pack import OP, PackedRows
+from sma.ops.pack.types import PackedRows
 
 
-@OP.backend("reference", priority=90)
 def pack(mask: Tensor, position: Tensor | None, capacity: int | None, counts: Tensor | None) -> PackedRows:
     """Walk over the mask and hand out rows."""
     batch, length = mask.shape

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from sma.ops.router import OP, Gate, Routed
+from sma.ops.router.types import Gate, Routed
 
 
-@OP.backend("reference", priority=90)
 def router(x: Tensor, weight: Tensor, bias: Tensor, gate: Gate, valid: Tensor | None, lengths: Tensor | None) -> Routed:
     """One margin, score and decision for each token and module."""
     (batch, length), modules = x.shape[:2], gate.balance.numel()

@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sma.ops.row_norm import OP, RowNorm
+from sma.ops.row_norm.types import RowNorm
 
 
-@OP.backend("eager")
 def row_norm(x: Tensor, norm: RowNorm) -> Tensor:
     """Normalise, then scale and shift, rounded once, at the end."""
     width = (x.shape[-1],)
@@ -15,7 +14,7 @@ def row_norm(x: Tensor, norm: RowNorm) -> Tensor:
     own = norm.weight is not None and norm.weight.shape == width and norm.weight.dtype == wide.dtype
     if norm.centred:
         affine = (norm.weight, norm.bias) if own else (None, None)
-        if not own and wide.device.type == "cpu":  # where PyTorch takes its time without a weight
+        if not own and wide.device.type == "cpu":  # where PyTorch is slow without a weight
             affine = (wide.new_ones(width), wide.new_zeros(width))
         out = F.layer_norm(wide, width, *affine, norm.eps)
         if own:

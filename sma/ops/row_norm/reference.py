@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sma.ops.row_norm import OP, RowNorm
+from sma.ops.row_norm.types import RowNorm
 
 
 def normalise(x: Tensor, norm: RowNorm) -> Tensor:
@@ -14,7 +14,6 @@ def normalise(x: Tensor, norm: RowNorm) -> Tensor:
     return out if norm.bias is None else out + norm.bias.to(x.dtype)
 
 
-@OP.backend("reference", priority=90)
 def row_norm(x: Tensor, norm: RowNorm) -> Tensor:
     """One token after the other."""
     tokens = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(-1, x.shape[-1])

@@ -4,10 +4,8 @@ import torch
 from torch import Tensor
 
 from sma.ops.backend import wider
-from sma.ops.segment_sum import OP
 
 
-@OP.backend("eager")
 def segment_sum(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     """One ``index_add``; no prefix sums, whose differences would lose digits and mix sequences.
 

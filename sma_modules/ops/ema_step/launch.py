@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from sma.ops.kernel import kernel
-from sma.ops.row_norm.triton_kernel import stride
+from sma.ops.row_norm.launch import stride
 from sma_modules.ops.ema_step import triton_kernel as kernels
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import triton  # type: ignore[import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
 from torch import Tensor
 
-from sma.ops.column_sums.triton_kernel import column_sums
+from sma.ops.column_sums.launch import column_sums
 from sma.ops.kernel import cdiv, kernel
 
 # What may be tuned: bytes of a forward program; tile and rows of a backward program; warps of both.

@@ -1,4 +1,4 @@
-"""extract as a gather: every token takes its row, or zeros, in one pass over the output. Its gradient is compress."""
+"""extract by the kernels of compress: every token takes its row, or zeros, in one pass. Its gradient is compress."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sma.ops.compress.triton_kernel import flat, take
+from sma.ops.compress.launch import flat, take
 from sma.ops.packed import Packed
 
 
@@ -29,5 +29,5 @@ class _Extract(torch.autograd.Function):
 
 def extract(h: Tensor, packed: Packed) -> Tensor:
     """See :func:`sma.ops.extract.extract`."""
-    out: Tensor = _Extract.apply(h, packed.index, packed.row).view(*packed.shape, *h.shape[1:])
-    return out
+    out: Tensor = _Extract.apply(h, packed.index, packed.row)  # type: ignore[no-untyped-call]
+    return out.view(*packed.shape, *h.shape[1:])
