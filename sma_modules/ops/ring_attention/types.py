@@ -93,9 +93,7 @@ class Ring:
         ours = [(self.reach, *each.shape[2:]) for each in (self.keys, self.values, self.positions)]
         theirs = [tuple(row.shape[1:]) for row in memory.rows] if isinstance(memory, WorkingMemory) else None
         if not isinstance(memory, WorkingMemory) or ours != theirs:
-            raise StreamingError(
-                f"Ring: needs a WorkingMemory of rows {ours}, got {theirs or type(memory).__name__}"
-            )
+            raise StreamingError(f"Ring: needs a WorkingMemory of rows {ours}, got {theirs or type(memory).__name__}")
         count = memory.count.to(slots.device)
         self.counts[:, slots] = count
         number = count[:, None] - self.reach + torch.arange(self.reach, device=count.device)
