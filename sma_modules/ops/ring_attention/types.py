@@ -11,7 +11,7 @@ from torch import Tensor
 from sma.errors import StreamingError
 from sma.steppers import SlotSpec
 from sma.working_memory import WorkingMemory
-from sma_modules.ops.window_attention.types import Rule
+from sma_modules.ops.window_attention.types import Inputs, Rule
 
 
 @dataclass(frozen=True)
