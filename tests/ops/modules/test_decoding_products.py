@@ -22,7 +22,7 @@ from sma_modules.ops.gau_projections import OP as PROJECTIONS
 from sma_modules.ops.gau_projections import gau_projections
 from sma_modules.ops.gau_projections.types import Weights
 from tests.kernels import Compilation, compile_all
-from tests.modules.kernel_checks import guarded
+from tests.ops.modules.kernel_checks import guarded
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HERE = why_not_triton(torch.device(DEVICE))

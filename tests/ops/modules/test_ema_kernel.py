@@ -15,7 +15,7 @@ from sma.ops import using
 from sma_modules.mixers.ema import EMA
 from sma_modules.ops.ema import EMAState, ema
 from tests.kernels import Compilation, compile_all
-from tests.modules.kernel_checks import guarded
+from tests.ops.modules.kernel_checks import guarded
 
 pytest.importorskip("triton")
 

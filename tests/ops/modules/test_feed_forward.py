@@ -19,7 +19,7 @@ from sma_modules.ops.feed_forward import ACTIVATE, FEED_FORWARD, Projection, act
 from sma_modules.ops.feed_forward.op import _network_signature
 from sma_modules.ops.feed_forward.types import Network
 from tests.kernels import Compilation, compile_all
-from tests.modules.kernel_checks import DEVICE, DTYPES, check_low_precision, guarded, run
+from tests.ops.modules.kernel_checks import DEVICE, DTYPES, check_low_precision, guarded, run
 
 with using("triton"):
     HERE = why_not_triton(torch.device(DEVICE))

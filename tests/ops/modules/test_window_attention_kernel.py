@@ -19,7 +19,7 @@ from sma_modules.modules.attention import Attention
 from sma_modules.ops.window_attention import blocks, launch, window_attention
 from sma_modules.ops.window_attention.types import Rule
 from tests.kernels import Compilation, compile_all
-from tests.modules.test_window_attention import RULES, problem
+from tests.ops.modules.test_window_attention import RULES, problem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HERE = why_not_triton(torch.device(DEVICE))

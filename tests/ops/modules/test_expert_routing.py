@@ -14,7 +14,7 @@ from sma.ops.kernel import why_not_triton
 from sma.testing.precision import known_to
 from sma_modules.ops.expert_routing import OP, choose_experts
 from tests.kernels import Compilation, compile_all
-from tests.modules.kernel_checks import DEVICE, check_errors, guarded
+from tests.ops.modules.kernel_checks import DEVICE, check_errors, guarded
 
 with using("triton"):
     HERE = why_not_triton(torch.device(DEVICE))

@@ -21,7 +21,7 @@ from sma_modules.ops.expert_matmul import OP as EXPERT_MATMUL
 from sma_modules.ops.expert_matmul.grouped import _aligned, running_ends
 from sma_modules.ops.expert_order import COMBINE, DISPATCH, combine, dispatch, order_by_expert
 from tests.kernels import Compilation, compile_all
-from tests.modules.kernel_checks import DEVICE, DTYPES, check_errors, check_low_precision, guarded, run
+from tests.ops.modules.kernel_checks import DEVICE, DTYPES, check_errors, check_low_precision, guarded, run
 
 with using("triton"):
     HERE = why_not_triton(torch.device(DEVICE))
