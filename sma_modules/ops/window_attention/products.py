@@ -10,7 +10,7 @@ from torch import Tensor
 from sma_modules.ops.window_attention.tiling import overlap_add, spans
 
 
-class _Pick(torch.autograd.Function):
+class Pick(torch.autograd.Function):
     """``x[rows]`` for rows that are all different; autograd alone would add up the gradient, much slower."""
 
     @staticmethod
@@ -96,11 +96,6 @@ def fixed_point_sums(x: Tensor, index: Tensor, entries: int) -> Tensor:
     units = (x.double() * scale).round().nan_to_num().to(torch.int64)
     sums = torch.zeros(entries, dtype=torch.int64, device=x.device).index_add_(0, index, units)
     return torch.where(largest.isfinite(), sums / scale, torch.nan).to(x.dtype)
-
-
-def pick(x: Tensor, rows: Tensor) -> Tensor:
-    """``x[rows]``, all rows different."""
-    return _Pick.apply(x, rows)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def lookup(table: Tensor, index: Tensor) -> Tensor:
