@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sma.dropout import Dropout
 from sma.interfaces import Module
 from sma.runtime.plain import is_plain
-from sma_modules.ops.feed_forward import Activation, Linear, feed_forward
+from sma_modules.ops.feed_forward import Activation, Projection, feed_forward
 from sma_modules.ops.feed_forward.eager import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "FFN", "Activation", "compute_dtype"]
@@ -84,9 +84,9 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _weights(linear: nn.Linear, dtype: torch.dtype) -> Linear:
+def _weights(linear: nn.Linear, dtype: torch.dtype) -> Projection:
     """The weights, in the dtype of autocast where it is on."""
     weight, bias = linear.weight, linear.bias
     if weight.dtype != dtype and torch.is_autocast_enabled(weight.device.type):
-        return Linear(weight.to(dtype), None if bias is None else bias.to(dtype))
-    return Linear(weight, bias)
+        return Projection(weight.to(dtype), None if bias is None else bias.to(dtype))
+    return Projection(weight, bias)

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from sma.interfaces import Module, ModuleOutput
 from sma_modules.modules.ffn import ACTIVATIONS, FFN, Activation, compute_dtype
-from sma_modules.ops.expert_matmul import expert_matmul
-from sma_modules.ops.expert_matmul.activated import OP as ACTIVATED
+from sma_modules.ops.expert_matmul import activated_expert_matmul, expert_matmul
 from sma_modules.ops.expert_order import ExpertOrder, combine, dispatch, order_by_expert
-from sma_modules.ops.expert_routing import Choice, choose_experts
+from sma_modules.ops.expert_routing import ExpertChoice, choose_experts
 
 
 class MoE(Module):
@@ -116,8 +115,7 @@ class MoE(Module):
 
         up, gate = times(rows, self.up), None if self.gate is None else times(rows, self.gate)
         down = self.down.to(up.dtype)
-        y: Tensor = ACTIVATED(up, gate, self.config.activation, down, order.counts, order.ends)
-        return y
+        return activated_expert_matmul(up, gate, self.config.activation, down, order.counts, order.ends)
 
     def _logits(self, x: Tensor) -> Tensor:
         """``(T, E)`` in float32, or float64 for float64 inputs: rounding decides who is chosen."""
@@ -125,7 +123,7 @@ class MoE(Module):
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(dtype), self.router.weight.to(dtype))
 
-    def _losses(self, choice: Choice, counts: Tensor) -> dict[str, Tensor]:
+    def _losses(self, choice: ExpertChoice, counts: Tensor) -> dict[str, Tensor]:
         share = counts.to(choice.probability.dtype) / max(choice.expert.numel(), 1)
         balance = self.config.n_experts * (share * choice.probability).sum()
         return {

@@ -14,7 +14,7 @@ from sma.ops.append import AppendedRows, append
 from sma.routing import Packed
 from tests.devices import DEVICE, needs_triton
 from tests.kernels import Compilation, compile_all
-from tests.modules.kernel_checks import guarded
+from tests.ops.modules.kernel_checks import guarded
 
 BACKENDS = ["eager", pytest.param("triton", marks=needs_triton)]
 HAD = {"nothing": [0, 0, 0, 0], "some": [3, 0, 70, 5], "everything": [64, 65, 1000, 64]}

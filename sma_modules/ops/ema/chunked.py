@@ -56,7 +56,7 @@ def chunked_stream(x: Tensor, log_q: Tensor, drive: Tensor, read: Tensor, hidden
     """
     batch, length, dim = x.shape
     padded = F.pad(x, (0, 0, 0, -length % CHUNK))
-    powers = F.threshold(torch.exp(log_q[:, None] * _steps(x)), NEGLIGIBLE, 0.0)
+    powers = _powers(log_q)
     taps = torch.bmm(powers[:, :-1], (drive * read)[..., None])[..., 0]
     into = (powers[:, :-1] * drive[:, None]).flip(1)
     out_of = (powers[:, 1:] * read[:, None]).transpose(1, 2)
@@ -81,7 +81,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, log_q: Tensor, weight: Tensor, direct: Tensor | None) -> Tensor:
-        powers = F.threshold(torch.exp(log_q[:, None] * _steps(x)), NEGLIGIBLE, 0.0)
+        powers = _powers(log_q)
         taps = torch.bmm(powers[:, :-1], weight[..., None])[..., 0]
         if direct is not None:
             taps[:, 0] += direct
@@ -95,7 +95,7 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, within, into, out_of, entering, powers, weight = ctx.saved_tensors
-        with without_autocast(grad.device):  # somebody may call this inside of it
+        with without_autocast(grad.device):  # the backward pass may run under autocast
             grad_rows, fade = _to_rows(grad), powers[:, -1]
             # The gradient of the states is handed on in the other direction.
             leaving = _handed_on(torch.bmm(grad_rows, out_of.transpose(1, 2)), fade, grad.shape[0], back=True)
@@ -108,13 +108,15 @@ class _Chunked(torch.autograd.Function):
             by_powers = F.pad(by_into.baddbmm_(by_taps[..., None], weight[:, None]), (0, 0, 0, 1))
             by_powers[:, 1:].addcmul_(by_out_of, weight[:, None])
             by_powers[:, -1] += (leaving * entering).sum(1)
-            by_log_q = by_powers.mul_(powers).mul_(_steps(grad)).sum(1)
+            exponents = torch.arange(CHUNK + 1, device=grad.device, dtype=grad.dtype)[:, None]
+            by_log_q = by_powers.mul_(powers).mul_(exponents).sum(1)
         return _from_rows(grad_x, grad), by_log_q, by_weight, by_taps[:, 0] if ctx.needs_input_grad[3] else None
 
 
-def _steps(like: Tensor) -> Tensor:
-    """``(C + 1, 1)``: exponents."""
-    return torch.arange(CHUNK + 1, device=like.device, dtype=like.dtype)[:, None]
+def _powers(log_q: Tensor) -> Tensor:
+    """``(D, C + 1, N)``: q to the powers 0..C."""
+    exponents = torch.arange(CHUNK + 1, device=log_q.device, dtype=log_q.dtype)[:, None]
+    return F.threshold(torch.exp(log_q[:, None] * exponents), NEGLIGIBLE, 0.0)
 
 
 def _to_rows(x: Tensor) -> Tensor:
@@ -132,9 +134,10 @@ def _handed_on(given: Tensor, fade: Tensor, batch: int, first: Tensor | None = N
 
     They go from the first chunk of a sequence, which ``first (D, B, N)`` enters or nothing, to its last, or ``back``.
     """
-    entering = torch.empty_like(given)
-    steps = [each.view(given.shape[0], batch, -1, given.shape[2]).unbind(2) for each in (given, entering)]
-    gives, enters = (each[::-1] for each in steps) if back else steps
+    entering, shape = torch.empty_like(given), (given.shape[0], batch, -1, given.shape[2])
+    gives, enters = given.view(shape).unbind(2), entering.view(shape).unbind(2)
+    if back:
+        gives, enters = gives[::-1], enters[::-1]
     factor = fade[:, None]
     if first is None:
         enters[0].zero_()

@@ -28,7 +28,7 @@ def convolve(x: Tensor, ahead: Tensor, behind: Tensor | None = None) -> Tensor:
     length, taps = x.shape[1], ahead.shape[1]
     if torch.compiler.is_exporting() and length * taps <= DIRECT:
         return _direct(x, ahead, behind)
-    # Room for the tail of the kernel on one side; when circular, both sides may share it because x is zero there.
+    # Space for the tail of the kernel on one side; when circular, both sides may share it because x is zero there.
     size = fast_size(length + taps - 1)
     if behind is None:
         circular = torch.nn.functional.pad(ahead, (0, size - taps))

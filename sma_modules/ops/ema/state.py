@@ -1,4 +1,4 @@
-"""What a causal average remembers of its stream: a bounded number of values, whatever the length of the stream."""
+"""The state of a causal average: a bounded number of values, whatever the length of the stream."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sma.dropout import dropout as drop
-from sma.dropout import dropout_ as drop_
 from sma.state import State
 
 
@@ -33,10 +31,15 @@ class EMAState(State):
     count: Tensor | None = None
     history: Tensor | None = None
 
+    @property
+    def truncation(self) -> int | None:
+        """K, or None."""
+        return None if self.history is None else self.history.shape[1]
+
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that the average of ``x`` is computed and remembered in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def with_history_of(state: EMAState, x: Tensor, before: EMAState | None) -> EMAState:
@@ -45,13 +48,6 @@ def with_history_of(state: EMAState, x: Tensor, before: EMAState | None) -> EMAS
         return state
     kept = x.dtype if before is None or before.history is None else before.history.dtype
     return replace(state, history=state.history.to(torch.promote_types(x.dtype, kept)))
-
-
-def finished(y: Tensor, activation: str, dropout: float, dtype: torch.dtype) -> Tensor:
-    """Activation and dropout of an output, then its one rounding to ``dtype``."""
-    if activation == "silu":
-        return drop_(torch.nn.functional.silu(y), dropout).to(dtype)
-    return drop(y, dropout).to(dtype)
 
 
 def initial_state(batch: int, dim: int, n_state: int, truncation: int | None, *, like: Tensor) -> EMAState:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sma.ops.row_norm.eager import row_norm
 from sma.steppers import choose
+from sma_modules.ops.ema_step.memory import Averages, Coefficients
+from sma_modules.ops.ema_step.types import Step
 
-if TYPE_CHECKING:
-    from sma_modules.ops.ema_step import Averages, Coefficients, Step
 
-
-def ema_step_eager(x: Tensor, averages: Averages, coefficients: Coefficients, step: Step) -> Tensor:
+def ema_step(x: Tensor, averages: Averages, coefficients: Coefficients, step: Step) -> Tensor:
     """All slots and channels at once; the averages change in place."""
     inputs = (x if step.norm is None else row_norm(x, step.norm)).to(averages.hidden.dtype)
     slot = torch.arange(x.shape[0], device=x.device)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from sma.ops.kernel import kernel
+from sma.ops.kernel import kernel, next_power_of_2
 from sma.ops.row_norm.launch import stride
 from sma_modules.ops.ema_step import triton_kernel as kernels
-
-if TYPE_CHECKING:
-    from sma_modules.ops.ema_step import Averages, Coefficients, Step
+from sma_modules.ops.ema_step.memory import Averages, Coefficients
+from sma_modules.ops.ema_step.types import Step
 
 CHANNELS, WARPS = 32, 4
 """Channels of a program."""
@@ -22,7 +21,7 @@ def _fake(x: Tensor, *args: Any) -> Tensor:
 
 
 @kernel("ema_step", fake=_fake, mutates=("hidden", "fresh", "count", "history"))
-def step(
+def run(
     x: Tensor,
     hidden: Tensor,
     fresh: Tensor | None,
@@ -53,19 +52,15 @@ def step(
         out, slots, eps,
         D=dim, N=n_state, VERSIONS=hidden.shape[0], TAPS=taps, ROWS=0 if history is None else history.shape[1],
         NORM=norm, CENTRED=centred, WEIGHT_STRIDE=stride(norm_weight), HAS_BIAS=norm_bias is not None, SILU=silu,
-        WIDTH=_power_of_two(dim), BD=CHANNELS, BN=_power_of_two(n_state), num_warps=WARPS,
+        WIDTH=next_power_of_2(max(dim, 1)), BD=CHANNELS, BN=next_power_of_2(max(n_state, 1)), num_warps=WARPS,
     )  # fmt: skip
     return out
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def ema_step_triton(x: Tensor, averages: Averages, coefficients: Coefficients, step_: Step) -> Tensor:
+def ema_step(x: Tensor, averages: Averages, coefficients: Coefficients, step: Step) -> Tensor:
     """See :func:`sma_modules.ops.ema_step.ema_step`."""
-    norm = step_.norm
-    out: Tensor = step(
+    norm = step.norm
+    out: Tensor = run(
         x,
         averages.hidden,
         averages.fresh,
@@ -78,12 +73,12 @@ def ema_step_triton(x: Tensor, averages: Averages, coefficients: Coefficients, s
         coefficients.omega,
         None if norm is None else norm.weight,
         None if norm is None else norm.bias,
-        step_.live,
-        step_.position,
+        step.live,
+        step.position,
         averages.truncation or 0,
         norm is not None,
         norm is not None and norm.centred,
         0.0 if norm is None else norm.eps,
-        step_.activation == "silu",
+        step.activation == "silu",
     )
     return out

@@ -1,4 +1,4 @@
-"""What a moving average remembers while it decodes, and what its parameters come to."""
+"""The memory of moving averages while they decode, and the coefficients derived from their parameters."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import Tensor
 
 from sma.errors import StreamingError
 from sma.steppers import SlotSpec
-from sma_modules.ops.ema.eager import coefficients
+from sma_modules.ops.ema.decay import coefficients
 from sma_modules.ops.ema.state import EMAState, compute_dtype
+from sma_modules.ops.ema.types import EMAParameters
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Coefficients:
     ) -> Coefficients:
         """From the parameters delta, alpha, beta and gamma ``(D, N)``, and ``omega (D,)``."""
         dtype = compute_dtype(omega)
-        own = coefficients(*(each.to(dtype) for each in parameters))
+        own = coefficients(EMAParameters(*parameters, omega), dtype)
         leaving = None if truncation is None else own.drive * torch.exp(own.log_q * truncation)
         tensors = [own.loss, own.drive, own.read, leaving, omega.to(dtype)]
         return cls(*(None if each is None else each.contiguous().clone() for each in tensors))  # type: ignore[arg-type]
@@ -71,7 +72,7 @@ class Averages:
 
     @classmethod
     def empty(cls, spec: SlotSpec, dim: int, n_state: int, truncation: int | None) -> Averages:
-        """SlotSpec for ``dim`` channels of ``n_state`` averages."""
+        """Empty memory for the slots of ``spec``, ``dim`` channels and ``n_state`` averages."""
         dtype, device, versions = compute_dtype(spec.like), spec.like.device, spec.rollback + 1
         hidden = torch.zeros(versions, spec.slots, dim, n_state, dtype=dtype, device=device)
         if truncation is None:
@@ -102,10 +103,10 @@ class Averages:
         return EMAState(hidden, self.fresh[version, slots], count, self.history[slots[:, None], row])
 
     def write(self, slots: Tensor, state: object, position: Tensor) -> None:
-        """Make those of ``state`` the averages of ``slots (n,)``, which stand at ``position (n,)``.
+        """Set the averages of ``slots (n,)``, which stand at ``position (n,)``, to those of ``state``.
 
         Raises:
-            StreamingError: it is no state of such averages.
+            StreamingError: ``state`` is not one of such averages.
         """
         inner = tuple(self.hidden.shape[2:])
         wanted: dict[str, tuple[int, ...] | None] = {"hidden": inner, "fresh": None, "history": None}

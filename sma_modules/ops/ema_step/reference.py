@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from sma.ops.row_norm.reference import row_norm
+from sma_modules.ops.ema_step.memory import Averages, Coefficients
+from sma_modules.ops.ema_step.types import Step
 
-if TYPE_CHECKING:
-    from sma_modules.ops.ema_step import Averages, Coefficients, Step
 
-
-def ema_step_reference(x: Tensor, averages: Averages, coefficients: Coefficients, step: Step) -> Tensor:
-    """Takes turns with the slots; the averages change in place."""
+def ema_step(x: Tensor, averages: Averages, coefficients: Coefficients, step: Step) -> Tensor:
+    """Slot after slot; the averages change in place."""
     inputs = x if step.norm is None else row_norm(x, step.norm)
     inputs = inputs.to(averages.hidden.dtype)
     y = torch.zeros_like(inputs)

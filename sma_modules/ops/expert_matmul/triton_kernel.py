@@ -6,55 +6,8 @@ rows, none of which crosses from one expert to the next: so many programs start,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 import triton  # type: ignore[import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
-from torch import Tensor
-
-from sma.ops.kernel import cdiv, kernel, next_power_of_2
-
-# "tf32x3" (tensor cores, about the error of float32) or "ieee" (none).
-FLOAT32_PRECISION = "tf32x3"
-# Row tiles that walk over the columns together, so that they find each other's data in the cache.
-GROUP = 8
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Rows, columns and depth of a tile, warps that work on it, and stages of its pipeline of loads."""
-
-    rows: int
-    cols: int
-    depth: int
-    warps: int
-    stages: int
-
-
-def _power(n: int, low: int, high: int) -> int:
-    """The power of two next above n, in low..high."""
-    return int(max(low, min(high, next_power_of_2(max(n, 1)))))
-
-
-def _tile(dtype: torch.dtype, m: int, n: int, k: int) -> Tile:
-    """The tile for ``(m, k) @ (k, n)``: large where that keeps memory from being the limit."""
-    single = dtype == torch.float32
-    widest, narrow = (128, 64) if single else (256, 128)
-    depth = _power(k, 16, 32 if single else 64)
-    if m > 64 and n > narrow:
-        return Tile(128, widest, depth, 8, 3)
-    return Tile(_power(m, 16, narrow), _power(n, 16, narrow), depth, 4, 3)
-
-
-def product_tile(dtype: torch.dtype, rows: int, experts: int, depth: int, cols: int) -> Tile:
-    """The tile for ``(R, depth) @ (E, depth, cols)``, from the rows that an expert has on average."""
-    return _tile(dtype, cdiv(rows, experts), cols, depth)
-
-
-def gradient_tile(dtype: torch.dtype, rows: int, experts: int, d_in: int, d_out: int) -> Tile:
-    """The tile for the gradient of the matrices, ``(d_in, rows) @ (rows, d_out)`` for each expert."""
-    return _tile(dtype, d_in, d_out, cdiv(rows, experts))
 
 
 @triton.jit
@@ -165,48 +118,3 @@ def gradient_kernel(
         total = _add_product(total, tl.trans(a), b, PRECISION, BK)
     at = out + expert.to(tl.int64) * (D_IN * D_OUT) + m[:, None] * D_OUT + n[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=(m < D_IN)[:, None] & (n < D_OUT)[None, :])
-
-
-def _widen(x: Tensor) -> bool:
-    """Triton's interpreter cannot multiply bfloat16."""
-    return bool(triton.knobs.runtime.interpret) and x.dtype == torch.bfloat16
-
-
-def _fake_product(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[1 if transposed else 2])
-
-
-@kernel("expert_matmul", fake=_fake_product)
-def rows_times_matrices(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:
-    """``x (R, d_in) @ weight (E, d_in, d_out)``, or transposed ``x (R, d_out) @ weight^T``, row by row."""
-    out = _fake_product(x, weight, ends, transposed)
-    (rows, depth), cols, experts = x.shape, out.shape[1], weight.shape[0]
-    if not depth:
-        return out.zero_()
-    if rows and cols:
-        tile = product_tile(x.dtype, rows, experts, depth, cols)
-        row_tiles = cdiv(rows, tile.rows) + experts
-        product_kernel[(row_tiles * cdiv(cols, tile.cols),)](
-            x.contiguous(), weight.contiguous(), ends, out, rows, row_tiles, depth, cols, transposed, experts,
-            next_power_of_2(experts), tile.rows, tile.cols, tile.depth, GROUP, FLOAT32_PRECISION, _widen(x),
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-    return out
-
-
-def _fake_gradient(x: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
-    return x.new_empty(ends.shape[0], x.shape[1], grad.shape[1])
-
-
-@kernel("expert_matmul_backward", fake=_fake_gradient)
-def rows_times_rows(x: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
-    """``(E, d_in, d_out)``: for each expert ``x^T grad`` over its rows of ``x (R, d_in)`` and ``grad (R, d_out)``."""
-    out = _fake_gradient(x, grad, ends)
-    experts, d_in, d_out = out.shape
-    if out.numel():
-        tile = gradient_tile(x.dtype, x.shape[0], experts, d_in, d_out)
-        gradient_kernel[(cdiv(d_in, tile.rows) * cdiv(d_out, tile.cols), experts)](
-            x.contiguous(), grad.contiguous(), ends, out, x.shape[0], d_in, d_out, tile.rows, tile.cols, tile.depth,
-            FLOAT32_PRECISION, _widen(x), num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-    return out

@@ -1,4 +1,4 @@
-"""Sorting by expert, dispatch and combine in PyTorch's own operations. Only gathers, also in the backward pass."""
+"""Sorting by expert, dispatch and combine with the operations of PyTorch. Only gathers, also in the backward pass."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sma_modules.ops.expert_order import COMBINE, DISPATCH, ORDER
-from sma_modules.ops.expert_order.order import ExpertOrder
+from sma_modules.ops.expert_order.types import ExpertOrder
 
 
-@ORDER.backend("eager")
 def order_by_expert(choice: Tensor, n_experts: int) -> ExpertOrder:
     """One stable sort; its inverse by one scatter without collisions."""
     order = choice.flatten().argsort(stable=True)
@@ -22,7 +20,6 @@ def order_by_expert(choice: Tensor, n_experts: int) -> ExpertOrder:
     return ExpertOrder(order, inverse, counts, counts.cumsum(0, dtype=torch.int32), choice.shape[1])
 
 
-@DISPATCH.backend("eager")
 def dispatch(x: Tensor, order: ExpertOrder) -> Tensor:
     """A gather of rows."""
     sources = order.order // order.top_k
@@ -30,7 +27,6 @@ def dispatch(x: Tensor, order: ExpertOrder) -> Tensor:
     return rows
 
 
-@COMBINE.backend("eager")
 def combine(rows: Tensor, weight: Tensor, order: ExpertOrder) -> Tensor:
     """A gather of rows and a sum."""
     entries: Tensor = _Gather.apply(rows, order.inverse, order.order, 1)  # type: ignore[no-untyped-call]

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sma_modules.ops.expert_order import COMBINE, DISPATCH, ORDER
-from sma_modules.ops.expert_order.order import ExpertOrder
+from sma_modules.ops.expert_order.types import ExpertOrder
 
 
-@ORDER.backend("reference", priority=90)
 def order_by_expert(choice: Tensor, n_experts: int) -> ExpertOrder:
     """Collect the entries of each expert."""
     entries = choice.flatten().tolist()
@@ -27,14 +25,12 @@ def order_by_expert(choice: Tensor, n_experts: int) -> ExpertOrder:
     )
 
 
-@DISPATCH.backend("reference", priority=90)
 def dispatch(x: Tensor, order: ExpertOrder) -> Tensor:
     """Copy row by row."""
     rows = [x[entry // order.top_k] for entry in order.order.tolist()]
     return torch.stack(rows) if rows else x + 0
 
 
-@COMBINE.backend("reference", priority=90)
 def combine(rows: Tensor, weight: Tensor, order: ExpertOrder) -> Tensor:
     """Add up token by token."""
     inverse = order.inverse.reshape(weight.shape).tolist()

@@ -1,15 +1,13 @@
-"""expert_routing in PyTorch's own operations."""
+"""expert_routing with the operations of PyTorch."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from sma_modules.ops.expert_routing import OP
-from sma_modules.ops.expert_routing.choice import Choice
+from sma_modules.ops.expert_routing.types import ExpertChoice
 
 
-@OP.backend("eager")
-def choose_experts(logits: Tensor, top_k: int, renormalise: bool) -> Choice:
+def choose_experts(logits: Tensor, top_k: int, renormalise: bool) -> ExpertChoice:
     """A stable sort and not topk: which of two equal experts comes first must not depend on the device."""
     probability = logits.softmax(-1)
     expert = probability.detach().argsort(dim=-1, descending=True, stable=True)[:, :top_k]
@@ -17,4 +15,4 @@ def choose_experts(logits: Tensor, top_k: int, renormalise: bool) -> Choice:
     if renormalise:
         weight = weight / weight.sum(-1, keepdim=True)
     tokens = max(logits.shape[0], 1)
-    return Choice(expert, weight, probability.sum(0) / tokens, logits.logsumexp(-1).square().sum() / tokens)
+    return ExpertChoice(expert, weight, probability.sum(0) / tokens, logits.logsumexp(-1).square().sum() / tokens)

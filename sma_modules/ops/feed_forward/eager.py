@@ -1,4 +1,4 @@
-"""The feed-forward network in PyTorch's own operations."""
+"""The feed-forward network with the operations of PyTorch."""
 
 from __future__ import annotations
 
@@ -8,29 +8,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sma.runtime.onednn import linear
-from sma_modules.ops.feed_forward import ACTIVATE, FEED_FORWARD
+from sma_modules.ops.feed_forward.types import Network
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
-@ACTIVATE.backend("eager")
 def activate(up: Tensor, gate: Tensor | None, activation: str) -> Tensor:
     """One operation for each step."""
     act = ACTIVATIONS[activation]
     return act(up) if gate is None else act(gate) * up
 
 
-@FEED_FORWARD.backend("eager")
-def feed_forward(
-    x: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
-    gate: Tensor | None,
-    gate_bias: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-    activation: str,
-) -> Tensor:
+def feed_forward(x: Tensor, network: Network) -> Tensor:
     """One operation for each step."""
-    b = None if gate is None else linear(x, gate, gate_bias)
-    return linear(activate(linear(x, up, up_bias), b, activation), down, down_bias)
+    up, gate, down, activation = network
+    hidden = linear(x, *up)
+    act = ACTIVATIONS[activation]
+    hidden = act(hidden) if gate is None else act(linear(x, *gate)) * hidden
+    return linear(hidden, *down)

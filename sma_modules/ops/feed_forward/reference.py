@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sma_modules.ops.feed_forward import ACTIVATE, FEED_FORWARD
+from sma_modules.ops.feed_forward.types import Network, Projection
 
 FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": lambda x: x * (x > 0),
@@ -17,34 +17,25 @@ FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@ACTIVATE.backend("reference", priority=90)
 def activate(up: Tensor, gate: Tensor | None, activation: str) -> Tensor:
     """The formula."""
     act = FORMULAS[activation]
     return act(up) if gate is None else act(gate) * up
 
 
-@FEED_FORWARD.backend("reference", priority=90)
-def feed_forward(
-    x: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
-    gate: Tensor | None,
-    gate_bias: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-    activation: str,
-) -> Tensor:
+def feed_forward(x: Tensor, network: Network) -> Tensor:
     """Row by row."""
+    up, gate, down, activation = network
 
-    def linear(row: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return weight @ row if bias is None else weight @ row + bias
+    def linear(row: Tensor, projection: Projection) -> Tensor:
+        product = projection.weight @ row
+        return product if projection.bias is None else product + projection.bias
 
     rows = []
     for row in x:
-        b = None if gate is None else linear(row, gate, gate_bias)
-        rows.append(linear(activate(linear(row, up, up_bias), b, activation), down, down_bias))
+        b = None if gate is None else linear(row, gate)
+        rows.append(linear(activate(linear(row, up), b, activation), down))
     if rows:
         return torch.stack(rows)
-    used = [each for each in (up, up_bias, gate, gate_bias, down, down_bias) if each is not None]
-    return x @ up.t() @ down.t() + sum(0 * each.sum() for each in used)
+    used: list[Tensor] = [each for each in (*up, *(gate or ()), *down) if each is not None]
+    return x @ up.weight.t() @ down.weight.t() + sum(0 * each.sum() for each in used)

@@ -6,19 +6,8 @@ again (for the gradient of the next matrix) and the column sums of its gradients
 
 from __future__ import annotations
 
-import torch
 import triton  # type: ignore[import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
-from torch import Tensor
-
-from sma.ops.column_sums.launch import column_sums
-from sma.ops.kernel import cdiv, kernel
-
-# What may be tuned: bytes of a forward program; tile and rows of a backward program; warps of both.
-BLOCK_BYTES = 4096
-TILE_ROWS, TILE_COLS = 16, 128
-ROWS = 64
-WARPS = 4
 
 
 @triton.jit
@@ -27,7 +16,7 @@ def _normal(x, EXACT: tl.constexpr):
 
     It is half of ``erfcx(|x| / sqrt(2)) exp(-x^2 / 2)`` below 0, and the density has the same exponential. The scaled
     complementary error function is a polynomial here, the one with the least largest relative error (1.5e-5) up to
-    5.5, beyond which less than 2e-8 is left. erf takes so many instructions that memory would wait for them.
+    5.5, beyond which less than 2e-8 is left. erf takes so many instructions that they, not memory, would take the time.
     """
     exponential = tl.exp2(x * x * -0.7213475204444817)
     if EXACT:
@@ -147,53 +136,3 @@ def activate_backward_kernel(
         tl.store(to + d, tl.sum(sum_up, 0), mask=d < D)
         if GATED:
             tl.store(to + D + d, tl.sum(sum_gate, 0), mask=d < D)
-
-
-def _fake_activate(up: Tensor, gate: Tensor | None, activation: str) -> Tensor:
-    return up.new_empty(up.shape)
-
-
-@kernel("activate", fake=_fake_activate)
-def activate(up: Tensor, gate: Tensor | None, activation: str) -> Tensor:
-    """``act(up)``, or ``act(gate) * up``."""
-    out, up = _fake_activate(up, gate, activation), up.contiguous()
-    if n := out.numel():
-        other = up if gate is None else gate.contiguous()
-        block = BLOCK_BYTES // up.element_size()
-        activate_kernel[(cdiv(n, block),)](up, other, out, n, activation, gate is not None, block, num_warps=WARPS)
-    return out
-
-
-def _fake_backward(
-    grad: Tensor, up: Tensor, gate: Tensor | None, other: Tensor | None, activation: str, hidden: bool, sums: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gated, d = gate is not None, up.shape[1]
-    width = sums * (1 + gated) * d + (0 if other is None else other.shape[1])
-    return (
-        up.new_empty(up.shape),
-        up.new_empty(up.shape if gated else (0, d)),
-        up.new_empty(up.shape if hidden else (0, d)),
-        up.new_empty(width),
-    )
-
-
-@kernel("activate_backward", fake=_fake_backward)
-def activate_backward(
-    grad: Tensor, up: Tensor, gate: Tensor | None, other: Tensor | None, activation: str, hidden: bool, sums: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of up and gate (without a gate empty), where asked for the hidden values, and column sums one behind
-    the other: of the gradients where asked for, and of ``other``, with as many rows, where it is given.
-    """
-    grad_up, grad_gate, values, total = _fake_backward(grad, up, gate, other, activation, hidden, sums)
-    gated, (n_rows, d) = gate is not None, up.shape
-    d_other = 0 if other is None else other.shape[1]
-    programs = cdiv(n_rows, ROWS)
-    partial = up.new_empty(programs, total.numel(), dtype=torch.float32)
-    if programs:
-        up = up.contiguous()
-        activate_backward_kernel[(programs, cdiv(d, TILE_COLS) + cdiv(d_other, TILE_COLS))](
-            grad.contiguous(), up, up if gate is None else gate.contiguous(), grad_up, grad_gate, values,
-            up if other is None else other.contiguous(), partial, n_rows, d, d_other, activation, gated, hidden, sums,
-            TILE_ROWS, TILE_COLS, ROWS, num_warps=WARPS,
-        )  # fmt: skip
-    return grad_up, grad_gate, values, column_sums(partial, up.dtype) if total.numel() else total

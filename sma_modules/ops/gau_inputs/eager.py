@@ -1,4 +1,4 @@
-"""Vectorised PyTorch."""
+"""gau_inputs with the operations of PyTorch."""
 
 from __future__ import annotations
 
@@ -8,26 +8,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sma_modules.ops.gau_inputs.types import Affine
 from sma_modules.ops.rotary import rotary
 
 
-def gau_inputs_eager(
-    mx: Tensor, gamma: Tensor, beta: Tensor, position: Tensor | None, theta: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def gau_inputs(mx: Tensor, affine: Affine) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The default backend."""
-    z = gamma.shape[1]
+    z = affine.gamma.shape[1]
     h = (mx.shape[1] - z) // 2
     sizes = (z, h, h)
     if mx.device.type == "cpu" and not torch.compiler.is_compiling():
         shared, r, v = _SiluParts.apply(mx, sizes)  # type: ignore[no-untyped-call]
     else:
         shared, r, v = F.silu(mx).split_with_sizes(sizes, dim=-1)
-    q, k = queries_and_keys(shared, gamma, beta, position, theta)
+    q, k = queries_and_keys(shared, *affine)
     return q, k, v, r
 
 
 class _SiluParts(torch.autograd.Function):
-    """``SiLU(mx)`` in parts, whose gradients are not brought together first."""
+    """``SiLU(mx)`` in parts, whose gradients are not concatenated first."""
 
     @staticmethod
     def forward(ctx: Any, mx: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -38,7 +37,7 @@ class _SiluParts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (mx,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody will differentiate this
+        if torch.is_grad_enabled():  # for a second derivative
             return torch.ops.aten.silu_backward(torch.cat(grads, -1), mx), None
         out = torch.empty_like(mx)
         for grad, part, own in zip(grads, *(each.split_with_sizes(ctx.sizes, -1) for each in (mx, out)), strict=True):

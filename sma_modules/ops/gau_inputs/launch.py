@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from sma.ops.kernel import kernel
 from sma_modules.ops.gau_inputs import triton_kernel as kernels
+from sma_modules.ops.gau_inputs.types import Affine
 
 FORWARD_ROWS, BACKWARD_ROWS, LARGEST_FEATURES = 8, 16, 256
 """Rows of a program and features at a time: all that can be tuned."""
@@ -106,9 +107,7 @@ class _GauInputs(torch.autograd.Function):
         return d_mx, affine[:2].to(gamma.dtype), affine[2:].to(beta.dtype), None, None
 
 
-def gau_inputs_triton(
-    mx: Tensor, gamma: Tensor, beta: Tensor, position: Tensor | None, theta: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def gau_inputs(mx: Tensor, affine: Affine) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`sma_modules.ops.gau_inputs.gau_inputs`."""
-    q, k, v, r = _GauInputs.apply(mx, gamma, beta, position, theta)  # type: ignore[no-untyped-call]
+    q, k, v, r = _GauInputs.apply(mx, *affine)  # type: ignore[no-untyped-call]
     return q, k, v, r

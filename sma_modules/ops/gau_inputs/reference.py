@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sma_modules.ops.gau_inputs.types import Affine
+
 
 def _silu(x: Tensor) -> Tensor:
     return x / (1 + torch.exp(-x))
@@ -21,10 +23,9 @@ def _turned(x: Tensor, position: Tensor, theta: float) -> Tensor:
     return torch.stack(pairs) if pairs else x
 
 
-def gau_inputs_reference(
-    mx: Tensor, gamma: Tensor, beta: Tensor, position: Tensor | None, theta: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def gau_inputs(mx: Tensor, affine: Affine) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One token at a time, in float32 at least."""
+    gamma, beta, position, theta = affine
     wide = torch.promote_types(torch.promote_types(mx.dtype, gamma.dtype), torch.float32)
     z = gamma.shape[1]
     h = (mx.shape[1] - z) // 2

@@ -1,17 +1,15 @@
-"""The output by PyTorch's own functions."""
+"""gau_output with the operations of PyTorch."""
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from sma.ops.backend import concrete
-from sma_modules.ops.gau_output import OP
+from sma_modules.ops.gau_output.types import Around, Attended
 
 
-@OP.backend("eager")
-def gau_output_eager(
-    x: Tensor, weight: Tensor, bias: Tensor, active: Tensor, confidence: Tensor, skip: Tensor, residual: Tensor
-) -> Tensor:
+def gau_output(attended: Attended, around: Around) -> Tensor:
     """On a CPU rows that are not active are left out of the product."""
+    (x, weight, bias), (active, confidence, skip, residual) = attended, around
     total = skip + residual
     if not concrete(active) or bool(active.all()):
         y = F.linear(x, weight, bias) * confidence[:, None].to(x.dtype)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from sma.ops.kernel import kernel
+from sma_modules.ops.gau_output.types import Around, Attended
 from sma_modules.ops.gau_projections import triton_kernel as kernels
 from sma_modules.ops.gau_projections.launch import rows_of, tiles
 
@@ -33,4 +34,10 @@ def run(
     kernels.output_kernel[(tiles(dim, FEATURES), tiles(slots, rows))](
         *tensors, out, slots, H=h, D=dim, BM=rows, BN=FEATURES, BK=INNER, num_warps=WARPS, num_stages=STAGES
     )
+    return out
+
+
+def gau_output(attended: Attended, around: Around) -> Tensor:
+    """See :func:`sma_modules.ops.gau_output.gau_output`."""
+    out: Tensor = run(*attended, *around)
     return out

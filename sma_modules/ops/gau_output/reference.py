@@ -3,14 +3,12 @@
 import torch
 from torch import Tensor
 
-from sma_modules.ops.gau_output import OP
+from sma_modules.ops.gau_output.types import Around, Attended
 
 
-@OP.backend("reference", priority=90)
-def gau_output_reference(
-    x: Tensor, weight: Tensor, bias: Tensor, active: Tensor, confidence: Tensor, skip: Tensor, residual: Tensor
-) -> Tensor:
+def gau_output(attended: Attended, around: Around) -> Tensor:
     """In float32 at least, rounded once."""
+    (x, weight, bias), (active, confidence, skip, residual) = attended, around
     dtype = torch.promote_types(x.dtype, torch.float32)
     out = torch.empty_like(residual)
     for s in range(x.shape[0]):

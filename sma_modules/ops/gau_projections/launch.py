@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from sma.ops.kernel import kernel
-from sma_modules.ops.gau_projections import Affine, Linear, Projections
+from sma_modules.ops.gau_inputs.types import Affine
 from sma_modules.ops.gau_projections import triton_kernel as kernels
+from sma_modules.ops.gau_projections.types import Projections, Weights
 
 FEATURES, INNER, WARPS, STAGES = 32, 128, 4, 4
 """Output features of a program, input features at a time, and how many of these are on their way."""
@@ -65,7 +66,7 @@ def run(
     return skip, q, k, v, r
 
 
-def gau_projections_triton(m: Tensor, skip: Linear, mx: Linear, affine: Affine, active: Tensor) -> Projections:
+def gau_projections(m: Tensor, weights: Weights, affine: Affine, active: Tensor) -> Projections:
     """See :func:`sma_modules.ops.gau_projections.gau_projections`."""
     gamma, beta = affine.gamma.contiguous(), affine.beta.contiguous()
-    return Projections(*run(m, *skip, *mx, gamma, beta, affine.position, affine.theta, active))
+    return Projections(*run(m, *weights, gamma, beta, affine.position, affine.theta, active))

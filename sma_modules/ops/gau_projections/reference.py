@@ -5,21 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sma_modules.ops.gau_inputs.reference import gau_inputs_reference
-from sma_modules.ops.gau_projections import OP, Affine, Linear, Projections
+from sma_modules.ops.gau_inputs.reference import gau_inputs
+from sma_modules.ops.gau_inputs.types import Affine
+from sma_modules.ops.gau_projections.types import Projections, Weights
 
 
-@OP.backend("reference", priority=90)
-def gau_projections_reference(m: Tensor, skip: Linear, mx: Linear, affine: Affine, active: Tensor) -> Projections:
+def gau_projections(m: Tensor, weights: Weights, affine: Affine, active: Tensor) -> Projections:
     """Products in float32 at least, rounded once."""
     dtype = torch.promote_types(m.dtype, torch.float32)
 
-    def product(linear: Linear) -> Tensor:
+    def product(weight: Tensor, bias: Tensor) -> Tensor:
         rows = [
-            torch.stack([(token.to(dtype) * row.to(dtype)).sum() for row in linear.weight]) + linear.bias.to(dtype)
-            for token in m
+            torch.stack([(token.to(dtype) * row.to(dtype)).sum() for row in weight]) + bias.to(dtype) for token in m
         ]
-        return torch.stack([*rows, linear.bias.to(dtype)])[:-1]
+        return torch.stack([*rows, bias.to(dtype)])[:-1]
 
-    inputs = (each.to(m.dtype) for each in gau_inputs_reference(product(mx), *affine))
-    return Projections(product(skip).to(m.dtype), *inputs)
+    inputs = (each.to(m.dtype) for each in gau_inputs(product(weights.mx, weights.mx_bias), affine))
+    return Projections(product(weights.skip, weights.skip_bias).to(m.dtype), *inputs)

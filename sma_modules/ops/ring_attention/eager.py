@@ -9,34 +9,34 @@ from torch import Tensor
 
 from sma.ops.backend import concrete
 from sma.steppers import choose
-from sma_modules.ops.ring_attention.ring import Query, Ring
-from sma_modules.ops.window_attention.rule import LAPLACE_DEVIATION, LAPLACE_MEAN, Rule
+from sma_modules.ops.ring_attention.types import Query, Ring
+from sma_modules.ops.window_attention.types import LAPLACE_DEVIATION, LAPLACE_MEAN, Rule
 
 
-def ring_attention_eager(query: Query, ring: Ring) -> Tensor:
-    """On a CPU the slots that are not active are left out; elsewhere to know them would take an answer."""
+def ring_attention(query: Query, ring: Ring) -> Tensor:
+    """On a CPU slots that are not active are left out; elsewhere finding them would synchronise with the device."""
     own = ring.count(query.position)
     _advance(query, ring, own)
-    q, v = query.q, query.v
+    q, _, v, gate, table = query.inputs
+    memory = ring.keys, ring.values, ring.positions
     out = v.new_zeros(q.shape[0], q.shape[1], v.shape[2])
     if concrete(query.active) and not bool(query.active.all()):
         rows = query.active.nonzero().squeeze(1)
         if rows.numel():
-            memory = tuple(each.index_select(0, rows) for each in (ring.keys, ring.values, ring.positions))
-            some = _attention(q[rows], memory, own[rows], query.at[rows], query.table, query.rule)
-            out = out.index_copy(0, rows, some.to(v.dtype))
+            some = tuple(each.index_select(0, rows) for each in memory)
+            attended = _attention(q[rows], some, own[rows], query.at[rows], table, query.rule)
+            out = out.index_copy(0, rows, attended.to(v.dtype))
     else:
-        memory = (ring.keys, ring.values, ring.positions)
-        every = _attention(q, memory, own, query.at, query.table, query.rule).to(v.dtype)
-        out = every.masked_fill(~query.active[:, None, None], 0)
-    return out if query.gate is None else out * query.gate
+        attended = _attention(q, memory, own, query.at, table, query.rule).to(v.dtype)
+        out = attended.masked_fill(~query.active[:, None, None], 0)
+    return out if gate is None else out * gate
 
 
 def _advance(query: Query, ring: Ring, own: Tensor) -> None:
     """Put the new tokens in, and count them."""
     slot = torch.arange(own.numel(), device=own.device)
     place = slot * ring.rows + own % ring.rows
-    for memory, row in ((ring.keys, query.k), (ring.values, query.v), (ring.positions, query.at)):
+    for memory, row in ((ring.keys, query.inputs.k), (ring.values, query.inputs.v), (ring.positions, query.at)):
         flat = memory.view(-1, *memory.shape[2:])
         flat.index_copy_(0, place, choose(query.active, row.to(flat.dtype), flat.index_select(0, place)))
     ring.advance(query.live, query.position, own + query.active)
@@ -67,7 +67,7 @@ def _attention(
     if table is not None:
         scores = scores + _bias(table, distance, positions, at, rule).to(wide)[:, None, None]
     weights = _weights(scores, seen[:, None, None], rule)
-    # What lies in rows that are not seen counts zero times: it is of this sequence or zero, and so finite.
+    # Rows that are not seen have weight zero; they are of this sequence or zero, and so finite.
     return (weights @ values.permute(0, 2, 1, 3).to(wide)).view(n, heads, values.shape[3])
 
 

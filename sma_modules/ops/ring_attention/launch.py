@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sma.ops.kernel import kernel
 from sma_modules.ops.ring_attention import triton_kernel as kernels
-from sma_modules.ops.ring_attention.ring import Query, Ring
+from sma_modules.ops.ring_attention.types import Query, Ring
 
 SPAN, FEATURES, WARPS = 64, 256, 8
 """Tokens and features of the values of a program: a tile of values that its threads hold."""
@@ -84,15 +84,15 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def ring_attention_triton(query: Query, ring: Ring) -> Tensor:
+def ring_attention(query: Query, ring: Ring) -> Tensor:
     """See :func:`sma_modules.ops.ring_attention.ring_attention`."""
-    rule = query.rule
+    (q, k, v, gate, table), rule = query.inputs, query.rule
     out: Tensor = run(
-        query.q,
-        query.k.to(ring.keys.dtype),
-        query.v.to(ring.values.dtype),
-        query.gate,
-        query.table,
+        q,
+        k.to(ring.keys.dtype),
+        v.to(ring.values.dtype),
+        gate,
+        table,
         ring.keys,
         ring.values,
         ring.positions,

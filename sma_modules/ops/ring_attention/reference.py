@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sma_modules.ops.ring_attention.ring import Query, Ring
+from sma_modules.ops.ring_attention.types import Query, Ring
 from sma_modules.ops.window_attention.reference import bias_index, one_query, visible
 
 
-def ring_attention_reference(query: Query, ring: Ring) -> Tensor:
-    """Takes turns with the slots; the ring changes in place."""
-    q, k, v, gate, table, active, live, position, at, rule = query
+def ring_attention(query: Query, ring: Ring) -> Tensor:
+    """Slot after slot; the ring changes in place."""
+    (q, k, v, gate, table), active, live, position, at, rule = query
     out = v.new_zeros(q.shape[0], q.shape[1], v.shape[2])
     group = q.shape[1] // k.shape[1]
     for s in range(q.shape[0]):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 TABLE_COPIES = 16
-"""Copies of the table of original positions that programs add to in turn, so that fewer wait for each other."""
+"""Copies of the table of original positions that programs add to in turn, so that fewer of them collide."""
 
 FLOAT32_PRECISION = "ieee"
 """How float32 is multiplied: "ieee", or "tf32x3" on tensor cores, faster, with up to 2.4 times the error."""
@@ -57,7 +57,7 @@ class Blocks(NamedTuple):
         return -(-width // (self.features + self.rest))
 
 
-class Pass(NamedTuple):
+class KeyGradientPass(NamedTuple):
     """One launch of the kernel of a block of keys: its tile, and whether it gives the gradient of keys, of values, or
     both (with one tile of features only).
     """
@@ -97,7 +97,7 @@ def forward_blocks(z: int, width: int, dtype: torch.dtype, reach: int | None, bi
     return Blocks(128 if far and features + rest <= 128 else 64, 64, features, 8, 2, rest)
 
 
-def d_keys_passes(z: int, width: int, dtype: torch.dtype, biased: bool) -> tuple[Pass, ...]:
+def d_keys_passes(z: int, width: int, dtype: torch.dtype, biased: bool) -> tuple[KeyGradientPass, ...]:
     """For a block of keys."""
     beside, whole = padded(z), padded(width)
     if dtype == torch.float32:
@@ -114,8 +114,8 @@ def d_keys_passes(z: int, width: int, dtype: torch.dtype, biased: bool) -> tuple
     if few and beside <= 128 and features + rest <= 160:
         tile = Blocks(64, 64, features, 4, 2, rest)
         if beside <= 64 and tile.tiles(width) == 1:  # a few bytes are spilled, and two passes take 1.3 times as long
-            return (Pass(tile, True, True),)
-        return Pass(tile, False, True), Pass(tile._replace(keys=32), True, False)
+            return (KeyGradientPass(tile, True, True),)
+        return KeyGradientPass(tile, False, True), KeyGradientPass(tile._replace(keys=32), True, False)
     if whole <= 128 and beside <= 128:
         return in_passes(Blocks(32 if biased or whole + beside > 128 else 64, 64, whole, 8, 2), width)
     narrow = biased and beside > 128
@@ -124,11 +124,11 @@ def d_keys_passes(z: int, width: int, dtype: torch.dtype, biased: bool) -> tuple
     )
 
 
-def in_passes(tile: Blocks, width: int, together: bool = True) -> tuple[Pass, ...]:
+def in_passes(tile: Blocks, width: int, together: bool = True) -> tuple[KeyGradientPass, ...]:
     """One pass if one tile holds all features, else one each: that of the keys has to loop over the tiles."""
     if together and tile.tiles(width) == 1:
-        return (Pass(tile, True, True),)
-    return Pass(tile, False, True), Pass(tile, True, False)
+        return (KeyGradientPass(tile, True, True),)
+    return KeyGradientPass(tile, False, True), KeyGradientPass(tile, True, False)
 
 
 def d_queries_blocks(z: int, width: int, dtype: torch.dtype, biased: bool) -> Blocks:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from sma.ops.kernel import INTERPRETING, draw_seed, kernel
 from sma_modules.ops.window_attention import blocks
 from sma_modules.ops.window_attention import triton_kernel as kernels
-from sma_modules.ops.window_attention.rule import Layout, Rule
+from sma_modules.ops.window_attention.types import Inputs, Layout, Rule
 
 _ACTIVATIONS = {"softmax": 0, "relu2": 1, "laplace": 2}
 _BIASES = {"none": 0, "original": 1, "local": 2}
@@ -23,8 +23,19 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and x.stride(1) <= x.stride(0) else x.contiguous()
 
 
-def _shared(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> dict[str, Any]:
+class _Saved(NamedTuple):
+    """What both kernels of the backward pass read besides the inputs."""
+
+    seed: Tensor | None
+    statistics: Tensor
+    delta: Tensor | None
+    d_attended: Tensor
+    peak: Tensor | None
+
+
+def _shared(inputs: Inputs, rule: Rule) -> dict[str, Any]:
     """The constants that every kernel takes."""
+    q, k, v, _, _ = inputs
     wide = q.dtype == torch.float32
     counted = rule.activation != "softmax" and rule.divisor is None
     return {
@@ -61,10 +72,11 @@ def _tile(tile: blocks.Blocks) -> dict[str, int]:
     }
 
 
-def _numbers(q: Tensor, k: Tensor, table: Tensor | None, q_cu: Tensor, rule: Rule) -> tuple[int, ...]:
+def _numbers(inputs: Inputs, layout: Layout, rule: Rule) -> tuple[int, ...]:
     """Rows, sequences, bounds and entries, as every kernel takes them."""
     window, chunk = min(rule.window or 0, _LARGEST), min(rule.chunk or 0, _LARGEST)
-    return q.shape[0], k.shape[0], q_cu.numel() - 1, window, chunk, 0 if table is None else table.numel()
+    entries = 0 if inputs.table is None else inputs.table.numel()
+    return inputs.q.shape[0], inputs.k.shape[0], layout.q_cu.numel() - 1, window, chunk, entries
 
 
 def _scale(q: Tensor, rule: Rule) -> float:
@@ -91,16 +103,16 @@ def _add(parts: Tensor, whole: Tensor) -> None:
         kernels.add_kernel[(-(-size // 512),)](parts, whole, size, parts.shape[0], BLOCK=512)
 
 
+def _inputs(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, table: Tensor | None) -> Inputs:
+    return Inputs(_rows(q), _rows(k), _rows(v), None if gate is None else _rows(gate), table)
+
+
 def _layout(
     q_cu: Tensor, k_cu: Tensor | None, k_start: Tensor | None, q_position: Tensor | None, k_position: Tensor | None
 ) -> Layout:
     """None stands for the same as that of the queries: the compiler takes no tensor twice."""
     k_position = q_position if k_position is None else k_position
-    return Layout(q_cu, q_cu if k_cu is None else k_cu, k_start, q_position, k_position, 0, 0)
-
-
-def _rule(causal: bool, window: int, chunk: int, activation: str, bias: str, dropout: float) -> Rule:
-    return Rule(causal, window or None, chunk or None, activation, bias, dropout)  # type: ignore[arg-type]
+    return Layout(q_cu, q_cu if k_cu is None else k_cu, k_start, q_position, k_position, 0, 0, k_cu is None)
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,20 +146,20 @@ def forward(
     """The output ``(Q, H, h)``, the statistics of the softmax ``(2, H, Q)``, and, if a backward pass will need it
     (``save``) and it is not the output itself, what is gated.
     """
-    q, k, v = _rows(q), _rows(k), _rows(v)
-    gate = None if gate is None else _rows(gate)
-    rule = _rule(causal, window, chunk, activation, bias, dropout)
+    inputs = _inputs(q, k, v, gate, table)
+    q, k, v, gate, _ = inputs
     layout = _layout(q_cu, k_cu, k_start, q_position, k_position)
+    rule = Rule(causal, window or None, chunk or None, activation, bias, dropout)  # type: ignore[arg-type]
     n_queries, heads = q.shape[:2]
     width = v.shape[2]
     out, statistics, attended = _fake_forward(q, k, v, gate, save)
     tile = blocks.forward_blocks(q.shape[2], width, q.dtype, rule.reach, table is not None)
     tiles = tile.tiles(width)
-    numbers = _numbers(q, k, table, layout.q_cu, rule)
+    numbers = _numbers(inputs, layout, rule)
     kernels.attend_kernel[n_queries // tile.queries + numbers[2] + 1, heads * tiles](
         q, k, v, gate, table, layout.q_cu, layout.k_cu, layout.k_start, layout.q_position, layout.k_position, seed,
         out, statistics, attended if attended.numel() else None, *numbers, _scale(q, rule), rule.dropout,
-        **_shared(q, k, v, rule),
+        **_shared(inputs, rule),
         GR=0 if gate is None else gate.stride(0),
         GH=0 if gate is None else gate.stride(1),
         TILES=tiles,
@@ -190,18 +202,18 @@ def backward(
     """Gradients of q, k, v, gate and table; empty for what was not given. ``attended`` is the output before the gate;
     it is not read, and may be None, without a gate and a softmax.
     """
-    q, k, v, dout = _rows(q), _rows(k), _rows(v), dout.contiguous()
-    gate = None if gate is None else _rows(gate)
-    rule = _rule(causal, window, chunk, activation, bias, dropout)
+    inputs, dout = _inputs(q, k, v, gate, table), dout.contiguous()
     layout = _layout(q_cu, k_cu, k_start, q_position, k_position)
+    rule = Rule(causal, window or None, chunk or None, activation, bias, dropout)  # type: ignore[arg-type]
     d_gate, d_attended, delta = None, dout, None
     if gate is not None or activation == "softmax":
         assert attended is not None
-        d_gate, d_attended, delta = _ungate(dout, attended, gate, activation == "softmax")
+        d_gate, d_attended, delta = _ungate(dout, attended, inputs.gate, activation == "softmax")
     # The largest gradient of a score has to be known before they are added up in integers.
     peak = q.new_zeros(1, dtype=torch.int32) if bias == "original" else None
-    dk, dv = _d_keys(q, k, v, table, layout, seed, rule, statistics, delta, d_attended, peak)
-    dq, d_table = _d_queries(q, k, v, table, layout, seed, rule, statistics, delta, d_attended, peak)
+    saved = _Saved(seed, statistics, delta, d_attended, peak)
+    dk, dv = _d_keys(inputs, layout, rule, saved)
+    dq, d_table = _d_queries(inputs, layout, rule, saved)
     return dq, dk, dv, v.new_empty(0) if d_gate is None else d_gate, v.new_empty(0) if d_table is None else d_table
 
 
@@ -221,23 +233,12 @@ def _ungate(
     return d_gate, d_attended, delta
 
 
-def _d_keys(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor | None,
-    layout: Layout,
-    seed: Tensor | None,
-    rule: Rule,
-    statistics: Tensor,
-    delta: Tensor | None,
-    d_attended: Tensor,
-    peak: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _d_keys(inputs: Inputs, layout: Layout, rule: Rule, saved: _Saved) -> tuple[Tensor, Tensor]:
     """Gradients of keys and values: in one pass, or in one pass each."""
+    (q, k, v, _, table), (seed, statistics, delta, d_attended, peak) = inputs, saved
     heads, width = k.shape[1], v.shape[2]
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    numbers = _numbers(q, k, table, layout.q_cu, rule)
+    numbers = _numbers(inputs, layout, rule)
     length = q.shape[0] // max(numbers[2], 1)  # the mean: none is known
     for tile, for_keys, for_values in blocks.d_keys_passes(q.shape[2], width, q.dtype, table is not None):
         tiles = tile.tiles(width)
@@ -247,7 +248,7 @@ def _d_keys(
         kernels.d_keys_kernel[(*grid, splits)](
             q, k, v, table, layout.q_cu, layout.k_cu, layout.k_start, layout.q_position, layout.k_position, seed,
             statistics, delta, d_attended, dk_parts, dv_parts, peak, *numbers, _scale(q, rule), rule.dropout,
-            **_shared(q, k, v, rule), TILES=tiles, DELTAS=1 if delta is None else delta.shape[0],
+            **_shared(inputs, rule), TILES=tiles, DELTAS=1 if delta is None else delta.shape[0],
             DK=for_keys, DV=for_values, SPLIT=splits > 1, **_tile(tile),
         )  # fmt: skip
         _add(dk_parts, dk)
@@ -255,25 +256,14 @@ def _d_keys(
     return dk, dv
 
 
-def _d_queries(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor | None,
-    layout: Layout,
-    seed: Tensor | None,
-    rule: Rule,
-    statistics: Tensor,
-    delta: Tensor | None,
-    d_attended: Tensor,
-    peak: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+def _d_queries(inputs: Inputs, layout: Layout, rule: Rule, saved: _Saved) -> tuple[Tensor, Tensor | None]:
     """Gradients of queries and table."""
+    (q, k, v, _, table), (seed, statistics, delta, d_attended, peak) = inputs, saved
     n_queries, heads = q.shape[:2]
     tile = blocks.d_queries_blocks(q.shape[2], v.shape[2], q.dtype, table is not None)
-    numbers = _numbers(q, k, table, layout.q_cu, rule)
+    numbers = _numbers(inputs, layout, rule)
     programs, span = n_queries // tile.queries + numbers[2] + 1, n_queries if rule.window is None else 2 * rule.window
-    offsets, room, partial = 1, 0, None
+    offsets, bits, partial = 1, 0, None
     if rule.bias == "local":
         assert rule.window is not None
         offsets = -(-(tile.queries + (1 if rule.causal else 2) * rule.window) // tile.keys)
@@ -281,7 +271,7 @@ def _d_queries(
     elif rule.bias == "original":
         # No more terms than pairs can meet in one entry, whose sum must stay below 2^62.
         pairs = max(n_queries * heads, 1) * max(min(k.shape[0], span + 1), 1)
-        room = min(61 - pairs.bit_length(), 30)
+        bits = min(61 - pairs.bit_length(), 30)
         partial = q.new_zeros(blocks.TABLE_COPIES, numbers[5], dtype=torch.int64)
     loop = _loop(tile.queries, tile.keys, k.shape[0] // max(numbers[2], 1), rule)
     splits = blocks.splits(programs * heads, tile.warps, loop)
@@ -289,8 +279,8 @@ def _d_queries(
     dq_parts = _parts(dq, splits)
     kernels.d_queries_kernel[programs, heads, splits](
         q, k, v, table, layout.q_cu, layout.k_cu, layout.k_start, layout.q_position, layout.k_position, seed,
-        statistics, delta, d_attended, dq_parts, peak, partial, *numbers, room, _scale(q, rule), rule.dropout,
-        **_shared(q, k, v, rule),
+        statistics, delta, d_attended, dq_parts, peak, partial, *numbers, bits, _scale(q, rule), rule.dropout,
+        **_shared(inputs, rule),
         TILES=tile.tiles(v.shape[2]), DELTAS=1 if delta is None else delta.shape[0],
         OFFSETS=offsets, COPIES=blocks.TABLE_COPIES, SPAN=tile.diagonals, SPLIT=splits > 1,
         ONCE=tile.once,
@@ -307,7 +297,7 @@ def _d_queries(
         )  # fmt: skip
     else:
         kernels.original_table_kernel[(-(-numbers[5] // 128),)](
-            partial, peak, d_table, numbers[5], room, COPIES=blocks.TABLE_COPIES, BLOCK=128
+            partial, peak, d_table, numbers[5], bits, COPIES=blocks.TABLE_COPIES, BLOCK=128
         )
     return dq, d_table
 
@@ -329,29 +319,33 @@ class _WindowAttention(torch.autograd.Function):
         q_position: Tensor | None,
         k_position: Tensor | None,
         seed: Tensor | None,
-        *options: Any,
+        rule: Rule,
     ) -> Tensor:
-        inputs = (q, k, v, gate, table, q_cu, k_cu, k_start, q_position, k_position, seed)
-        out, statistics, attended = forward(*inputs, *options, any(ctx.needs_input_grad))
-        kept = attended if gate is not None else out if options[3] == "softmax" else None
-        ctx.save_for_backward(*inputs, statistics, kept)
-        ctx.options = options
+        tensors = (q, k, v, gate, table, q_cu, k_cu, k_start, q_position, k_position, seed)
+        out, statistics, attended = forward(*tensors, *_flat(rule), any(ctx.needs_input_grad))
+        kept = attended if gate is not None else out if rule.activation == "softmax" else None
+        ctx.save_for_backward(*tensors, statistics, kept)
+        ctx.rule = rule
         return out  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        dq, dk, dv, d_gate, d_table = backward(grads[0], *saved, *ctx.options)
+        dq, dk, dv, d_gate, d_table = backward(grads[0], *saved, *_flat(ctx.rule))
         gate, table = saved[3], saved[4]
-        rest = (None,) * (6 + len(ctx.options))
-        return dq, dk, dv, None if gate is None else d_gate, None if table is None else d_table, *rest
+        return dq, dk, dv, None if gate is None else d_gate, None if table is None else d_table, *((None,) * 7)
 
 
-def window_attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, table: Tensor | None, layout: Layout, rule: Rule
-) -> Tensor:
+def _flat(rule: Rule) -> tuple[Any, ...]:
+    """The options of the operators."""
+    return rule.causal, rule.window or 0, rule.chunk or 0, rule.activation, rule.bias, rule.dropout
+
+
+def window_attention(inputs: Inputs, layout: Layout, rule: Rule) -> Tensor:
     """See :func:`sma_modules.ops.window_attention.window_attention`."""
+    q, k, v, gate, table = inputs
+    original = rule.bias == "original"
     out: Tensor = _WindowAttention.apply(  # type: ignore[no-untyped-call]
         q,
         k,
@@ -361,14 +355,9 @@ def window_attention_triton(
         layout.q_cu,
         None if layout.aligned else layout.k_cu,
         layout.k_start,
-        layout.q_position if rule.bias == "original" else None,
-        layout.k_position if rule.bias == "original" and layout.k_position is not layout.q_position else None,
+        layout.q_position if original else None,
+        layout.k_position if original and layout.k_position is not layout.q_position else None,
         draw_seed(q.device) if rule.dropout > 0 else None,
-        rule.causal,
-        rule.window or 0,
-        rule.chunk or 0,
-        rule.activation,
-        rule.bias,
-        rule.dropout,
+        rule,
     )
     return out

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from sma_modules.ops.window_attention.rule import LAPLACE_DEVIATION, LAPLACE_MEAN, Layout, Rule
+from sma_modules.ops.window_attention.types import LAPLACE_DEVIATION, LAPLACE_MEAN, Inputs, Layout, Rule
 
 
 def visible(i: int, n_keys: int, start: int, rule: Rule) -> list[int]:
@@ -56,10 +56,9 @@ def one_query(q: Tensor, keys: Tensor, values: Tensor, biases: Tensor | None, ru
     return torch.stack([weight * value for weight, value in zip(weights, values, strict=True)]).sum(0)
 
 
-def window_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, table: Tensor | None, layout: Layout, rule: Rule
-) -> Tensor:
+def window_attention(inputs: Inputs, layout: Layout, rule: Rule) -> Tensor:
     """One query and one head at a time; memory and time in proportion to queries times keys."""
+    q, k, v, gate, table = inputs
     group = q.shape[1] // max(k.shape[1], 1)
     rows: list[Tensor] = []
     for b in range(layout.q_cu.numel() - 1):

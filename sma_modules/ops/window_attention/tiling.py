@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sma.ops.backend import concrete
-from sma_modules.ops.window_attention.rule import Layout, Rule
+from sma_modules.ops.window_attention.types import Layout, Rule
 
 
 class Tiling(NamedTuple):
@@ -48,11 +48,11 @@ class Tiling(NamedTuple):
     chunked: bool = False
     spare: int = 0
 
-    def key_rows(self, heads: int = 1) -> int:
+    def key_rows(self, heads: int) -> int:
         """Rows of a key buffer."""
         return heads * self.n_blocks * self.stride + self.span - self.stride + self.spare
 
-    def spread(self, rows: Tensor, heads: int, rows_per_head: int) -> Tensor:
+    def of_heads(self, rows: Tensor, heads: int, rows_per_head: int) -> Tensor:
         """``(R * heads,)`` rows in a buffer of all heads, ordered as packed ``(R, heads)``; -1 is the spare row."""
         if heads > 1:
             offset = torch.arange(heads, device=rows.device) * rows_per_head
@@ -78,24 +78,21 @@ def overlap_add(weights: Tensor, x: Tensor, rows: int, stride: int) -> Tensor:
         stride: rows from one span to the next.
     """
     n, width = x.shape[0], x.shape[2]
-    pieces = -(-weights.shape[2] // stride)
-    if pieces == 1 and n * stride == rows:
+    shares = -(-weights.shape[2] // stride)
+    if shares == 1 and n * stride == rows:
         return torch.bmm(weights.transpose(1, 2), x).view(rows, width)
-    # Piece by piece into the buffer: the spans together would be several times as large.
-    total = x.new_zeros(max(n + pieces, -(-rows // stride)), stride, width)
-    for piece in range(pieces):
-        part = weights[:, :, piece * stride : (piece + 1) * stride].transpose(1, 2)
-        total[piece : piece + n, : part.shape[1]].baddbmm_(part, x)
+    # Added share by share: the products of all spans together would be several times as large as the buffer.
+    total = x.new_zeros(max(n + shares, -(-rows // stride)), stride, width)
+    for share in range(shares):
+        part = weights[:, :, share * stride : (share + 1) * stride].transpose(1, 2)
+        total[share : share + n, : part.shape[1]].baddbmm_(part, x)
     return total.view(-1, width)[:rows]
 
 
-def _sequence(cu: Tensor, rows: int) -> Tensor:
-    ids = torch.arange(cu.numel() - 1, device=cu.device)
-    return torch.repeat_interleave(ids, cu.diff(), output_size=rows)
-
-
-def _rank(cu: Tensor, sequence: Tensor) -> Tensor:
-    return torch.arange(sequence.numel(), device=cu.device) - cu[sequence]
+def _ranks(cu: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """``(rows,)`` sequence of every row, and its rank in that sequence."""
+    sequence = torch.repeat_interleave(torch.arange(cu.numel() - 1, device=cu.device), cu.diff(), output_size=rows)
+    return sequence, torch.arange(rows, device=cu.device) - cu[sequence]
 
 
 def block_size(reach: int) -> int:
@@ -107,48 +104,54 @@ def tile(n_queries: int, n_keys: int, layout: Layout, rule: Rule, finite: bool) 
     """The cheaper tiling, judged by the number of scores.
 
     Args:
+        n_queries: Q.
+        n_keys: K.
+        layout: where the sequences lie.
+        rule: which keys are visible.
         finite: no key or value is infinite or not a number, so that a span may hold rows of another sequence, with
             weight 0.
     """
-    reach, batch = rule.reach, layout.q_cu.numel() - 1
+    reach, batch, aligned = rule.reach, layout.q_cu.numel() - 1, layout.aligned
     max_q, max_k = max(min(layout.max_q, n_queries), 1), max(min(layout.max_k, n_keys), 1)
-    queries = _sequence(layout.q_cu, n_queries)
-    sequences = queries, queries if layout.aligned else _sequence(layout.k_cu, n_keys)
+    queries = _ranks(layout.q_cu, n_queries)
+    keys = queries if aligned else _ranks(layout.k_cu, n_keys)
     if reach is None:
-        return _whole(layout, sequences, max_q, max_k)
-    chunked = rule.chunk is not None and rule.chunk == reach + 1 and layout.k_start is None and layout.aligned
+        return _whole(layout, queries, keys, max_q, max_k)
+    chunked = rule.chunk is not None and rule.chunk == reach + 1 and layout.k_start is None and aligned
     if chunked:
         block, left, right = reach + 1, 0, 0  # blocks are the chunks: no key outside the own block is visible
     else:
         block, left, right = block_size(reach), reach, 0 if rule.causal else reach
-    gap = 0 if layout.aligned and finite else -(-left // block)
+    gap = 0 if aligned and finite else -(-left // block)
     bound = (n_queries + batch * (block - 1)) // block + batch * gap
     if batch * max_q * max_k <= bound * block * (block + left + right):
-        return _whole(layout, sequences, max_q, max_k)
+        return _whole(layout, queries, keys, max_q, max_k)
     first, n_blocks = _first_rows(layout, block, gap, bound)
-    q_rows = first[sequences[0]] + _rank(layout.q_cu, sequences[0])
-    if layout.aligned:
+    (q_sequence, q_rank), (k_sequence, k_rank) = queries, keys
+    q_rows = first[q_sequence] + q_rank
+    if aligned:
         k_rows = q_rows + left
     else:
-        index = _rank(layout.k_cu, sequences[1]) - (layout.k_cu.diff() - layout.q_cu.diff())[sequences[1]]
-        k_rows = torch.where(index >= -left, first[sequences[1]] + left + index, -1)
-    span = block + left + right
+        index = k_rank - (layout.k_cu.diff() - layout.q_cu.diff())[k_sequence]
+        k_rows = torch.where(index >= -left, first[k_sequence] + left + index, -1)
     return Tiling(
-        block, span, left, n_blocks, block, q_rows, k_rows, *sequences, chunked=chunked, spare=int(not layout.aligned)
-    )
+        block, block + left + right, left, n_blocks, block, q_rows, k_rows, q_sequence, k_sequence,
+        chunked=chunked, spare=0 if aligned else 1,
+    )  # fmt: skip
 
 
-def _whole(layout: Layout, sequences: tuple[Tensor, Tensor], max_q: int, max_k: int) -> Tiling:
-    rank_q, rank_k = _rank(layout.q_cu, sequences[0]), _rank(layout.k_cu, sequences[1])
+def _whole(
+    layout: Layout, queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor], max_q: int, max_k: int
+) -> Tiling:
+    (q_sequence, q_rank), (k_sequence, k_rank), batch = queries, keys, layout.q_cu.numel() - 1
     if layout.aligned:
-        shift_q = shift_k = torch.zeros_like(layout.q_cu[1:])
-        max_q = max_k = min(max_q, max_k)
-    else:  # sequences end together, so that distances are the same in all of them
-        shift_q, shift_k = max_q - layout.q_cu.diff(), max_k - layout.k_cu.diff()
-    q_rows = sequences[0] * max_q + shift_q[sequences[0]] + rank_q
-    k_rows = sequences[1] * max_k + shift_k[sequences[1]] + rank_k
-    batch = layout.q_cu.numel() - 1
-    return Tiling(max_q, max_k, max_k - max_q, batch, max_k, q_rows, k_rows, *sequences)
+        longest = min(max_q, max_k)
+        rows = q_sequence * longest + q_rank
+        return Tiling(longest, longest, 0, batch, longest, rows, rows, q_sequence, q_sequence)
+    # Sequences end together, so that distances are the same in all of them.
+    q_rows = q_sequence * max_q + (max_q - layout.q_cu.diff())[q_sequence] + q_rank
+    k_rows = k_sequence * max_k + (max_k - layout.k_cu.diff())[k_sequence] + k_rank
+    return Tiling(max_q, max_k, max_k - max_q, batch, max_k, q_rows, k_rows, q_sequence, k_sequence)
 
 
 def _first_rows(layout: Layout, block: int, gap: int, bound: int) -> tuple[Tensor, int]:

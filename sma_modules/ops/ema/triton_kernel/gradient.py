@@ -172,7 +172,7 @@ def backward(
                 begin, tiles, limit, length, inside, direction, taps,
                 LEAVES, LENGTHS, DIRECTIONS, DIM, BLOCKS, N, BLOCK, TILE, STEP,
             )  # fmt: skip
-            # Kept in memory from chunk to chunk: registers are short. The first chunk finds nothing there yet.
+            # Kept in memory from chunk to chunk: registers are short. The first chunk starts from nothing.
             later = item >= tl.num_programs(1)
             at = share + direction * (2 * N * BLOCK) + places_of_states(N, BLOCK)
             tl.store(at, by_weight + tl.load(at, mask=inside[None, :] & later, other=0.0))

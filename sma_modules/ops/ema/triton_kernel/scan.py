@@ -126,8 +126,7 @@ def forward(
 ):  # fmt: skip
     """The average, ``omega x``, activation and dropout of all chunks that fall to this program.
 
-    ``SKIPS``: of the first ``skipped`` tokens nobody wants the output, there is no room for it, and the lengths do not
-    count them.
+    ``SKIPS``: there is no output for the first ``skipped`` tokens, and the lengths do not count them.
     """
     BLOCKS: tl.constexpr = (DIM + BLOCK - 1) // BLOCK
     lanes = tl.arange(0, BLOCK)

@@ -210,10 +210,10 @@ def d_keys_kernel(
             _put(dv + kv_head * WIDTH, d_more, rows, own, HEADS // GROUP * WIDTH, base + BH, WIDTH, BR)
 
 
-@triton.jit(do_not_specialize=[*UNSPECIALISED, "room"])
+@triton.jit(do_not_specialize=[*UNSPECIALISED, "width"])
 def d_queries_kernel(
     q, k, v, table, q_cu, k_cu, k_start, q_position, k_position, seed, statistics, delta, d_attended, dq, peak,
-    partial, n_queries, n_keys, batch, window, chunk, entries, room, scale, dropout,
+    partial, n_queries, n_keys, batch, window, chunk, entries, width, scale, dropout,
     QR: tl.constexpr, QH: tl.constexpr, KR: tl.constexpr, KH: tl.constexpr, VR: tl.constexpr, VH: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, Z: tl.constexpr, ZP: tl.constexpr, WIDTH: tl.constexpr,
     TILES: tl.constexpr, DELTAS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
@@ -271,7 +271,7 @@ def d_queries_kernel(
     t_i = i
     if BIAS == ORIGINAL:
         t_i = _moment(q_position, q_first + tl.minimum(m, q_len - 1))
-        exponent, _ = _exponent(peak, room)
+        exponent, _ = _exponent(peak, width)
         units = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
         partial += (program % COPIES) * entries
     if BIAS == LOCAL:

@@ -90,7 +90,7 @@ def _interval(i, own, k_len, start, window, chunk, CAUSAL: tl.constexpr, WINDOW:
 
 @triton.jit
 def _share(first, end, BLOCK: tl.constexpr):
-    """What of a loop falls to this one of the programs along the third axis of the grid, who share it out evenly."""
+    """The share of a loop of this program; those along the third axis of the grid share it out evenly."""
     blocks = (tl.maximum(end - first, 0) + BLOCK - 1) // BLOCK
     split, splits = tl.program_id(2), tl.num_programs(2)
     return first + split * blocks // splits * BLOCK, tl.minimum(end, first + (split + 1) * blocks // splits * BLOCK)
@@ -117,8 +117,8 @@ def _put(x, values, rows, keep, row_stride, first, width: tl.constexpr, BLOCK: t
 def _number(table, index):
     """Numbers of a table of float32 at places that must all exist.
 
-    ``tl.load`` has threads read what lies side by side and then hands it to those who need it, by way of shared memory.
-    What is looked up here and there is read by who needs it.
+    ``tl.load`` has threads read neighbouring numbers, which then reach the threads that need them by shared memory.
+    Here the thread that needs a number reads it.
     """
     if PTX:
         code: tl.constexpr = "{ .reg .b64 at; mad.wide.s32 at, $2, 4, $1; ld.global.nc.f32 $0, [at]; }"

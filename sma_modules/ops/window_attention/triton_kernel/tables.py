@@ -8,10 +8,10 @@ from sma_modules.ops.window_attention.triton_kernel.scores import INFINITY_BITS,
 
 
 @triton.jit
-def _exponent(peak, room):
-    """Power of two that makes an integer of ``room`` bits of the largest gradient, given by its bits as a float."""
+def _exponent(peak, width):
+    """Power of two that makes an integer of ``width`` bits of the largest gradient, given by its bits as a float."""
     bits = tl.load(peak)
-    return tl.minimum(tl.maximum(room - ((bits >> 23) - 126), -126), 126), bits
+    return tl.minimum(tl.maximum(width - ((bits >> 23) - 126), -126), 126), bits
 
 
 @triton.jit
@@ -68,14 +68,14 @@ def local_table_kernel(
     tl.store(d_table + entry, tl.sum(total, 0).to(d_table.dtype.element_ty), mask=entry < entries)
 
 
-@triton.jit(do_not_specialize=["entries", "room"])
-def original_table_kernel(partial, peak, d_table, entries, room, COPIES: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["entries", "width"])
+def original_table_kernel(partial, peak, d_table, entries, width, COPIES: tl.constexpr, BLOCK: tl.constexpr):
     """Adds up the copies, exactly, and scales back. All of it is NaN if any gradient of a score was not finite."""
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.int64)
     for copy in tl.static_range(COPIES):
         total += tl.load(partial + copy * entries + entry, mask=entry < entries, other=0)
-    exponent, bits = _exponent(peak, room)
+    exponent, bits = _exponent(peak, width)
     back = ((1023 - exponent).to(tl.int64) << 52).to(tl.float64, bitcast=True)
     sums = (total.to(tl.float64) * back).to(tl.float32)
     sums = tl.where(bits >= INFINITY_BITS, float("nan"), sums)

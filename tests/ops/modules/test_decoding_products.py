@@ -14,15 +14,18 @@ from sma.errors import ShapeError
 from sma.ops import using
 from sma.ops.kernel import why_not_triton
 from sma_modules.ops.gau_inputs import gau_inputs
+from sma_modules.ops.gau_inputs.types import Affine
 from sma_modules.ops.gau_output import OP as OUTPUT
 from sma_modules.ops.gau_output import gau_output
+from sma_modules.ops.gau_output.types import Around, Attended
 from sma_modules.ops.gau_projections import OP as PROJECTIONS
 from sma_modules.ops.gau_projections import gau_projections
+from sma_modules.ops.gau_projections.types import Weights
 from tests.kernels import Compilation, compile_all
-from tests.modules.kernel_checks import guarded
+from tests.ops.modules.kernel_checks import guarded
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HERE = why_not_triton(torch.empty(0, device=DEVICE))
+HERE = why_not_triton(torch.device(DEVICE))
 needs_triton = pytest.mark.skipif(
     HERE is not None and "forced" not in HERE, reason="neither a GPU nor Triton's interpreter"
 )
@@ -137,7 +140,7 @@ def test_operators_are_sound() -> None:
         (projections.run, (m, skip, skip_bias, mx, mx_bias, given["gamma"], given["beta"], position, 100.0, live)),
         (output.run, (zeros(2, 3), zeros(6, 3), zeros(6), live, zeros(2), m, m)),
         (
-            ema_step.step,
+            ema_step.run,
             (
                 m, zeros(1, 2, 6, 3), zeros(1, 2, 6, 3), zeros(2, 2, dtype=torch.int64), zeros(2, 4, 6), *coefficients,
                 None, None, live, position, 4, True, True, 1e-5, True,
@@ -217,9 +220,12 @@ def test_other_weights_have_a_reason() -> None:
     given = inputs(2, 6, 4, 3, torch.float32)
     half = tuple(each.half() for each in given["mx"])
     m, active = given["m"], given["active"]
-    reasons = PROJECTIONS.explain(m, given["skip"], half, None, active)
+    reasons = PROJECTIONS.explain(
+        m, Weights(*given["skip"], *half), Affine(given["gamma"], given["beta"], None, 100.0), active
+    )
     assert reasons["triton"] == "the kernel takes weights of the dtype of the tokens, torch.float32, got torch.float16"
-    assert "got torch.float16" in str(OUTPUT.explain(m, half[0], half[1], active, m[0], m, m)["triton"])
+    reasons = OUTPUT.explain(Attended(m, *half), Around(active, m[:, 0], m, m))
+    assert "got torch.float16" in str(reasons["triton"])
 
 
 def test_fits_an_h100() -> None:

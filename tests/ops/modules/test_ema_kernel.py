@@ -15,7 +15,7 @@ from sma.ops import using
 from sma_modules.mixers.ema import EMA
 from sma_modules.ops.ema import EMAState, ema
 from tests.kernels import Compilation, compile_all
-from tests.modules.kernel_checks import guarded
+from tests.ops.modules.kernel_checks import guarded
 
 pytest.importorskip("triton")
 
@@ -28,10 +28,10 @@ TINY = 16
 
 @pytest.fixture(autouse=True)
 def _tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sma_modules.ops.ema import fused
+    from sma_modules.ops.ema import sizes
 
-    monkeypatch.setattr(fused, "CHUNK", TINY)
-    monkeypatch.setattr(fused, "MINIMUM_CHUNK", TINY)
+    monkeypatch.setattr(sizes, "CHUNK", TINY)
+    monkeypatch.setattr(sizes, "MINIMUM_CHUNK", TINY)
 
 
 def parameters(dim: int, n_state: int, bidirectional: bool) -> list[Tensor]:
@@ -262,16 +262,16 @@ def test_the_state_after_a_chunk(begun: bool, lengths: tuple[int, ...] | None, d
 
 
 @pytest.mark.parametrize("skipped", [1, 16, 37])
-def test_what_nobody_wants_is_not_computed(skipped: int) -> None:
+def test_skipped_outputs_are_not_computed(skipped: int) -> None:
     """The rest of the output has the same bits."""
-    from sma_modules.ops.ema import fused
+    from sma_modules.ops.ema import operators
 
     flat = [each.float().squeeze(-1) for each in parameters(33, 2, False)]
     x, lengths = torch.randn(2, 45, 33, device=DEVICE), torch.tensor([45, 39], device=DEVICE)
     options = (None, None, False, 20, True, 0.0, False, False)
-    whole = fused.ema_forward(x, *flat, lengths, *options)[0]
+    whole = operators.ema_forward(x, *flat, lengths, *options)[0]
     with guarded():
-        rest = fused.ema_forward(x, *flat, lengths - skipped, *options, skipped)[0]
+        rest = operators.ema_forward(x, *flat, lengths - skipped, *options, skipped)[0]
     assert rest.is_contiguous()
     assert torch.equal(rest, whole[:, skipped:])
 
@@ -334,7 +334,7 @@ def test_same_bits() -> None:
 @pytest.mark.parametrize("lengths", [None, (-(2**40), 2**40)])
 def test_nothing_outside_is_touched(lengths: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor that the launches make lies between guards; lengths that make no sense change nothing of that."""
-    from sma_modules.ops.ema import fused
+    from sma_modules.ops.ema import operators
 
     guarded: list[Tensor] = []
 
@@ -364,9 +364,9 @@ def test_nothing_outside_is_touched(lengths: tuple[int, ...] | None, monkeypatch
     where = None if lengths is None else torch.tensor(lengths, device=DEVICE)
     monkeypatch.setattr(Tensor, "new_empty", new_empty)
     monkeypatch.setattr(torch, "empty_like", empty_like)
-    y, pre, table, reach, _ = fused.ema_forward(x, *flat, where, None, None, True, 20, True, 0.0, True, False)
+    y, pre, table, reach, _ = operators.ema_forward(x, *flat, where, None, None, True, 20, True, 0.0, True, False)
     dy = torch.ones(2, 45, 35, device=DEVICE)
-    gradients = fused.ema_backward(dy, x, pre, table, reach, *flat, where, None, 20, 0.0)
+    gradients = operators.ema_backward(dy, x, pre, table, reach, *flat, where, None, 20, 0.0)
     monkeypatch.undo()
     assert len(guarded) > 12
     for value in guarded:
@@ -392,21 +392,21 @@ def test_compiles_in_one_graph() -> None:
 
 
 def test_operators() -> None:
-    from sma_modules.ops.ema import fused, windowed
+    from sma_modules.ops.ema import operators
 
     weights = [weight.float() for weight in parameters(3, 2, False)]
     flat = [weight[..., 0].contiguous() if weight.dim() == 3 else weight for weight in weights]
     x = torch.randn(1, 20, 3, device=DEVICE)
     tests = ("test_schema", "test_faketensor")
     arguments = (x, *flat, torch.tensor([20], device=DEVICE), None, None, False, None, True, 0.0, True, False)
-    torch.library.opcheck(fused.ema_forward.operator, arguments, test_utils=tests)
-    _, pre, table, reach, _ = fused.ema_forward(*arguments)
+    torch.library.opcheck(operators.ema_forward.operator, arguments, test_utils=tests)
+    _, pre, table, reach, _ = operators.ema_forward(*arguments)
     torch.library.opcheck(
-        fused.ema_backward.operator, (x, x, pre, table, reach, *flat, None, None, None, 0.0), test_utils=tests
+        operators.ema_backward.operator, (x, x, pre, table, reach, *flat, None, None, None, 0.0), test_utils=tests
     )
     lengths = torch.tensor([20], device=DEVICE)
     torch.library.opcheck(
-        windowed.after_window.operator, (x, table, lengths, None, None, None, 0, 7, 2), test_utils=tests
+        operators.after_window.operator, (x, table, lengths, None, None, None, 0, 7, 2), test_utils=tests
     )
 
 
@@ -436,7 +436,8 @@ def test_bad_options(change: dict[str, Any], message: str) -> None:
 
 def compilation(kernel: str, bidirectional: bool, leaves: bool, skips: bool = False) -> Compilation:
     """At the real size of 16 states and 128 channels, in bfloat16, with the registers that a launch gives."""
-    tuned = fused()
+    from sma_modules.ops.ema import sizes as tuned
+
     tensors = {"x": "bf16", "y": "bf16", "pre": "bf16", "dx": "bf16", "dy": "bf16", "source": "bf16"}
     tensors |= {"reach": "i32", "lengths": "i64", "seed": "i64"}
     names = (
@@ -481,12 +482,6 @@ def compilation(kernel: str, bidirectional: bool, leaves: bool, skips: bool = Fa
         flags |= {"STEP": tuned.BACKWARD_STEP}
         options["maxnreg"] = tuned.LARGE_BACKWARD_REGISTERS if leaves else tuned.BACKWARD_REGISTERS
     return Compilation("sma_modules.ops.ema.triton_kernel", kernel, signature, sizes | flags, options)
-
-
-def fused() -> Any:
-    from sma_modules.ops.ema import fused
-
-    return fused
 
 
 def test_compiles_for_a_gpu() -> None:

@@ -1,4 +1,4 @@
-"""A working memory that is written in place: the last activated tokens of every sequence, in a ring."""
+"""A working memory that is written in place, the last activated tokens of every sequence in a ring; and its query."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from sma.errors import StreamingError
 from sma.steppers import SlotSpec
 from sma.working_memory import WorkingMemory
-from sma_modules.ops.window_attention.rule import Rule
+from sma_modules.ops.window_attention.types import Inputs, Rule
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Ring:
 
     @classmethod
     def empty(cls, spec: SlotSpec, reach: int, heads: int, d_key: int, d_value: int) -> Ring:
-        """SlotSpec for keys ``(heads, d_key)`` and values ``(heads, d_value)``, with nothing in it."""
+        """An empty ring for the slots of ``spec``, keys ``(heads, d_key)`` and values ``(heads, d_value)``."""
         rows, like = reach + 1 + spec.rollback, spec.like
         return cls(
             torch.zeros(spec.slots, rows, heads, d_key, dtype=like.dtype, device=like.device),
@@ -85,10 +85,10 @@ class Ring:
         return WorkingMemory(rows, count)
 
     def write(self, slots: Tensor, memory: object, position: Tensor) -> None:
-        """Make what ``memory`` holds that of ``slots (n,)``, which stand at ``position (n,)``.
+        """Set ``slots (n,)``, which stand at ``position (n,)``, to the contents of ``memory``.
 
         Raises:
-            StreamingError: it is no memory of this size.
+            StreamingError: ``memory`` is of another type or size.
         """
         ours = [(self.reach, *each.shape[2:]) for each in (self.keys, self.values, self.positions)]
         theirs = [tuple(row.shape[1:]) for row in memory.rows] if isinstance(memory, WorkingMemory) else None
@@ -102,15 +102,29 @@ class Ring:
 
 
 class Query(NamedTuple):
-    """One token of every slot, see :func:`sma_modules.ops.ring_attention.ring_attention`."""
+    """One token of every slot, see :func:`~sma_modules.ops.ring_attention.ring_attention`.
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    gate: Tensor | None
-    table: Tensor | None
+    Attributes:
+        inputs: tensors of one row per slot.
+        active: ``(S,)`` slots that attend.
+        live: ``(S,)`` slots that take a token.
+        position: ``(S,)`` tokens that each slot has taken before.
+        at: ``(S,)`` original positions.
+        rule: which tokens of the ring are visible.
+    """
+
+    inputs: Inputs
     active: Tensor
     live: Tensor
     position: Tensor
     at: Tensor
     rule: Rule
+
+
+class Signature(NamedTuple):
+    """What the choice of a backend depends on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    key_width: int
+    empty: bool

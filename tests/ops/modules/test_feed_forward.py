@@ -10,16 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from sma.errors import ConfigError, ShapeError
-from sma.ops import using
+from sma.ops import Op, using
+from sma.ops.backend import forget
 from sma.ops.kernel import why_not_triton
 from sma.testing import OpCase, OpSuite
 from sma_modules.modules.ffn import FFN
-from sma_modules.ops.feed_forward import ACTIVATE, FEED_FORWARD, Linear, activate, feed_forward
+from sma_modules.ops.feed_forward import ACTIVATE, FEED_FORWARD, Projection, activate, feed_forward
+from sma_modules.ops.feed_forward.op import _network_signature
+from sma_modules.ops.feed_forward.types import Network
 from tests.kernels import Compilation, compile_all
-from tests.modules.kernel_checks import DEVICE, DTYPES, check_low_precision, guarded, run
+from tests.ops.modules.kernel_checks import DEVICE, DTYPES, check_low_precision, guarded, run
 
 with using("triton"):
-    HERE = why_not_triton(torch.empty(0, device=DEVICE))
+    HERE = why_not_triton(torch.device(DEVICE))
 needs_triton = pytest.mark.skipif(HERE is not None, reason=str(HERE))
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),  # Triton's interpreter
@@ -53,8 +56,39 @@ def activations() -> Iterator[tuple[str, tuple[Any, ...]]]:
                 yield f"{activation}{' gated' * gated} {rows} {d}", (up, gate if gated else None, activation)
 
 
+def flat(
+    x: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    gate: Tensor | None,
+    gate_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    activation: Any,
+) -> tuple[Tensor, Network]:
+    """The arguments of a backend from single tensors, which the suite differentiates."""
+    gated = None if gate is None else Projection(gate, gate_bias)
+    return x, Network(Projection(up, up_bias), gated, Projection(down, down_bias), activation)
+
+
+def call(*args: Any) -> Tensor:
+    x, network = flat(*args)
+    return feed_forward(x, *network)
+
+
+FLAT = Op("feed_forward_of_tensors", lambda *args: _network_signature(*flat(*args)))
+for _backend in FEED_FORWARD.backends.values():
+    FLAT.register(
+        _backend.name,
+        lambda *args, run=_backend.run: run(*flat(*args)),
+        applies=_backend.applies,
+        pays=_backend.pays,
+    )
+forget(FLAT)  # not an operation of the library
+
+
 class TestFeedForward(OpSuite):
-    op = FEED_FORWARD
+    op = FLAT
 
     def cases(self) -> Iterator[OpCase]:
         for name, args in networks():
@@ -80,8 +114,8 @@ def to_device(*args: Any) -> list[Any]:
 def test_feed_forward_equals_the_reference(case: Any) -> None:
     args = to_device(*case[1])
     with guarded():
-        mine = run("triton", FEED_FORWARD, args)
-    for a, b in zip(mine, run("reference", FEED_FORWARD, args), strict=True):
+        mine = run("triton", call, args)
+    for a, b in zip(mine, run("reference", call, args), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -97,9 +131,9 @@ def test_activate_equals_the_reference(case: Any) -> None:
 
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("operation", [FEED_FORWARD, ACTIVATE], ids=lambda operation: operation.name)
+@pytest.mark.parametrize("operation", [call, activate], ids=["feed_forward", "activate"])
 def test_low_precision(operation: Callable[..., Tensor], dtype: torch.dtype) -> None:
-    for name, args in networks() if operation is FEED_FORWARD else activations():
+    for name, args in networks() if operation is call else activations():
         if "63" in name or "129" in name:
             check_low_precision(operation, to_device(*args), dtype)
 
@@ -142,7 +176,7 @@ def test_extreme_values(activation: Any) -> None:
 @needs_triton
 def test_same_bits_twice() -> None:
     args = to_device(*dict(networks())["gelu gated bias 70 33"])
-    for a, b in zip(run("triton", FEED_FORWARD, args), run("triton", FEED_FORWARD, args), strict=True):
+    for a, b in zip(run("triton", call, args), run("triton", call, args), strict=True):
         assert torch.equal(a, b)
 
 
@@ -151,7 +185,7 @@ def test_a_row_that_is_not_finite_spoils_no_other() -> None:
     args = to_device(*dict(networks())["silu gated bias 70 33"])
     args[0][4] = float("nan")
     with using("triton"):
-        y = FEED_FORWARD(*args)
+        y = call(*args)
     assert y[4].isnan().all()
     assert y[torch.arange(70, device=DEVICE) != 4].isfinite().all()
 
@@ -164,18 +198,18 @@ def test_gradients_that_nobody_wants_are_not_computed() -> None:
         grads = []
         for backend in ("triton", "eager"):
             with using(backend):
-                grads.extend(torch.autograd.grad(FEED_FORWARD(*chosen).square().sum(), chosen[i]))
+                grads.extend(torch.autograd.grad(call(*chosen).square().sum(), chosen[i]))
         torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-4)
 
 
 @needs_triton
 def test_operators_are_what_the_compiler_expects() -> None:
-    from sma_modules.ops.feed_forward import triton_kernel as kernels
+    from sma_modules.ops.feed_forward import launch as kernels
 
     up, gate = to_device(numbers(3, 5), numbers(3, 5))
     for gated in (None, gate):
         torch.library.opcheck(
-            kernels.activate.operator, (up, gated, "gelu"), test_utils=("test_schema", "test_faketensor")
+            kernels.hidden_values.operator, (up, gated, "gelu"), test_utils=("test_schema", "test_faketensor")
         )
         for other, *flags in ((None, False, False), (up[:, :2], False, True), (up, True, True)):
             args = (up, up, gated, other, "silu", *flags)
@@ -225,12 +259,13 @@ def test_projections_that_are_more_than_weights_are_called() -> None:
 
 
 def test_small_inputs_take_the_eager_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sma_modules.ops.feed_forward import fused
+    from sma_modules.ops.feed_forward import op
 
-    monkeypatch.setattr(fused, "why_not_triton", lambda x: None)
+    for check in ("why_not_triton", "why_not_interpreted"):
+        monkeypatch.setattr(op, check, lambda *_: None)
     small, large = torch.empty(4, 8), torch.empty(1 << 12, 1 << 8)
-    assert ACTIVATE.choose(small, None, "gelu").name == "eager"
-    assert ACTIVATE.choose(large, None, "gelu").name == "triton"
+    assert "faster below" in str(ACTIVATE.explain(small, None, "gelu")["triton"])
+    assert ACTIVATE.explain(large, None, "gelu")["triton"] is None
 
 
 @pytest.mark.parametrize(
@@ -239,12 +274,14 @@ def test_small_inputs_take_the_eager_way(monkeypatch: pytest.MonkeyPatch) -> Non
         (lambda: activate(torch.ones(1, 2), None, "tanh"), ConfigError, "one of relu, gelu, silu, got 'tanh'"),  # type: ignore[arg-type]
         (lambda: activate(torch.ones(1, 2), torch.ones(1, 3), "relu"), ShapeError, "gate must be like up"),
         (
-            lambda: feed_forward(torch.ones(1, 3), Linear(torch.eye(2)), None, Linear(torch.eye(2)), "relu"),
+            lambda: feed_forward(torch.ones(1, 3), Projection(torch.eye(2)), None, Projection(torch.eye(2)), "relu"),
             ShapeError,
             r"x \(K, d_in\), up \(d_hidden, d_in\) and down",
         ),
         (
-            lambda: feed_forward(torch.ones(1, 2), Linear(torch.eye(2)), Linear(torch.ones(3, 2)), Linear(EYE), "relu"),
+            lambda: feed_forward(
+                torch.ones(1, 2), Projection(torch.eye(2)), Projection(torch.ones(3, 2)), Projection(EYE), "relu"
+            ),
             ShapeError,
             "gate must be like up",
         ),
@@ -258,7 +295,7 @@ def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
 def test_kernels_fit_an_h100() -> None:
     """Nothing spills at a hidden width of 4096."""
     pytest.importorskip("triton")
-    from sma_modules.ops.feed_forward.triton_kernel import BLOCK_BYTES, ROWS, TILE_COLS, TILE_ROWS, WARPS
+    from sma_modules.ops.feed_forward.launch import BLOCK_BYTES, ROWS, TILE_COLS, TILE_ROWS, WARPS
 
     module, asked = "sma_modules.ops.feed_forward.triton_kernel", []
     for pointer, size in (("*bf16", 2), ("*fp32", 4)):

@@ -17,12 +17,12 @@ from sma.ops import using
 from sma.ops.kernel import why_not_triton
 from sma_modules.modules.attention import Attention
 from sma_modules.ops.window_attention import blocks, launch, window_attention
-from sma_modules.ops.window_attention.rule import Rule
+from sma_modules.ops.window_attention.types import Rule
 from tests.kernels import Compilation, compile_all
-from tests.modules.test_window_attention import RULES, problem
+from tests.ops.modules.test_window_attention import RULES, problem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HERE = why_not_triton(torch.empty(0, device=DEVICE))
+HERE = why_not_triton(torch.device(DEVICE))
 pytestmark = [
     pytest.mark.skipif(HERE is not None and "forced" not in HERE, reason="neither a GPU nor Triton's interpreter"),
     # The interpreter computes with NumPy, which speaks up where a GPU goes on.

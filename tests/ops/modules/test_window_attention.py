@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sma.errors import ConfigError, ShapeError
 from sma.ops.backend import using
 from sma_modules.ops.window_attention import tiling, window_attention
-from sma_modules.ops.window_attention.eager import fixed_point_sums
+from sma_modules.ops.window_attention.products import fixed_point_sums
 
 RULES = [
     (activation, bias, causal, window, chunk)

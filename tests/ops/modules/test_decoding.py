@@ -24,10 +24,10 @@ from sma_modules.ops.ring_attention import OP as RING_ATTENTION
 from sma_modules.ops.ring_attention import Ring, ring_attention
 from sma_modules.ops.window_attention import window_attention
 from tests.kernels import Compilation, compile_all
-from tests.modules.kernel_checks import guarded
+from tests.ops.modules.kernel_checks import guarded
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HERE = why_not_triton(torch.empty(0, device=DEVICE))
+HERE = why_not_triton(torch.device(DEVICE))
 needs_triton = pytest.mark.skipif(
     HERE is not None and "forced" not in HERE, reason="neither a GPU nor Triton's interpreter"
 )

@@ -1,13 +1,14 @@
-"""What the choice of experts gives."""
+"""What :func:`~sma_modules.ops.expert_routing.choose_experts` gives."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
-class Choice(NamedTuple):
+class ExpertChoice(NamedTuple):
     """Which experts T tokens go to, and what the losses of a router need.
 
     Attributes:
@@ -21,3 +22,11 @@ class Choice(NamedTuple):
     weight: Tensor
     probability: Tensor
     square: Tensor
+
+
+class Signature(NamedTuple):
+    """What the choice of a backend depends on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    experts: int

@@ -13,10 +13,11 @@ from sma.ops import using
 from sma.ops.kernel import why_not_triton
 from sma.testing.precision import imprecision, known_to
 from sma_modules.ops.gau_inputs import OP, gau_inputs
+from sma_modules.ops.gau_inputs.types import Affine
 from tests.kernels import Compilation, compile_all
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HERE = why_not_triton(torch.empty(0, device=DEVICE))
+HERE = why_not_triton(torch.device(DEVICE))
 needs_triton = pytest.mark.skipif(
     HERE is not None and "forced" not in HERE, reason="neither a GPU nor Triton's interpreter"
 )
@@ -176,7 +177,7 @@ def test_bad_input_is_refused(shapes: tuple[tuple[int, ...], ...], message: str)
 
 def test_what_the_kernel_cannot_do_has_a_reason() -> None:
     inputs, _ = case(2, 4, 3, False)
-    if OP.explain(*inputs, None, 10000.0)["triton"] is None:
+    if OP.explain(inputs[0], Affine(inputs[1], inputs[2], None, 10000.0))["triton"] is None:
         pytest.fail("the kernel has no float64")
     wide = torch.zeros(2, 2000)
     with using("triton"), pytest.raises(BackendError, match="at most 1024 features, got 2000"):

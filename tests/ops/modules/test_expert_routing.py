@@ -14,10 +14,10 @@ from sma.ops.kernel import why_not_triton
 from sma.testing.precision import known_to
 from sma_modules.ops.expert_routing import OP, choose_experts
 from tests.kernels import Compilation, compile_all
-from tests.modules.kernel_checks import DEVICE, check_errors, guarded
+from tests.ops.modules.kernel_checks import DEVICE, check_errors, guarded
 
 with using("triton"):
-    HERE = why_not_triton(torch.empty(0, device=DEVICE))
+    HERE = why_not_triton(torch.device(DEVICE))
 needs_triton = pytest.mark.skipif(HERE is not None, reason=str(HERE))
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),  # Triton's interpreter
@@ -93,13 +93,13 @@ def test_ties_and_values_that_are_not_finite() -> None:
 
 @needs_triton
 def test_operators_are_what_the_compiler_expects() -> None:
-    from sma_modules.ops.expert_routing import triton_kernel as kernels
+    from sma_modules.ops.expert_routing import launch as kernels
 
     logits = torch.randn(5, 4, device=DEVICE)
-    expert, weight, probability, square = kernels._choose(logits, 2, True)
+    expert, weight, probability, square = kernels.choose(logits, 2, True)
     for function, args in (
-        (kernels._choose, (logits, 2, True)),
-        (kernels._choose_backward, (logits, expert, weight, probability, square, True)),
+        (kernels.choose, (logits, 2, True)),
+        (kernels.choose_backward, (logits, expert, weight, probability, square, True)),
     ):
         torch.library.opcheck(function.operator, args, test_utils=("test_schema", "test_faketensor"))
 

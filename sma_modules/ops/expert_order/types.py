@@ -1,9 +1,10 @@
-"""What the sorting by expert gives."""
+"""What :func:`~sma_modules.ops.expert_order.order_by_expert` gives, and what the choices of backends depend on."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -23,3 +24,20 @@ class ExpertOrder(NamedTuple):
     counts: Tensor
     ends: Tensor
     top_k: int
+
+
+class OrderSignature(NamedTuple):
+    """What the choice of a backend for the sorting depends on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    experts: int
+    large: bool
+
+
+class RowsSignature(NamedTuple):
+    """What the choice of a backend for moving rows depends on; ``weight`` is None where rows are not weighted."""
+
+    device: torch.device
+    dtype: torch.dtype
+    weight: torch.dtype | None

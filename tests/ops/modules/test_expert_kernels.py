@@ -16,16 +16,15 @@ from sma.ops.kernel import why_not_triton
 from sma.testing import OpCase, OpSuite
 from sma.testing.precision import differentiable, known_to
 from sma_modules.modules.moe import MoE
+from sma_modules.ops.expert_matmul import ACTIVATED, expert_matmul
 from sma_modules.ops.expert_matmul import OP as EXPERT_MATMUL
-from sma_modules.ops.expert_matmul import expert_matmul
-from sma_modules.ops.expert_matmul.activated import OP as ACTIVATED
 from sma_modules.ops.expert_matmul.grouped import _aligned, running_ends
 from sma_modules.ops.expert_order import COMBINE, DISPATCH, combine, dispatch, order_by_expert
 from tests.kernels import Compilation, compile_all
-from tests.modules.kernel_checks import DEVICE, DTYPES, check_errors, check_low_precision, guarded, run
+from tests.ops.modules.kernel_checks import DEVICE, DTYPES, check_errors, check_low_precision, guarded, run
 
 with using("triton"):
-    HERE = why_not_triton(torch.empty(0, device=DEVICE))
+    HERE = why_not_triton(torch.device(DEVICE))
 needs_triton = pytest.mark.skipif(HERE is not None, reason=str(HERE))
 
 pytestmark = [
@@ -123,10 +122,10 @@ def test_sorting_equals_the_reference(case: Any) -> None:
 
 @needs_triton
 def test_sorting_in_several_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sma_modules.ops.expert_order import triton_kernel
+    from sma_modules.ops.expert_order import launch
 
-    monkeypatch.setattr(triton_kernel, "SORT_PROGRAMS", 4)
-    monkeypatch.setattr(triton_kernel, "SORT_CELLS", 64)
+    monkeypatch.setattr(launch, "SORT_PROGRAMS", 4)
+    monkeypatch.setattr(launch, "SORT_CELLS", 64)
     choice = torch.randint(5, (101, 2), device=DEVICE)
     with using("triton"), guarded():
         mine = order_by_expert(choice, 5)
@@ -244,14 +243,14 @@ def test_a_row_that_is_not_finite_spoils_no_other() -> None:
 
 @needs_triton
 def test_operators_are_what_the_compiler_expects() -> None:
-    from sma_modules.ops.expert_matmul import triton_kernel as matmul
-    from sma_modules.ops.expert_order import triton_kernel as moving
+    from sma_modules.ops.expert_matmul import launch as matmul
+    from sma_modules.ops.expert_order import launch as moving
 
     x, weight, rows = to_device(numbers(4, 5), numbers(4, 2), numbers(8, 5))
     order = order_by_expert(torch.randint(3, (4, 2), device=DEVICE), 3)
     matrices = torch.randn(3, 5, 6, device=DEVICE)
     checks: list[tuple[Any, tuple[Any, ...]]] = [
-        (moving.order_by_expert, (torch.randint(3, (4, 2), device=DEVICE), 3)),
+        (moving.sort, (torch.randint(3, (4, 2), device=DEVICE), 3)),
         (moving.spread, (x, order.order, 2)),
         (moving.gather, (rows, order.inverse, weight, 2)),
         (moving.combine_backward, (x, rows, order.inverse, weight)),
@@ -337,17 +336,17 @@ def test_grouped_mm_equals_the_kernels(counts: list[int]) -> None:
     mine = run("grouped_mm", expert_matmul, args)
     joined = [args[0], None, "gelu", *args[1:]]
     exact = run("eager", ACTIVATED, [a.double() if differentiable(a) else a for a in joined])
-    grouped = run("grouped_mm", ACTIVATED.backends["triton"].run, joined)
+    grouped = run("grouped_mm", ACTIVATED, joined)
     check_errors(grouped, run("eager", ACTIVATED, joined), exact, None)
     for a, b in zip(mine, run("triton", expert_matmul, args), strict=True):
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * float(b.abs().max()))
     assert not mine[2][torch.tensor(counts) == 0].any()
 
 
-# PyTorch says so each time that the mode is switched on. A wait itself is an error here, not a warning.
+# PyTorch says so each time that the mode is switched on. Synchronising is an error here, not a warning.
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-def test_a_mixture_never_waits_for_the_device() -> None:
+def test_a_mixture_never_synchronises_with_the_device() -> None:
     moe = MoE.Config(n_experts=8, d_hidden=64, d_shared=32).build(d_model=64).to(DEVICE, torch.bfloat16)
     x = torch.randn(300, 64, device=DEVICE, dtype=torch.bfloat16)
     for looking in (False, True):  # the first time kernels are compiled
@@ -387,7 +386,7 @@ def test_bad_input(call: Any, message: str) -> None:
 def test_kernels_fit_an_h100() -> None:
     """Nothing spills and shared memory suffices: E 8 and 64, widths 1024 and 4096, 32K rows."""
     pytest.importorskip("triton")
-    from sma_modules.ops.expert_matmul.triton_kernel import GROUP, gradient_tile, product_tile
+    from sma_modules.ops.expert_matmul.launch import GROUP, gradient_tile, product_tile
 
     asked = []
     for pointer, dtype in (("*bf16", torch.bfloat16), ("*fp32", torch.float32)):
