@@ -76,11 +76,18 @@ def _resolve_name(app: Any, env: Any, node: Any, content: Any) -> Any:
         return None
     found = [name for name in domain.objects if name.endswith(f".{target}")]
     if len(found) != 1:
-        value = _object(target)
-        found = [] if value is None else _objects(domain).get(id(value), [])
+        path, _, attribute = target.rpartition(".")
+        owners = _described(domain, path)
+        found = _described(domain, target) or [f"{owner}.{attribute}" for owner in owners]
     if not found:
         return None
     return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", found[0], node, content)
+
+
+def _described(domain: Any, path: str) -> list[str]:
+    """The names under which the class or function at ``path`` is described."""
+    value = _object(path)
+    return [] if value is None else _objects(domain).get(id(value), [])
 
 
 def _object(path: str) -> Any:
@@ -94,7 +101,7 @@ def _object(path: str) -> Any:
 
 @cache
 def _objects(domain: Any) -> dict[int, list[str]]:
-    """The names under which each class and function is described."""
+    """The names under which each class and function is described, by the identity of the object."""
     found: dict[int, list[str]] = {}
     for name, entry in domain.objects.items():
         if entry.objtype in ("class", "exception", "function"):

@@ -78,7 +78,7 @@ def owners() -> dict[str, str]:
     on_part_pages = {cls.__module__ for cls in parts() if alone(cls)}
     found = {}
     for name in modules():
-        if WITHOUT_PAGE.fullmatch(name) or name in on_part_pages or name in operations() or not _has_names(name):
+        if WITHOUT_PAGE.fullmatch(name) or name in on_part_pages or name in operations():
             continue
         matching = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
         if not matching:
@@ -89,15 +89,6 @@ def owners() -> dict[str, str]:
 
 def _text(page: Path) -> str:
     return page.read_text(encoding="utf-8")
-
-
-def _has_names(name: str) -> bool:
-    """False for a package that only holds others."""
-    module = importlib.import_module(name)
-    return any(
-        (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__ == name and not key.startswith("_")
-        for key, value in vars(module).items()
-    ) or not _is_package(name)
 
 
 def _is_package(name: str) -> bool:
@@ -118,7 +109,7 @@ def fill_in(text: str) -> str:
 def automodule(name: str) -> str:
     """Everything that the module defines, but for the parts that have pages of their own."""
     elsewhere = [cls.__name__ for cls in parts() if cls.__module__ == name and not alone(cls)]
-    options = ["   :ignore-module-all:"] if _is_package(name) else []
+    options = ["   :ignore-module-all:"]  # a name is described where it is defined
     options += [f"   :exclude-members: {', '.join(sorted(elsewhere))}"] if elsewhere else []
     return _directive(f".. automodule:: {name}", *options)
 
@@ -185,6 +176,7 @@ def _operation_page(name: str) -> str:
     derivation = Path(str(module.__file__)).with_name("README.md")
     if derivation.exists():
         text = re.sub(r"\A# .*\n", "", derivation.read_text(encoding="utf-8"))
+        text = re.sub(r"\]\(\.\./(\w+)/(?:README\.md|__init__\.py)\)", r"](\1.md)", text)
         page += f"\n## Derivation\n\n{re.sub('^#', '##', text, flags=re.MULTILINE).strip()}\n"
     return page
 
