@@ -34,8 +34,7 @@ PART_TABLE = re.compile(r"^<!-- parts: (\w+) -->$", re.MULTILINE)
 OPERATION_TABLE = "<!-- operations -->"
 PATTERNS = re.compile(r"^<!-- modules: (.+) -->$", re.MULTILINE)
 WITHOUT_PAGE = re.compile(
-    r"sma\.plugin|sma_\w+\.plugin"  # the hooks of the built-in plugins
-    r"|sma_models\.__main__|sma_models\.cli\.\w+"  # commands are described as they are called
+    r"sma_models\.__main__|sma_models\.cli\.\w+"  # commands are described as they are called
     r"|sma\.spec\.\w+"  # its names are those of the package
     r"|.*\.ops\.\w+\.\w+(\.\w+)*"  # backends
 )

@@ -24,12 +24,10 @@ ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 DOCS = ROOT / "docs"
-PAGES = [
-    ROOT / "README.md",
-    *sorted(
-        page for page in DOCS.rglob("*.md") if not page.relative_to(DOCS).as_posix().startswith((*MADE, "_build/"))
-    ),
-]
+NOT_KEPT = ("_build/", "reference/parts/", "reference/operations/made/")
+WRITTEN = [page for page in DOCS.rglob("*.md") if not page.relative_to(DOCS).as_posix().startswith(NOT_KEPT)]
+PAGES = [ROOT / "README.md", *sorted(WRITTEN)]
+PROSE = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]
 
 
@@ -133,14 +131,54 @@ def test_links_to_files_lead_somewhere(page: Path, build: Callable[[str], Module
 
 
 def test_lines_are_short() -> None:
-    pages = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+    others = [page for name in ("benchmarks", "examples") for page in (ROOT / name).rglob("*.md")]
     long = {
         f"{page.relative_to(ROOT)}:{number}": len(line)
-        for page in pages
-        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1)
-        if len(line) > 120 and not line.startswith("|")  # a row of a table cannot be broken
+        for page in (*PROSE, *others)
+        for number, line in enumerate(without_output(page).splitlines(), 1)
+        if len(line) > 120
     }
     assert long == {}
+
+
+def without_output(page: Path) -> str:
+    """The page with the output of programs blanked, which cannot be broken."""
+    text = page.read_text(encoding="utf-8")
+    return re.sub(r"(?ms)^```text\n.*?^```$", lambda block: "\n" * block[0].count("\n"), text)
+
+
+def sentences(page: Path) -> list[str]:
+    """The sentences of running text: no code, tables, formulas or references."""
+    text = re.sub(r"(?ms)^(```|\$\$).*?^\1$|^\|.*?$", "", page.read_text(encoding="utf-8"))
+    text = re.sub(r"\{py:\w+\}`~?([^`]*)`|`[^`]*`|\$[^$]*\$", "name", text)
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    paragraphs = re.split(r"\n\s*\n|\n(?=\s*[-*:] |\s*\d+\. )", text)
+    return [each for paragraph in paragraphs for each in re.split(r"(?<=[.!?])\s+", " ".join(paragraph.split()))]
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_sentences_are_short(page: Path) -> None:
+    long = {each: count for each in sentences(page) if (count := len(re.findall(r"\S*\w\S*", each))) > 25}
+    assert long == {}, "a sentence has more than 25 words"
+
+
+def test_the_way_through_the_code_names_what_is_there(build: Callable[[str], ModuleType]) -> None:
+    pytest.importorskip("matplotlib")
+    pictures = build("draw_rooms")
+    drawn = [path for _, _, where in pictures.WAY for path in re.findall(r"sma[\w/.]+", where)]
+    told = re.findall(r"`(sma\w*/[\w/.]*)`", (DOCS / "explanation/find_your_way.md").read_text(encoding="utf-8"))
+    assert len(told) >= 5
+    assert [path for path in (*drawn, *told) if not (ROOT / path).exists()] == []
+    rooms = {
+        (title.split(":")[0], name.strip(","))
+        for title, (_, rows) in pictures.ROOMS.items()
+        for row in rows
+        for names, _ in row
+        for name in names.split()
+        if "<" not in name and "*" not in name and name != "..."
+    }
+    missing = [f"{package}/{name}" for package, name in rooms if not list((ROOT / package).glob(f"{name.strip('/')}*"))]
+    assert missing == []
 
 
 def test_generated_parts_name_everything_there_is(build: Callable[[str], ModuleType]) -> None:
