@@ -1,0 +1,1 @@
+"""Experiments that answer questions about sparse activation; they use the packages and are never used by them."""
