@@ -142,7 +142,7 @@ def write_made_pages() -> None:
 def _part_page(cls: type[Any], kind: str, name: str) -> str:
     registry: Registry = sma.plugins.registry()
     provider = registry.entry(kind, name).provider
-    head = f"# {name}\n\nIn a spec: `type: {name}`. Kind: `{kind}`. Registered by {provider}."
+    head = f"# {name}\n\nIn a spec: `type: {name}`. Kind: `{kind}`. Registered by `{provider.module}`."
     shared = _directive(f".. autoclass:: {cls.__module__}.{cls.__name__}")
     body = automodule(cls.__module__) if alone(cls) else shared
     return f"{head}\n\n## Options\n\n{_options(cls.Config)}\n\n## Class\n\n{body}\n"
@@ -156,12 +156,19 @@ def _options(config: type[Any]) -> str:
 
 def _meanings(config: type[Any]) -> dict[str, str]:
     """What the ``Attributes:`` of a configuration and of its bases say about each field."""
-    found: dict[str, str] = {}
+    found: dict[str, list[str]] = {}
     for cls in reversed(config.__mro__):
-        section = re.search(r"^Attributes:\n((?:[ ]+.*\n?|\n)*)", inspect.cleandoc(cls.__doc__ or ""), re.MULTILINE)
-        for each in re.finditer(r"^ {4}(\w+): ((?:.+\n?(?: {5,})?)+)", section[1] if section else "", re.MULTILINE):
-            found[each[1]] = _plain(" ".join(each[2].split()))
-    return found
+        _, _, section = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:\n")
+        name = ""
+        for line in section.splitlines():
+            if line.startswith(" " * 8):
+                found[name].append(line.strip())
+            elif new := re.match(r" {4}(\w+): (.*)", line):
+                name = new[1]
+                found[name] = [new[2]]
+            elif line.strip():
+                break
+    return {name: _plain(" ".join(lines)) for name, lines in found.items()}
 
 
 def _plain(text: str) -> str:

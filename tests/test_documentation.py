@@ -113,6 +113,10 @@ def test_a_part_gets_its_page_from_the_registry(build: Callable[[str], ModuleTyp
             assert f"[`{name}`]" in reference.part_table(kind)
     gau = pages["reference/parts/module/gau.md"]
     assert "| `window` | `128` | activated tokens visible" in gau, "an option is described by its class"
+    described = [page for path, page in pages.items() if path.split("/")[2] in ("module", "mixer", "norm")]
+    assert [line for page in described for line in page.splitlines() if line.endswith("|  |")] == [], (
+        "an option is missing under 'Attributes:' in the docstring of its Config"
+    )
 
 
 def test_a_module_belongs_to_the_longest_pattern(build: Callable[[str], ModuleType]) -> None:
