@@ -54,7 +54,8 @@ test-browser: $(STAMP)  ## run the tests of pages in Chromium, which root gets f
 	    [ "$$(id -u)" = 0 ] && apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium >/dev/null; }
 	SMA_REQUIRE_BROWSER=1 $(BIN)/python -m pytest -q -m browser
 
-lint: $(STAMP)  ## check style and format
+lint: $(STAMP)  ## check style and format, and that no scratch file is tracked
+	.ci/tracked_files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 

@@ -1,10 +1,13 @@
 """Configuration of the documentation. No network is needed: references into other projects are left as plain text.
 
-Tables and galleries that follow from the code are made by ``generated.py``, beside this file, at every build.
+Tables and galleries that follow from the code are made by ``generated.py`` at every build, and reference pages by
+``reference_pages.py``.
 """
 
+import pkgutil
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import generated
+import reference_pages
 
 import sma
 
@@ -60,24 +64,62 @@ def _name_the_config(app: Any, what: str, name: str, obj: Any, options: Any, sig
     return signature, result
 
 
-def _resolve_short_name(app: Any, env: Any, node: Any, content: Any) -> Any:
-    """A bare name in a docstring (``:class:`Routing```) refers to the one object of the library that is called so."""
+def _resolve_name(app: Any, env: Any, node: Any, content: Any) -> Any:
+    """A name refers to the object that it leads to, wherever that is described.
+
+    A path through a package that imports the object (``sma.ops.compress.compress``) and a bare name that only one
+    object of the library has (``Routing``) both do.
+    """
     target = node.get("reftarget", "")
     domain = env.domains["py"] if node.get("refdomain") == "py" else None
-    if domain is None or target.endswith("Config"):
+    if domain is None or target == "Config" or not target:
         return None
     found = [name for name in domain.objects if name.endswith(f".{target}")]
     if len(found) != 1:
+        path, _, attribute = target.rpartition(".")
+        owners = _described(domain, path)
+        found = _described(domain, target) or [f"{owner}.{attribute}" for owner in owners]
+    if not found:
         return None
     return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", found[0], node, content)
 
 
+def _described(domain: Any, path: str) -> list[str]:
+    """The names under which the class or function at ``path`` is described."""
+    value = _object(path)
+    return [] if value is None else _objects(domain).get(id(value), [])
+
+
+def _object(path: str) -> Any:
+    if not path.startswith("sma"):
+        return None
+    try:
+        return pkgutil.resolve_name(path)
+    except (AttributeError, ImportError, ValueError):
+        return None
+
+
+@cache
+def _objects(domain: Any) -> dict[int, list[str]]:
+    """The names under which each class and function is described, by the identity of the object."""
+    found: dict[int, list[str]] = {}
+    for name, entry in domain.objects.items():
+        if entry.objtype in ("class", "exception", "function"):
+            found.setdefault(id(_object(name)), []).append(name)
+    return found
+
+
 def _fill_in(app: Any, name: str, source: list[str]) -> None:
-    source[0] = generated.fill_in(source[0])
+    source[0] = reference_pages.fill_in(generated.fill_in(source[0]))
+
+
+def _write_pages(app: Any) -> None:
+    reference_pages.write_made_pages()
 
 
 def setup(app: Any) -> None:
     """Called by Sphinx."""
+    app.connect("builder-inited", _write_pages)
     app.connect("source-read", _fill_in)
     app.connect("autodoc-process-signature", _name_the_config)
-    app.connect("missing-reference", _resolve_short_name)
+    app.connect("missing-reference", _resolve_name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING
 from importlib.resources.abc import Traversable
 from typing import Any
 
@@ -30,7 +30,8 @@ def fill_in(text: str) -> str:
     return MARK.sub(lambda mark: PARTS[mark[1]](), text)
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A table of Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
@@ -53,7 +54,7 @@ def _spec_table(registry: Any) -> str:
         kind = registry.name_of(config.owner)
         sizes = [f"{count_parameters(config):,}", str(config.n_layers), str(config.d_model)]
         rows.append([f"[`{name}`](#{name.replace('_', '-')})", f"`{kind}`", *sizes])
-    return _table(["spec", "model", "parameters", "layers", "width"], rows)
+    return table(["spec", "model", "parameters", "layers", "width"], rows)
 
 
 def _size(name: str) -> str:
@@ -96,7 +97,7 @@ def recipes() -> str:
                 f"{o.warmup:,}" + (f" (power {o.power:g})" if o.power != 1 else ""),
             ]
         )
-    return _table(["recipe", "data", "optimiser", "lr", "weight decay", "clip", "batch", "steps", "warm-up"], rows)
+    return table(["recipe", "data", "optimiser", "lr", "weight decay", "clip", "batch", "steps", "warm-up"], rows)
 
 
 def recipe_models() -> str:
@@ -132,7 +133,7 @@ def recipe_models() -> str:
         "initial temperature",
         "dropout",
     ]
-    return _table([*head, "EMA truncation", "parameters"], rows)
+    return table([*head, "EMA truncation", "parameters"], rows)
 
 
 def commands() -> str:
@@ -143,7 +144,7 @@ def commands() -> str:
         arguments = [_argument(each) for each in command.params if each.param_type_name == "argument"]
         usage = " ".join(["sma", name, *arguments, "[OPTIONS]"])
         rows = [[f"`{_names(each)}`", _meaning(each)] for each in command.params if not each.hidden]
-        parts.append(f"## sma {name}\n\n{command.help}\n\n```text\n{usage}\n```\n\n{_table(['', 'meaning'], rows)}")
+        parts.append(f"## sma {name}\n\n{command.help}\n\n```text\n{usage}\n```\n\n{table(['', 'meaning'], rows)}")
     return "\n\n".join(parts)
 
 
@@ -168,31 +169,40 @@ def _meaning(parameter: Any) -> str:
     return text + (f" Also from `{parameter.envvar}`." if parameter.envvar else "")
 
 
-def registered(kind: str) -> str:
-    """The classes of a kind: their names in specs, what they are, and their options with the defaults."""
-    registry = sma.plugins.registry()
-    rows = []
-    for name in registry.names(kind):
-        cls = registry.get(kind, name)
-        summary = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
-        summary = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", summary).replace("``", "`").removesuffix("::")
-        rows.append([f"`{name}`", summary, ", ".join(_option(each) for each in fields(cls.Config)) or "-"])
-    return _table(["`type`", "", "options and defaults"], rows)
+def summary_of(value: Any) -> str:
+    """The first paragraph of the docstring, in Markdown."""
+    summary = (inspect.getdoc(value) or "").split("\n\n")[0].replace("\n", " ")
+    return re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", summary).replace("``", "`").removesuffix("::")
 
 
-def _option(field: Any) -> str:
+def default_of(field: Any) -> str:
+    """The default of a field of a configuration, as a spec writes it."""
     if field.default is not MISSING:
         value = field.default
     elif field.default_factory is not MISSING:
         made = field.default_factory()
         owner = getattr(type(made), "owner", None)
-        value = sma.plugins.registry().name_of(owner) if owner else None
-        return f"`{field.name}`" + (f" `{value}`" if value else "")
+        name = sma.plugins.registry().name_of(owner) if owner else None
+        return f"`{name}`" if name else "its own defaults"
     else:
-        return f"`{field.name}` (required)"
+        return "required"
     value = list(value) if isinstance(value, tuple) else value
     shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return f"`{field.name}` {shown}"
+    return f"`{shown}`" if shown else "empty"
+
+
+def names() -> str:
+    """Everything that ``import sma`` gives."""
+    rows = []
+    for name in sorted(sma.__all__, key=str.lower):
+        value = getattr(sma, name)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            role = "class" if inspect.isclass(value) else "func"
+            path = f"{value.__module__}.{value.__qualname__}"
+            rows.append([f"{{py:{role}}}`sma.{name} <{path}>`", summary_of(value)])
+        elif inspect.ismodule(value):
+            rows.append([f"`sma.{name}`", summary_of(value)])
+    return table(["name", ""], rows)
 
 
 PARTS: dict[str, Callable[[], str]] = {
@@ -200,10 +210,6 @@ PARTS: dict[str, Callable[[], str]] = {
     "recipes": recipes,
     "recipe_models": recipe_models,
     "commands": commands,
-    **{
-        f"{kind}s": lambda kind=kind: registered(kind)
-        for kind in ("configurator", "module", "mixer", "norm", "block", "model")
-    },
-    "data": lambda: registered("data"),
+    "names": names,
     **BENCHMARKS,
 }

@@ -1,7 +1,7 @@
-"""Wrap any module: it then runs only on the tokens that ask for it, and learns which those are.
+"""Wrap any module: it then runs only on some tokens, and the router learns which.
 
 The task: sequences of random vectors in which some tokens carry a mark. Marked tokens need a non-linear function, the
-others need nothing. The configurator is told none of this; a loss on the rate makes activation a scarce good.
+others need nothing. The configurator does not know this. A loss on the rate keeps activation low.
 """
 
 import torch
@@ -20,7 +20,7 @@ optimiser = torch.optim.Adam(ffn.parameters(), lr=3e-3)
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Inputs (B, L, D), targets (B, L, D), and who is marked (B, L)."""
+    """Inputs (B, L, D), targets (B, L, D), and which tokens are marked (B, L)."""
     x = torch.randn(8, 64, d_model)
     marked = torch.rand(8, 64) < 0.25
     x[..., 0] = torch.where(marked, 2.0, -2.0)

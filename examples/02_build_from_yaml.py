@@ -1,4 +1,4 @@
-"""Build a model from a spec: shipped, changed in a line, or your own YAML. Every mistake is found before any work."""
+"""Build a model from a spec: shipped, with a change, or your own YAML. Errors are raised before any work."""
 
 from pathlib import Path
 

@@ -1,6 +1,4 @@
-"""Compose an architecture: three kinds of module in one layer, each with its own idea of who is active, and count
-what it saves.
-"""
+"""Compose an architecture: three kinds of module in one layer, each with its configurator. Count the savings."""
 
 import torch
 

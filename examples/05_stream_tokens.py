@@ -1,4 +1,4 @@
-"""Stream: read in chunks of any length, decode token by token, at constant memory; the same numbers as all at once."""
+"""Stream: read chunks of any length and decode token by token, in constant memory, with the results of the whole."""
 
 import torch
 
@@ -26,5 +26,5 @@ assert len(set(sizes)) == 1
 text = generate(
     model, torch.tensor([list(b"import ")]), 20, temperature=0.8, generator=torch.Generator().manual_seed(0)
 )
-print("an untrained model says:", bytes(text[0].tolist()))
+print("an untrained model generates:", bytes(text[0].tolist()))
 assert text.shape == (1, 20)

@@ -10,6 +10,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+import sma
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("sma", "sma_modules", "sma_models")
@@ -58,6 +61,15 @@ def test_every_requirement_is_pinned() -> None:
     assert not [line for line in lines if "+" in line], "a local version such as 2.13.0+cpu is not to be had everywhere"
 
 
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == sma.__version__
+    assert {"cff-version", "message", "title", "authors", "license"} <= set(citation)
+    paper = citation["preferred-citation"]
+    assert [author["family-names"] for author in paper["authors"]] == ["Ren", "Liu", "Wang", "Xu", "Zhu", "Zhai"]
+    assert f"## {sma.__version__} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
 def loaded_by(package: str) -> set[str]:
     """The packages that are loaded when ``package`` is imported."""
     program = f"import sys, {package}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
@@ -74,4 +86,4 @@ def test_importing_the_core_is_cheap() -> None:
 
 
 def test_transformers_is_loaded_by_the_package_that_needs_it_only() -> None:
-    assert "transformers" not in loaded_by("sma_models.cli, sma_models.heads, sma_models.inference.generation")
+    assert "transformers" not in loaded_by("sma_models.cli, sma_models.language_model, sma_models.inference.generation")

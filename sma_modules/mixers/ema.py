@@ -16,7 +16,18 @@ from sma_modules.ops.ema_step import Averages, Coefficients, ema_step
 
 
 class EMA(Mixer):
-    """Damped moving average of each channel, causal or in both directions (``causal=False``).
+    r"""Damped moving average of each channel, causal or in both directions (``causal=False``).
+
+    With n counting the states of a channel:
+
+    .. math::
+
+        p = \sigma(\delta), \quad q = 1 - p\, \sigma(\alpha), \quad S_t = q S_{t-1} + p \beta x_t, \quad
+        y_t = \sum_n \frac{\gamma_n}{\sqrt N} S_t[n] + \omega x_t
+
+    On a CUDA device it is a chunked scan, with SiLU and dropout in the same kernel. Elsewhere it is a convolution or
+    products of matrices. The page of the operation :func:`~sma_modules.ops.ema.ema` derives how they agree, and how the
+    state of a truncated average stays exact.
 
     Parameters are those of :func:`sma_modules.ops.ema.ema`: ``delta``, ``alpha``, ``beta (D, N, 1)``, ``gamma (D, N)``
     and ``omega (D,)``; bidirectional ones have 2 D rows, the second D for the direction right to left.

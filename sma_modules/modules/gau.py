@@ -120,14 +120,32 @@ class SingleHead(LocalAttention):
 
 
 class GAU(SingleHead):
-    """Single-head attention with a window over the compressed sequence, gated element by element.
+    r"""Single-head attention with a window over the compressed sequence, gated element by element.
 
     With m the tokens::
 
         [Z | R | V] = SiLU(mx_proj(m));  q = Z * gamma[0] + beta[0];  k = Z * gamma[1] + beta[1]
         y = dropout(h_proj(attention(q, k, V) * R))
 
-    There is no residual inside. For streaming see :class:`~sma_modules.modules.local_attention.LocalAttention`.
+    The option ``activation`` turns a score :math:`s = q \cdot k` into a weight:
+
+    - ``softmax``: softmax over the visible keys of :math:`s / \sqrt{z}` + bias.
+    - ``relu2``: :math:`\mathrm{relu}(s / w + \mathrm{bias})^2` with w the window, 2 w if not causal, and the number of
+      visible keys without a window.
+    - ``laplace``: :math:`\frac{1}{2}(1 + \mathrm{erf}((s' - \mu) / (\sigma \sqrt 2)))` with
+      :math:`\mu = \sqrt{1/2}`, :math:`\sigma = \sqrt{1/(4 \pi)}` and s' the scaled score as for ``relu2``.
+
+    The option ``positions`` says how positions enter:
+
+    - ``none``: not at all.
+    - ``simple``: a table of 2 P - 1 biases by the distance in the input, P = ``max_positions``; longer distances use
+      its ends.
+    - ``local``: a table of 6 w - 1 biases by the distance in the compressed sequence.
+    - ``rotary``: queries and keys are turned by their positions in the input.
+
+    On a CUDA device one kernel makes queries, keys, values and gate, and another applies attention and gate. Scores
+    exist a tile at a time. There is no residual inside. For streaming see
+    :class:`~sma_modules.modules.local_attention.LocalAttention`.
 
     Example:
         >>> gau = GAU.Config(d_qk=8, window=4).build(d_model=16, causal=True)

@@ -26,6 +26,15 @@ class MoE(Module):
       of p_e (Switch Transformer, arXiv 2101.03961, equations 4 to 6; f divided by k for k above 1). 1 when balanced.
     - ``router_z``: ``mean_t(logsumexp(logits_t)^2)`` (ST-MoE, arXiv 2202.08906, equation 5).
 
+    Both come back with the output, weighted already. There is no capacity limit, so no token is dropped, and a layer
+    around the module takes no capacity either. The module can itself be sparsely activated: a token first asks
+    whether it needs experts, and then which. :class:`~sma.layer.SparseMixture` with the configurator ``top_k`` is
+    another way to the same sum, for modules of different kinds.
+
+    On a GPU nothing synchronises with the device. The choice of experts, the sorting, the movement of rows and the
+    activation are kernels. PyTorch's ``grouped_mm`` (bfloat16, compute capability 9.x) or grouped kernels multiply the
+    experts, so a CUDA graph can capture a training step. On a CPU the experts are multiplied one after the other.
+
     Example:
         >>> moe = MoE.Config(n_experts=4, top_k=2, d_hidden=16).build(d_model=8)
         >>> out = moe(torch.randn(5, 8))
