@@ -19,11 +19,11 @@ from rich.progress import Progress as Bar
 
 from sma.errors import SMAError
 from sma_models.training.checkpoint import Checkpoint, Progress, save_checkpoint
+from sma_models.training.data.base import Task
 from sma_models.training.evaluation import RateMeter, evaluate
 from sma_models.training.module import TrainingModule
 from sma_models.training.objective import Score, quality
 from sma_models.training.run import Run
-from sma_models.training.sources import Task
 
 
 class DivergedError(SMAError):

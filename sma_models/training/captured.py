@@ -22,7 +22,7 @@ from sma.errors import ConfigError
 from sma.layer import SparseMixture
 from sma.routing import Routing
 from sma.runtime.cuda_graphs import capturing, waiting_forbidden
-from sma_models.training.data.datasets import Batch
+from sma_models.training.data.batches import Batch
 from sma_models.training.objective import Score
 from sma_models.training.steps import EagerSteps, Part, StepResult, Work
 

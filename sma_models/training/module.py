@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sma.interfaces import Model
 from sma.routing import Routing
 from sma_models.training.captured import CapturedSteps
-from sma_models.training.data.datasets import Batch, Kind
+from sma_models.training.data.batches import Batch, Kind
 from sma_models.training.objective import Score
 from sma_models.training.optimisation import build_optimiser
 from sma_models.training.recipe import Recipe

@@ -18,9 +18,9 @@ from sma_models.classifier import Classifier
 from sma_models.language_model import LanguageModel
 from sma_models.model_io import ModelOutput
 from sma_models.retrieval import Retrieval
-from sma_models.training.data.datasets import Batch, Kind
-from sma_models.training.data.lm import IGNORE
-from sma_models.training.sources import Task
+from sma_models.training.data.base import Task
+from sma_models.training.data.batches import Batch, Kind
+from sma_models.training.data.streams import IGNORE
 
 _HEADS: dict[Kind, type[Model]] = {"lm": LanguageModel, "pairs": Retrieval, "tokens": Classifier, "values": Classifier}
 

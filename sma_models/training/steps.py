@@ -16,7 +16,7 @@ from sma.configurators import RateController
 from sma.interfaces import Model
 from sma.layer import SparseMixture
 from sma.routing import Routing
-from sma_models.training.data.datasets import Batch, Kind
+from sma_models.training.data.batches import Batch, Kind
 from sma_models.training.evaluation import autocast
 from sma_models.training.objective import Score, run_model, score
 from sma_models.training.optimisation import learning_rate, set_learning_rate
