@@ -32,7 +32,7 @@ class Score:
     Attributes:
         loss: sum of the cross-entropies in nats.
         correct: how many of the most likely answers were right.
-        count: how many answers were asked for.
+        count: how many predictions there were to make.
     """
 
     loss: Tensor
@@ -48,7 +48,7 @@ class Score:
 
     @staticmethod
     def total(scores: Sequence[Score]) -> tuple[float, int, int]:
-        """The sums over many batches, the loss in float64; the one place that waits for a device."""
+        """The sums over many batches, the loss in float64; the one place that synchronises with the device."""
         loss, correct, count = (
             torch.stack([getattr(each, name) for each in scores]).cpu() for name in ("loss", "correct", "count")
         )
