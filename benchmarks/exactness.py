@@ -27,7 +27,7 @@ from sma_models.inference.sequences import Event, Failed, Read, Ticket, Wish, Wr
 from sma_models.integrations.hf import SMACache, SMAForCausalLM, from_model
 from sma_models.language_model import LanguageModel
 from sma_models.serving.limits import Limits
-from sma_models.training.data.lm import load_stdlib
+from sma_models.training.data import stdlib
 
 TOKENS = 100_000
 CHUNK = 2048
@@ -71,7 +71,7 @@ def read_text(file: Path | None, tokens: int) -> bytes:
     Raises:
         ValueError: there are fewer.
     """
-    text = load_stdlib().test.data.tobytes() if file is None else file.read_bytes()
+    text = stdlib.load().test.data.tobytes() if file is None else file.read_bytes()
     if len(text) < tokens:
         raise ValueError(f"tokens: must be at most the {len(text)} bytes of the text, got {tokens}")
     return text[:tokens]

@@ -68,7 +68,8 @@ def lazy(module: str, name: str) -> Callable[..., Any]:
     """A function of a module that is imported at its first call, for instance because it imports Triton."""
     found: list[Callable[..., Any]] = []
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # the compiler cannot trace an import by name, and runs this instead
+    # The compiler cannot trace an import by name, and runs this instead.
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def load() -> None:
         if not found:
             found.append(getattr(importlib.import_module(module), name))

@@ -15,11 +15,11 @@ from sma.interfaces import Model
 from sma.routing import Routing
 from sma.statistics import OperationCount, operations
 from sma_models import reports
+from sma_models.training.data.base import Task
 from sma_models.training.evaluation import batches_of
 from sma_models.training.objective import place, run_model
 from sma_models.training.recipe import TrainConfig
 from sma_models.training.run import Run
-from sma_models.training.sources import Task
 
 SHOWN_BYTES = 4096
 """How much of a text the heat map shows."""

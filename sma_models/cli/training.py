@@ -14,9 +14,9 @@ from sma.errors import ConfigError
 from sma_models.cli.common import RUNS, RunArgument, RunsOption, extra, find_run, notes, out, split_arguments
 
 if TYPE_CHECKING:
+    from sma_models.training.data.base import Task
     from sma_models.training.recipe import Recipe
     from sma_models.training.run import Run
-    from sma_models.training.sources import Task
 
 MAY_CHANGE = ("train.device", "train.resident", "train.workers", "train.capture", "data.root")
 """What may differ when a run goes on: where it computes and where the data lie, not what it computes."""

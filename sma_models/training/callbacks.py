@@ -1,4 +1,4 @@
-"""What happens around the steps: records, evaluations, checkpoints, the progress bar, and stopping when asked to."""
+"""What happens around the steps: records, evaluations, checkpoints, the progress bar, and stopping on a signal."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from rich.progress import Progress as Bar
 
 from sma.errors import SMAError
 from sma_models.training.checkpoint import Checkpoint, Progress, save_checkpoint
+from sma_models.training.data.base import Task
 from sma_models.training.evaluation import RateMeter, evaluate
 from sma_models.training.module import TrainingModule
 from sma_models.training.objective import Score, quality
 from sma_models.training.run import Run
-from sma_models.training.sources import Task
 
 
 class DivergedError(SMAError):
@@ -31,7 +31,7 @@ class DivergedError(SMAError):
 
 
 class StopRequest:
-    """Notes SIGINT and SIGTERM, so that training stops after the step at hand; a second SIGINT interrupts at once.
+    """Catches SIGINT and SIGTERM, so that training stops after the current step; a second SIGINT interrupts at once.
 
     Attributes:
         received: number of the signal, or None.
@@ -113,7 +113,7 @@ class Recorder(Callback):
         evaluates = "validation" in self.task.splits and self._due(module.step, train.eval_every, module)
         saves = self._due(module.step, train.checkpoint_every, module)
         if not (logs or evaluates or saves or self.stop.received is not None):
-            return  # the device may still be at an earlier step; nothing here waits for it
+            return  # the device may still be at an earlier step; do not synchronise with it
         module.settle()
         loss = _finite(float(module.loss), module.step)
         self._count_time()
@@ -243,7 +243,7 @@ def describe(metrics: Mapping[str, float]) -> str:
     if rates:
         parts.append("active " + " ".join(f"{100 * rate:.0f}" for rate in rates[:8]) + " %")
     if metrics.get("overflow"):
-        parts.append(f"{metrics['overflow']:,} tokens without room")
+        parts.append(f"{metrics['overflow']:,} tokens dropped for lack of capacity")
     return ", ".join(parts)
 
 

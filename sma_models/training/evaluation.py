@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from sma.errors import ConfigError
 from sma.routing import Routing
+from sma_models.training.data.base import Task
+from sma_models.training.data.batches import Batch
 from sma_models.training.data.batching import CPU, BatchPlan, loader
-from sma_models.training.data.datasets import Batch
 from sma_models.training.objective import Score, place, quality, run_model, score
 from sma_models.training.recipe import TrainConfig
-from sma_models.training.sources import Task
 
 
 @dataclass(frozen=True)

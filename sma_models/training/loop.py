@@ -21,6 +21,7 @@ from sma.interfaces import Model
 from sma.weights import save
 from sma_models.training.callbacks import ProgressBar, Recorder, StopRequest
 from sma_models.training.checkpoint import Checkpoint, read_checkpoint
+from sma_models.training.data.base import Task
 from sma_models.training.data.batching import BatchPlan, loader
 from sma_models.training.evaluation import evaluate
 from sma_models.training.journal import MetricsFile, cut_back
@@ -28,7 +29,6 @@ from sma_models.training.module import TrainingModule, parameter_count
 from sma_models.training.objective import check_fit
 from sma_models.training.recipe import Recipe, TrainConfig
 from sma_models.training.run import Run
-from sma_models.training.sources import Task
 from sma_models.training.steps import seed_everything
 
 _PRECISION = {"float32": "32-true", "bfloat16": "32-true", "float64": "64-true"}

@@ -1,4 +1,4 @@
-"""The Lightning module: it gathers the parts of a step's batch and lets the step be run."""
+"""The Lightning module: it collects the parts of a step's batch and runs the step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sma.interfaces import Model
 from sma.routing import Routing
 from sma_models.training.captured import CapturedSteps
-from sma_models.training.data.datasets import Batch, Kind
+from sma_models.training.data.batches import Batch, Kind
 from sma_models.training.objective import Score
 from sma_models.training.optimisation import build_optimiser
 from sma_models.training.recipe import Recipe
@@ -24,7 +24,7 @@ class TrainingModule(LightningModule):
     Everything random in a step follows from the seed of the recipe and the number of the step, so a run that
     continues at step k draws what it would have drawn without the interruption.
 
-    A step only queues work for the device, and nothing here waits for it until somebody asks what came of it.
+    A step only queues work for the device; only :meth:`settle` synchronises with it.
 
     Args:
         model: what is trained.
@@ -37,7 +37,7 @@ class TrainingModule(LightningModule):
             over the parts of the batch.
         answers: of the same step.
         gradient_norm: of all gradients of the same step together, before they were clipped, a scalar on the device;
-            None where nobody asked.
+            None if it was not requested.
         routings: of the last part of the same step's batch.
     """
 
@@ -77,7 +77,7 @@ class TrainingModule(LightningModule):
         return self._steps if isinstance(self._steps, CapturedSteps) else None
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Keep a part of a batch; with the last one, do the step."""
+        """Keep a part of a batch; with the last one, run the step."""
         self._parts.append(batch)
         if len(self._parts) == self.recipe.train.accumulate:
             self.steps.run(self.step, self._parts, norm=self.wants_norm(self.step + 1))
@@ -85,7 +85,7 @@ class TrainingModule(LightningModule):
             self.step += 1
 
     def settle(self) -> None:
-        """Make sure that all steps count, and note what came of the last one."""
+        """Make sure that no step was skipped, and take over the result of the last one."""
         result = self.steps.settle()
         self.loss, self.answers = result.loss, result.answers
         self.gradient_norm, self.routings = result.gradient_norm, result.routings

@@ -18,9 +18,9 @@ from sma_models.classifier import Classifier
 from sma_models.language_model import LanguageModel
 from sma_models.model_io import ModelOutput
 from sma_models.retrieval import Retrieval
-from sma_models.training.data.datasets import Batch, Kind
-from sma_models.training.data.lm import IGNORE
-from sma_models.training.sources import Task
+from sma_models.training.data.base import Task
+from sma_models.training.data.batches import Batch, Kind
+from sma_models.training.data.streams import IGNORE
 
 _HEADS: dict[Kind, type[Model]] = {"lm": LanguageModel, "pairs": Retrieval, "tokens": Classifier, "values": Classifier}
 
@@ -32,7 +32,7 @@ class Score:
     Attributes:
         loss: sum of the cross-entropies in nats.
         correct: how many of the most likely answers were right.
-        count: how many answers were asked for.
+        count: how many predictions there were to make.
     """
 
     loss: Tensor
@@ -48,7 +48,7 @@ class Score:
 
     @staticmethod
     def total(scores: Sequence[Score]) -> tuple[float, int, int]:
-        """The sums over many batches, the loss in float64; the one place that waits for a device."""
+        """The sums over many batches, the loss in float64; the one place that synchronises with the device."""
         loss, correct, count = (
             torch.stack([getattr(each, name) for each in scores]).cpu() for name in ("loss", "correct", "count")
         )

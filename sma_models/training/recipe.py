@@ -14,8 +14,8 @@ from sma.configurable import BaseConfig
 from sma.errors import ConfigError, SpecError
 from sma.interfaces import Model
 from sma.spec import load_as, to_yaml
+from sma_models.training.data.base import Data
 from sma_models.training.data.batching import Source
-from sma_models.training.sources import Data
 
 SUFFIXES = (".yaml", ".yml")
 

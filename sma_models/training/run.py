@@ -144,7 +144,7 @@ def _claim(fresh: Path, parent: Path, name: str | None) -> Path:
                 raise
             if name is not None:
                 check_name(parent, name)
-    raise ConfigError(f"{parent}: must have room for another run of {stamp}, got 999 of them")
+    raise ConfigError(f"{parent}: must hold fewer than 999 runs that started at {stamp}, got 999; give the run a name")
 
 
 def check_name(parent: Path, name: str | None) -> None:

@@ -16,7 +16,7 @@ from sma.configurators import RateController
 from sma.interfaces import Model
 from sma.layer import SparseMixture
 from sma.routing import Routing
-from sma_models.training.data.datasets import Batch, Kind
+from sma_models.training.data.batches import Batch, Kind
 from sma_models.training.evaluation import autocast
 from sma_models.training.objective import Score, run_model, score
 from sma_models.training.optimisation import learning_rate, set_learning_rate
@@ -24,8 +24,8 @@ from sma_models.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Part:
-    """What came of one part of a batch, or of all parts together.
+class PartResult:
+    """The result of one part of a batch, or of all parts together.
 
     Attributes:
         loss: a scalar on the model's device: task and auxiliary losses, averaged over the parts of the batch.
@@ -37,30 +37,30 @@ class Part:
     answers: Score
     routings: Mapping[str, Routing]
 
-    def __add__(self, later: Part) -> Part:
-        return Part(self.loss + later.loss, self.answers + later.answers, later.routings)
+    def __add__(self, later: PartResult) -> PartResult:
+        return PartResult(self.loss + later.loss, self.answers + later.answers, later.routings)
 
 
 @dataclass(frozen=True)
-class StepResult(Part):
-    """What came of a step.
+class StepResult(PartResult):
+    """The result of a step.
 
     Attributes:
-        gradient_norm: of all gradients together, before they were clipped, a scalar on the device; None where nobody
-            asked.
+        gradient_norm: of all gradients together, before they were clipped, a scalar on the device; None if it was not
+            requested.
     """
 
     gradient_norm: Tensor | None = None
 
 
 class Steps(Protocol):
-    """A way to run steps. Everything is queued for the device, and nothing is waited for unless the class says so."""
+    """A way to run steps. Calls only queue work for the device; a method that synchronises with it says so."""
 
     def run(self, step: int, parts: Sequence[Batch], *, norm: bool = False) -> None:
-        """Do step number ``step`` with a batch in equal parts; ``norm`` asks for the norm of the gradient."""
+        """Run step number ``step`` with a batch in equal parts; ``norm`` requests the norm of the gradient."""
 
     def settle(self) -> StepResult:
-        """Make sure that all steps count, and say what came of the last one."""
+        """Make sure that no step was skipped, and return the result of the last one."""
 
 
 class Work:
@@ -102,8 +102,8 @@ class Work:
         """Bring the learning rate to that of the step."""
         set_learning_rate(self.optimiser, learning_rate(self.recipe.optimiser, step, self.recipe.train.steps))
 
-    def forward_backward(self, batch: Batch) -> Part:
-        """The passes over one part; gradients are added to those that are there, and what controllers look at too."""
+    def forward_backward(self, batch: Batch) -> PartResult:
+        """The passes over one part; gradients and the counts of controllers are added to those of earlier parts."""
         with autocast(self.recipe.train, self.device):
             output = run_model(self.model, batch, self.kind)
             result = score(output, batch, self.kind)
@@ -112,10 +112,10 @@ class Work:
         torch.autograd.backward(loss)
         routings = {name: routing.detach() for name, routing in output.routings.items()}
         self.count(routings)
-        return Part(loss.detach(), result.detach(), routings)
+        return PartResult(loss.detach(), result.detach(), routings)
 
     def count(self, routings: Mapping[str, Routing]) -> None:
-        """Remember what the controllers of the rates need to know."""
+        """Count for the controllers of the rates."""
         for name, routing in routings.items():
             layer = self.layer(name)
             if layer.controller is not None:
@@ -123,7 +123,7 @@ class Work:
                 self._counts[layer] = self._counts[layer].add_(counts) if layer in self._counts else counts
 
     def forget_counts(self) -> None:
-        """Forget what controllers would have looked at."""
+        """Reset the counts for the controllers."""
         for counts in self._counts.values():
             counts.zero_()
 
@@ -159,7 +159,7 @@ class EagerSteps:
         work = self.work
         work.set_rate(step)
         work.optimiser.zero_grad()
-        total: Part | None = None
+        total: PartResult | None = None
         for number, batch in enumerate(parts):
             work.prepare(step, number)
             part = work.forward_backward(batch)
@@ -176,8 +176,7 @@ class EagerSteps:
 def seed_everything(seed: int, step: int, part: int = 0, device: torch.device | None = None) -> None:
     """Start every generator afresh, that of ``device`` too, from numbers that no other step shares.
 
-    ``torch.manual_seed`` would ask every kind of device that there might be; where there is none, that is most of the
-    work, and is noted down for the day when one turns up.
+    ``torch.manual_seed`` also queues a seed for uninitialised devices, which is slow.
     """
     digest = hashlib.blake2b(f"{seed}/{step}/{part}".encode(), digest_size=8).digest()
     number = int.from_bytes(digest, "big")

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import sma
 from sma.configurators import Replay
 from sma.errors import ConfigError, ExportError, StreamingError
 from sma.interfaces import Model, Module
@@ -20,56 +19,20 @@ from sma_models.language_model import LanguageModel
 from sma_models.retrieval import Retrieval
 from sma_models.stack import StackState
 from tests.export.conftest import TEXT
-from tests.models.tiny import VOCABULARY, inputs_of, tiny
-
-GAU = {"type": "gau", "d_qk": 4, "d_v": 12, "window": 3}
-TABLES: dict[str, Any] = {"activation": "laplace", "positions": "simple", "max_positions": 6}
-
-
-def activated(configurator: Any = "sigmoid", module: Any = "ffn") -> dict[str, Any]:
-    return {"activate": {"module": module, "configurator": configurator}}
-
-
-SUBLAYERS: dict[str, dict[str, Any]] = {
-    "gau": activated(module=GAU | {"positions": "local", "activation": "relu2"}),
-    "gau in chunks": activated(module=GAU | {"window": None, "chunk": 4} | TABLES),
-    "attention": activated(module={"type": "attention", "n_heads": 2, "n_kv_heads": 1, "window": 3}),
-    "ffn": activated(module={"type": "ffn", "d_hidden": 12, "gated": True}),
-    "moe": activated(module={"type": "moe", "n_experts": 4, "top_k": 2, "d_hidden": 6, "d_shared": 6}),
-    "ema": {"mixer": {"type": "ema", "n_state": 3}},
-    "ema, truncated": {"mixer": {"type": "ema", "n_state": 3, "truncation": 7}},
-    "attention_mixer": {"mixer": {"type": "attention_mixer", "n_heads": 2, "window": 4}},
-    "always": activated("always"),
-    "fixed_rate": activated({"type": "fixed_rate", "rate": 0.4}),
-    "gumbel_softmax": activated("gumbel_softmax"),
-    "sigmoid": activated("sigmoid"),
-    "tempered_softmax": activated("tempered_softmax"),
-    "top_k": {
-        "mixture": {"modules": ["ffn", "ffn", GAU], "configurator": {"type": "top_k", "k": 2, "over": "modules"}}
-    },
-}
-"""Parts that stream: by their names, or these and what is special."""
-WHOLE: dict[str, dict[str, Any]] = {
-    "expert_choice": activated({"type": "expert_choice", "rate": 0.4}, GAU),
-    "top_k of the sequence": activated({"type": "top_k", "over": "sequence", "rate": 0.4}, GAU),
-    "ema, both ways": {"mixer": {"type": "ema", "n_state": 3}},
-    "attention without bounds": {"module": {"type": "attention", "n_heads": 2}},
-}
-NORMS = ["layernorm", "rmsnorm", "scalenorm", "batchnorm", "syncbatchnorm"]
-
-
-def model_of(sublayers: list[dict[str, Any]], **head: Any) -> Any:
-    """A model of one block; a classifier if the head has classes."""
-    torch.manual_seed(0)
-    kind = "classifier" if "n_classes" in head else "language_model"
-    blocks = [{"type": "hybrid", "sublayers": [{"norm": "layernorm", **each} for each in sublayers]}]
-    spec = {"type": kind, "vocab_size": VOCABULARY, "d_model": 8, "n_layers": 1, "blocks": blocks, **head}
-    model = sma.build(spec)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "router" in key:
-                parameter.normal_()
-    return model.eval()
+from tests.export.parts import (
+    BLOCKS,
+    NORMS,
+    SHIPPED,
+    SUBLAYERS,
+    WHOLE,
+    activated,
+    model_of,
+    owners,
+    refused,
+    sublayer,
+    suites,
+)
+from tests.models.tiny import inputs_of, tiny
 
 
 def run(exported: Exported, **inputs: Tensor) -> dict[str, Tensor]:
@@ -120,7 +83,7 @@ def test_a_stream_is_that_of_the_model(name: str) -> None:
     check_stream(model_of([SUBLAYERS[name]]))
 
 
-@pytest.mark.parametrize("name", ["seqboat_lm", "mega_lm"])
+@pytest.mark.parametrize("name", BLOCKS)
 def test_a_stream_of_other_blocks(name: str) -> None:
     check_stream(tiny(name, n_layers=1))
 
@@ -134,7 +97,7 @@ def test_every_norm() -> None:
     check_whole(model_of([{"module": {"type": "ffn", "d_hidden": 8}, "norm": norm} for norm in NORMS], n_classes=3))
 
 
-@pytest.mark.parametrize("name", ["seqboat_image", "seqboat_retrieval", "mega_chunk_text"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_whole_sequences_of_shipped_models(name: str) -> None:
     check_whole(tiny(name, n_layers=1))
 
@@ -154,14 +117,28 @@ def check_whole(model: Model) -> None:
     assert int(got["overflow"]) == 0
 
 
-def test_every_registered_part_is_in_a_graph() -> None:
-    tested = {name.partition(" in ")[0].partition(",")[0].partition(" of ")[0] for name in [*SUBLAYERS, *WHOLE, *NORMS]}
-    tested |= {"hybrid", "seqboat", "mega", "language_model", "classifier", "retrieval"}
-    tested |= {"replay"}  # test_a_recorded_decision_says_so
+def test_every_registered_part_is_in_a_graph_or_refused() -> None:
+    models = [model_of([each]) for each in SUBLAYERS.values()]
+    models += [model_of([each], n_classes=3) for each in WHOLE.values()]
+    models += [tiny(name, n_layers=1) for name in [*BLOCKS, *SHIPPED]]
+    exported = {owner for model in models for owner in owners(model.config)}
+    exported |= {registry().get("norm", name) for name in NORMS}  # test_every_norm
     kinds = ("module", "mixer", "norm", "configurator", "block", "model")
-    names = {each.name for each in registry().entries() if each.kind in kinds}
-    assert names
-    assert names <= tested, f"not in a graph: {sorted(names - tested)}"
+    parts = {entry.target: entry.name for entry in registry().entries() if entry.kind in kinds}
+    assert parts
+    missing = sorted(name for target, name in parts.items() if target not in exported | refused())
+    assert not missing, f"neither in a graph nor refused: {missing}"
+
+
+def test_what_is_refused_is_named_with_the_reason() -> None:
+    """Parts of suites that say ``exports = False``; a recorded decision has a test of its own."""
+    for kind in ("module", "mixer"):
+        for suite in suites(kind):
+            if not getattr(suite, "exports", True):
+                model = model_of([sublayer(kind, suite)], n_classes=3)
+                with pytest.raises(ExportError, match=type(suite.config).owner.__name__):
+                    export_forward(model, 2, 24)
+    assert Replay in refused()
 
 
 def test_states_are_named_in_the_order_of_the_library(trained: LanguageModel) -> None:

@@ -19,8 +19,8 @@ from sma_models.integrations.export import Runner, export, export_forward, expor
 from sma_models.language_model import LanguageModel
 from sma_modules.ops.ema import convolution
 from tests.export.conftest import TEXT
+from tests.export.parts import GAU, activated, model_of
 from tests.export.places import FLOATS, Place, at, check
-from tests.export.test_graphs import GAU, activated, model_of
 from tests.export.test_places import whole, whole_inputs
 from tests.export.texts import PROMPTS, expected, written, written_alone
 

@@ -13,12 +13,11 @@ from sma.ops import using
 from sma_models.integrations.export import export_forward, export_prefill, export_step
 from sma_models.language_model import LanguageModel
 from sma_models.retrieval import Retrieval
+from tests.export.parts import BLOCKS, SHIPPED, SUBLAYERS, WHOLE, model_of
 from tests.export.places import EVERYWHERE, Place, at, check
-from tests.export.test_graphs import SUBLAYERS, WHOLE, follow, model_of, read, run
+from tests.export.test_graphs import follow, read, run
 from tests.models.tiny import inputs_of, tiny
 
-BLOCKS = ["seqboat_lm", "mega_lm"]
-SHIPPED = ["seqboat_image", "seqboat_retrieval", "mega_chunk_text"]
 CHUNKS = [(slice(0, 8), [8, 8]), (slice(8, 16), [5, 8])]
 """The columns of two prompts, and how many tokens each has there."""
 ROWS, LIVE = torch.tensor([0, 1, 1, 0, 1]), torch.tensor([True, True, False, True, True])

@@ -13,8 +13,10 @@ from transformers import AutoTokenizer
 from sma_models.integrations.hf import SMAByteTokenizer
 from sma_models.integrations.hf.export import START
 from sma_models.integrations.hf.tokenization import N_BYTES, PAD
-from sma_models.training.data import lm
-from sma_models.training.data.datasets import BYTE_PAD
+from sma_models.training.data.labelled import BYTE_PAD
+from sma_models.training.data.language import VOCAB_SIZE
+from sma_models.training.data.streams import START as STREAM_START
+from sma_models.training.data.streams import ByteStream
 
 TOKENIZER = SMAByteTokenizer()
 
@@ -28,8 +30,8 @@ def test_every_text_becomes_its_bytes_and_comes_back(text: str) -> None:
 
 
 def test_it_is_the_vocabulary_of_the_library() -> None:
-    assert (N_BYTES, PAD, START) == (lm.VOCAB_SIZE, BYTE_PAD, lm.START)
-    stream = lm.ByteStream.join([("a", "naïve\n".encode())])
+    assert (N_BYTES, PAD, START) == (VOCAB_SIZE, BYTE_PAD, STREAM_START)
+    stream = ByteStream.join([("a", "naïve\n".encode())])
     tokens, targets = stream.window(0, len(stream))
     assert targets.tolist() == SMAByteTokenizer()("naïve\n").input_ids
     assert tokens[0] == START

@@ -91,6 +91,7 @@ class TestReplay(ConfiguratorSuite):
 
     balances = False
     covers = (Replay,)
+    exports = False  # what it decides is values, not a computation
 
     def create(self) -> Configurator:
         torch.manual_seed(11)

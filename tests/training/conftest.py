@@ -10,7 +10,7 @@ import pytest
 from sma_models.training.loop import Outcome, train
 from sma_models.training.recipe import load_recipe, recipe_name
 from sma_models.training.run import Run
-from tests.data.conftest import cifar, reviews, speech_root  # noqa: F401  # fixtures, used by their names
+from tests.training.data.conftest import cifar, reviews, speech_root  # noqa: F401  # fixtures, used by their names
 
 TINY = """
 model:

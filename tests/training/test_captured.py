@@ -14,13 +14,14 @@ from sma.errors import ConfigError
 from sma.layer import SparseMixture
 from sma.routing import Routing
 from sma_models.training import captured
-from sma_models.training.captured import CapturedSteps, room_for
+from sma_models.training.captured import CapturedSteps, capacity_for
 from sma_models.training.data.batching import BatchPlan, loader
+from sma_models.training.graphs import CudaGraphs
 from sma_models.training.loop import build_model, open_task
 from sma_models.training.objective import place
 from sma_models.training.optimisation import build_optimiser
 from sma_models.training.recipe import load_recipe
-from sma_models.training.steps import EagerSteps, Part, Steps, Work
+from sma_models.training.steps import EagerSteps, PartResult, Steps, Work
 from tests.devices import DEVICE
 
 PLAIN = ("model.dropout=0", "model.blocks[0].dropout=0", f"train.device={DEVICE}")
@@ -43,14 +44,14 @@ class Again:
 
         def replay() -> None:
             result = work()
-            if isinstance(result, Part):
+            if isinstance(result, PartResult):
                 routings.update(result.routings)
 
         return replay, SimpleNamespace(routings=routings)
 
 
 def graphs() -> Any:
-    return captured.CudaGraphs() if DEVICE.type == "cuda" else Again()
+    return CudaGraphs() if DEVICE.type == "cuda" else Again()
 
 
 def work_of(recipe_file: str, *overrides: str) -> tuple[Work, list[list[Any]]]:
@@ -111,7 +112,7 @@ def test_the_same_training(tiny: str, algorithm: str, accumulate: int, settle_ev
 
 @pytest.mark.parametrize("algorithm", ["adamw", "radam"])
 @pytest.mark.parametrize("settle_every", [1, 100])
-def test_steps_without_room_do_not_count(
+def test_steps_that_exceed_a_capacity_are_skipped(
     tiny: str, algorithm: str, settle_every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Room for half of what was active the last time: every other step overflows, and is done again."""
@@ -122,7 +123,7 @@ def test_steps_without_room_do_not_count(
         again.append(step)
         plain(self, step, parts, norm=norm)
 
-    monkeypatch.setattr(captured, "room_for", lambda usage: max(usage / 2, captured.SMALLEST))
+    monkeypatch.setattr(captured, "capacity_for", lambda usage: max(usage / 2, captured.SMALLEST))
     plan = [f"optimiser.algorithm={algorithm}", "train.steps=12", "train.accumulate=1"]
     work, batches = work_of(tiny, *plan, *EXACT)
     expected = train(work, EagerSteps(work), batches, settle_every=1)
@@ -138,9 +139,9 @@ def test_steps_without_room_do_not_count(
     torch.testing.assert_close(weights(other), weights(work), rtol=1e-7, atol=1e-9)
 
 
-def test_parts_of_several_shapes_while_rooms_change(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step without room is found out just when its neighbour's shape is captured: both are captured anew."""
-    monkeypatch.setattr(captured, "room_for", lambda usage: captured.SMALLEST)
+def test_parts_of_several_shapes_while_capacities_change(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A skipped step is found out just when the shape of its neighbour is captured: both are captured anew."""
+    monkeypatch.setattr(captured, "capacity_for", lambda usage: captured.SMALLEST)
     always = [f"model.blocks[0].activate.{each}" for each in ("controller=null", "configurator={type: always}")]
     plan = (*always, "train.accumulate=2", "train.batch_size=32", "train.steps=9", *ADAM, *EXACT)
 
@@ -162,7 +163,7 @@ def test_parts_of_several_shapes_while_rooms_change(tiny: str, monkeypatch: pyte
 
 
 def test_batch_norm_counts_only_the_steps_that_count(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captured, "room_for", lambda usage: max(usage / 2, captured.SMALLEST))
+    monkeypatch.setattr(captured, "capacity_for", lambda usage: max(usage / 2, captured.SMALLEST))
     norm = ("model.blocks[0].norm=batchnorm", "train.steps=8", "train.accumulate=1")
     _, work = both(tiny, *norm, *ADAM, *EXACT)
     counted = [value for name, value in work.model.state_dict().items() if name.endswith("num_batches_tracked")]
@@ -170,18 +171,18 @@ def test_batch_norm_counts_only_the_steps_that_count(tiny: str, monkeypatch: pyt
     assert all(int(value) == 8 for value in counted)
 
 
-def test_room_follows_what_is_needed(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capacity_follows_what_is_needed(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It grows at once, and shrinks after a while in which much less was needed; the passes are captured anew."""
     monkeypatch.setattr(captured, "WINDOW", 16)
     work, batches = work_of(tiny, "train.steps=6", *ADAM, *EXACT)
     steps = CapturedSteps(work, required=True, graphs=graphs())
     train(work, steps, batches)
-    first, second = ((layer, 0) for layer in steps._rooms)
+    first, second = ((layer, 0) for layer in steps._capacities)
     steps._note({first: 0.7, second: 0.1})
-    assert steps._rooms[first[0]] == room_for(0.7)
+    assert steps._capacities[first[0]] == capacity_for(0.7)
     for _ in range(2 * captured.WINDOW):
         steps._note({first: 0.3, second: 0.1})
-    assert steps._rooms[first[0]] == room_for(0.3) < room_for(0.7)
+    assert steps._capacities[first[0]] == capacity_for(0.3) < capacity_for(0.7)
     assert not steps._passes
     before = steps.captured
     train(work, steps, batches)
@@ -195,7 +196,7 @@ def test_a_capacity_of_the_spec_is_kept(tiny: str) -> None:
         steps.run(step, parts)
     overflow = [routing.overflow for routing in steps.settle().routings.values()]
     assert all(count is not None and int(count) > 0 for count in overflow)
-    assert not steps._rooms
+    assert not steps._capacities
 
 
 def test_what_waits_for_the_device_is_not_captured(tiny: str) -> None:
@@ -233,11 +234,14 @@ def test_capture_needs_a_cuda_device(tiny: str) -> None:
     assert not load_recipe(tiny, "train.capture=false").train.captures(torch.device("cuda"))
 
 
-def test_rooms_are_few_and_large_enough() -> None:
+def test_capacities_are_few_and_large_enough() -> None:
     shares = [n / 1000 for n in range(1001)]
-    rooms = [room_for(share) for share in shares]
-    assert all(share * captured.MARGIN <= room or room == 1.0 for share, room in zip(shares, rooms, strict=True))
+    capacities = [capacity_for(share) for share in shares]
+    assert all(
+        share * captured.MARGIN <= capacity or capacity == 1.0
+        for share, capacity in zip(shares, capacities, strict=True)
+    )
     most = [max(share * captured.MARGIN * captured.GRID * 1.0001, captured.SMALLEST * 1.2) for share in shares]
-    assert all(room <= bound for room, bound in zip(rooms, most, strict=True))
-    assert rooms == sorted(rooms)
-    assert len(set(rooms)) <= 18
+    assert all(capacity <= bound for capacity, bound in zip(capacities, most, strict=True))
+    assert capacities == sorted(capacities)
+    assert len(set(capacities)) <= 18

@@ -129,7 +129,7 @@ def test_validation_and_test_are_of_the_task(tiny: str) -> None:
 
 
 def test_what_overflows_a_fixed_capacity_is_written_down(tiny: str, run_recipe: Runner) -> None:
-    """The tokens without room of all layers, in steps that are logged; no such column without a capacity."""
+    """The tokens that all layers dropped for lack of capacity, where it is logged; no column without a capacity."""
     capacity = "model.blocks[0].activate.capacity=0.05"
     run, _ = run_recipe(tiny, "train.steps=8", "train.log_every=2", capacity, name="fixed")
     logged = [row["overflow"] for row in read_metrics(run.metrics) if row["step"] % 2 == 0]
@@ -137,4 +137,4 @@ def test_what_overflows_a_fixed_capacity_is_written_down(tiny: str, run_recipe: 
     assert all(count is not None and count > 0 for count in logged)
     plain, _ = run_recipe(tiny, "train.steps=8", name="plain")
     assert "overflow" not in read_metrics(plain.metrics)[0]
-    assert describe({"loss": 1.0, "overflow": 1234}) == "loss 1.000, 1,234 tokens without room"
+    assert describe({"loss": 1.0, "overflow": 1234}) == "loss 1.000, 1,234 tokens dropped for lack of capacity"

@@ -11,7 +11,7 @@ import pytest
 
 from sma.errors import SMAError, SpecError
 from sma.spec import load_as, loads
-from sma_models.training.data import listops
+from sma_models.training.data import enwik8, listops
 from sma_models.training.loop import Outcome
 from sma_models.training.recipe import Recipe, load_recipe, recipe_names, recipe_yaml
 from sma_models.training.run import Run
@@ -101,8 +101,8 @@ def test_speech(speech_root: Path, run_recipe: Runner) -> None:
 
 
 def test_listops_from_official_files(tmp_path: Path, run_recipe: Runner) -> None:
-    task = listops.Task(min_length=5, max_length=40, max_depth=3)
-    listops.write(tmp_path / "lo", listops.generate({"train": 8, "validation": 4, "test": 4}, task=task))
+    small = listops.Distribution(min_length=5, max_length=40, max_depth=3)
+    listops.write(tmp_path / "lo", listops.generate({"train": 8, "validation": 4, "test": 4}, distribution=small))
     check(*run_recipe("listops", *TWO_STEPS, f"data.root={tmp_path / 'lo'}"), "accuracy")
 
 
@@ -161,9 +161,7 @@ def test_lm_stdlib(tmp_path: Path, run_recipe: Runner) -> None:
 
 
 def test_enwik8_layout(tmp_path: Path, run_recipe: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sma_models.training.data import lm
-
-    monkeypatch.setattr(lm, "ENWIK8_SIZES", (900, 50, 50))
+    monkeypatch.setattr(enwik8, "SIZES", (900, 50, 50))
     (tmp_path / "enwik8").write_bytes(b"<mediawiki>" * 90 + b"0123456789")
     check(*run_recipe("enwik8", *TWO_STEPS, f"data.root={tmp_path}", "data.seq_len=32"), "bits_per_byte")
 

@@ -7,9 +7,9 @@ the loader had fetched in advance: build the loader again with ``start=k``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sma.errors import ConfigError
-from sma_models.training.data.datasets import Batch, Item
+from sma_models.training.data.batches import Collating
 from sma_models.training.data.randomness import ORDER, Draws
 from sma_models.training.data.resident import LIMIT, Resident, ResidentBatches
 
@@ -40,7 +40,7 @@ class BatchPlan:
 
     Args:
         size: number of samples, or None for an endless supply (batch k is samples k*B .. k*B + B - 1), as for
-            :class:`~sma_models.training.data.lm.RandomWindows`.
+            :class:`~sma_models.training.data.language.RandomWindows`.
         batch_size: samples in a batch, on each rank.
         seed: decides the order; every epoch has its own.
         shuffle: False keeps the order of the data set.
@@ -169,15 +169,6 @@ class PlanSampler(Sampler[list[int]]):
         return self.stop - self.start
 
 
-class Collating(Protocol):
-    """A data set that makes its own batches."""
-
-    def __getitem__(self, index: int) -> Item: ...
-
-    @property
-    def collate(self) -> Callable[[Sequence[Item]], Batch]: ...
-
-
 CPU = torch.device("cpu")
 
 
@@ -245,5 +236,5 @@ def loader(
         batch_sampler=sampler,
         collate_fn=dataset.collate,
         num_workers=source.workers,
-        pin_memory=source.device.type == "cuda",  # what is copied from elsewhere has to be waited for
+        pin_memory=source.device.type == "cuda",  # a copy from pageable memory synchronises with the device
     )

@@ -1,10 +1,10 @@
-"""Getting the official releases: checked, complete or not at all, continued after an interruption.
+"""Downloads of releases: checked, complete or not at all, continued after an interruption.
 
-:func:`locate` is the door: with a ``root`` it uses what is there and never touches the network; without one it
-downloads into the cache of the user (call it from one process). A file is kept only when its checksum is right. Two
-kinds of checksum:
+:func:`fetch` gets a :class:`~sma_models.training.data.release.Release`; call it from one process. A file is kept only
+when its checksum is right. Two kinds of checksum:
 
-* published by the makers of the data or by the big data libraries: written here, an attack on the server is noticed;
+* published by the makers of the data or by the big data libraries: written beside the reader of the data set. An attack
+  on the server is noticed;
 * none published (the release of Long Range Arena): the SHA-256 of the first download is written next to the file as
   ``<file>.sha256`` and every later download has to agree with it. That is trust on first use, and logged as such.
 """
@@ -25,137 +25,15 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pooch  # type: ignore[import-untyped]
 
-from sma.errors import ConfigError
-from sma_models.training.data.files import Pathlike, reject
+from sma_models.training.data.reading import Pathlike, reject
+from sma_models.training.data.release import Release, Resource
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resource:
-    """One file of a release.
-
-    Attributes:
-        url: where it is, by http or https.
-        known_hash: "md5:..." or "sha256:..." of the file, or None for trust on first use.
-        unpack: "tar" (with any compression), "zip", or "no".
-        top: the folder inside the archive whose content is wanted; "" means everything in it.
-    """
-
-    url: str
-    known_hash: str | None
-    unpack: Literal["tar", "zip", "no"]
-    top: str = ""
-
-    @property
-    def file_name(self) -> str:
-        """The name under which it is kept."""
-        return self.url.rpartition("/")[2]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Release:
-    """A data set: its files and the folder that they end up in."""
-
-    folder: str
-    resources: tuple[Resource, ...]
-
-
-_MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist"
-_MNIST_HASHES = {
-    "train-images-idx3-ubyte.gz": "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873",
-    "train-labels-idx1-ubyte.gz": "md5:d53e105ee54ea40749a09fcbcd1e9432",
-    "t10k-images-idx3-ubyte.gz": "md5:9fb629c4189551a2d022fa330f9573f3",
-    "t10k-labels-idx1-ubyte.gz": "md5:ec29112dd5afa0611ce80d1b7f02629c",
-}
-RELEASES = {
-    "text": Release(
-        folder="aclImdb",
-        resources=(
-            Resource(
-                url="https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
-                known_hash="md5:7c2ac02c03563afcf9b574c7e56c153a",
-                unpack="tar",
-                top="aclImdb",
-            ),
-        ),
-    ),
-    "image": Release(
-        folder="cifar-10-batches-bin",
-        resources=(
-            Resource(
-                url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-                known_hash="md5:c32a1d4ab5d03f1284b67883e8d87530",
-                unpack="tar",
-                top="cifar-10-batches-bin",
-            ),
-        ),
-    ),
-    "mnist": Release(
-        folder="mnist",
-        resources=tuple(
-            Resource(url=f"{_MNIST}/{name}", known_hash=known, unpack="no") for name, known in _MNIST_HASHES.items()
-        ),
-    ),
-    "speech": Release(
-        folder="speech_commands_v0.02",
-        resources=(
-            Resource(
-                url="https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz",
-                known_hash="sha256:af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58",
-                unpack="tar",
-            ),
-        ),
-    ),
-    "enwik8": Release(
-        folder="enwik8",
-        resources=(
-            Resource(
-                url="https://mattmahoney.net/dc/enwik8.zip",
-                known_hash="sha256:547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
-                unpack="zip",
-            ),
-        ),
-    ),
-    # 7.7 GB with ListOps, Retrieval and Pathfinder; no checksum was ever published, and the address has at times
-    # answered 403. ListOps needs no download: see listops.generate.
-    "lra": Release(
-        folder="lra_release",
-        resources=(
-            Resource(
-                url="https://storage.googleapis.com/long-range-arena/lra_release.gz", known_hash=None, unpack="tar"
-            ),
-        ),
-    ),
-}
-"""What can be downloaded, by the name of the data set."""
-
-
-def locate(name: str, *, root: Pathlike | None = None, cache: Pathlike | None = None) -> Path:
-    """The folder of a data set, downloaded when there is no ``root``.
-
-    Args:
-        name: a key of :data:`RELEASES`.
-        root: where the data already lie; nothing is downloaded.
-        cache: where downloads are kept; None means the cache folder of the user.
-
-    Raises:
-        ConfigError: there is no data set of that name.
-        DataError: ``root`` is no folder, or see :func:`fetch`.
-    """
-    if name not in RELEASES:
-        raise ConfigError(f"data: must be one of {sorted(RELEASES)}, got {name!r}")
-    if root is not None:
-        if not Path(root).exists():
-            reject(root, f"must be the folder of the {name} data", "nothing there")
-        return Path(root)
-    return fetch(RELEASES[name], pooch.os_cache("sma") if cache is None else cache)
 
 
 def fetch(release: Release, cache: Pathlike) -> Path:
@@ -170,6 +48,7 @@ def fetch(release: Release, cache: Pathlike) -> Path:
     target = Path(cache) / release.folder
     if target.is_dir():
         return target
+    log.info("downloading the %s data; licence: %s", release.name, release.licence)
     downloads = Path(cache) / "downloads"
     try:
         downloads.mkdir(parents=True, exist_ok=True)
@@ -181,7 +60,7 @@ def fetch(release: Release, cache: Pathlike) -> Path:
                 _unpack(resource, file, fresh)
             _move_into_place(fresh, target)
     except OSError as error:
-        reject(cache, "must be a folder that can be written, with room", error.strerror or str(error))
+        reject(cache, "must be a folder that can be written, with enough free space", error.strerror or str(error))
     return target
 
 
@@ -225,7 +104,7 @@ class _ResumingDownloader:
 
     def __call__(self, url: str, output_file: Any, _: Any) -> None:
         if not url.startswith(("http://", "https://")):
-            reject(url, "must be an address of http or https", "another one")
+            reject(url, "must be an address of http or https", url.partition(":")[0])
         part = Path(output_file).parent / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.part"
         try:
             self._resume(url, part)

@@ -1,86 +1,89 @@
-"""Reading files with errors that name the file, the rule and the value."""
+"""The bytes of any files, for a language model."""
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Literal
 
-from sma.errors import DataError
-
-Pathlike = str | os.PathLike[str]
-
-
-def reject(path: Pathlike, rule: str, value: Any) -> NoReturn:
-    """Raise the :class:`~sma.errors.DataError` of a data file: ``path: rule, got value``."""
-    text = value if isinstance(value, str) else repr(value)
-    raise DataError(f"{os.fspath(path)}: {rule}, got {text if len(text) <= 120 else text[:120] + '...'}")
+from sma.errors import ConfigError, DataError
+from sma_models.training.data.language import ByteData
+from sma_models.training.data.reading import Pathlike, read_bytes, reject
+from sma_models.training.data.streams import ByteStream, StreamSplits, split_bytes, split_files
 
 
-def read_bytes(path: Pathlike, allow_empty: bool = False) -> bytes:
-    """The whole content of a file.
+def expand(patterns: Sequence[Pathlike]) -> list[Path]:
+    """The files that paths, folders (everything below them) and globs (``**`` goes down) name; sorted, each once.
 
     Raises:
-        DataError: the file is missing, a folder, unreadable, or empty without ``allow_empty``.
+        DataError: a pattern names no file.
     """
-    try:
-        with open(path, "rb") as file:
-            content = file.read()
-    except OSError as error:
-        reject(path, "must be a readable file", error.strerror or str(error))
-    if not content and not allow_empty:
-        reject(path, "must hold data", "an empty file")
-    return content
-
-
-def read_lines(path: Pathlike) -> Iterator[tuple[int, bytes]]:
-    """The lines of a text file as (number from 1, bytes without the line end); empty lines are left out.
-
-    Raises:
-        DataError: the file is missing, unreadable or empty.
-    """
-    found = False
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                stripped = line.rstrip(b"\r\n")
-                if stripped:
-                    found = True
-                    yield number, stripped
-    except OSError as error:
-        reject(path, "must be a readable file", error.strerror or str(error))
+    found: set[Path] = set()
+    for pattern in patterns:
+        if os.path.isdir(pattern):
+            files = [path for path in Path(pattern).rglob("*") if path.is_file()]
+        else:
+            files = [Path(name) for name in glob.glob(os.fspath(pattern), recursive=True) if os.path.isfile(name)]
+        if not files:
+            reject(pattern, "must name at least one file", "none")
+        found.update(files)
     if not found:
-        reject(path, "must hold data", "an empty file")
+        raise DataError("files: must name at least one file, got an empty list")
+    return sorted(found)
 
 
-def find_folder(root: Pathlike, below: Iterable[str], wanted: str) -> Path:
-    """The first of ``root/below[i]`` in which ``wanted`` exists: ``root`` may also be the folder around the data.
+def load(
+    patterns: Sequence[Pathlike],
+    *,
+    split: Literal["files", "bytes"] = "bytes",
+    fractions: tuple[float, float] = (0.05, 0.05),
+) -> StreamSplits:
+    """The bytes of any files.
 
-    Raises:
-        DataError: there is no such folder, naming every place that was looked at.
-    """
-    base = Path(root)
-    if not base.is_dir():
-        reject(base, "must be a folder", "a file" if base.exists() else "nothing there")
-    places = [base / part for part in below]
-    for place in places:
-        if (place / wanted).exists():
-            return place
-    reject(base, f"must contain {wanted!r} in one of {[str(place) for place in places]}", "none of them")
-
-
-def list_files(folder: Pathlike, suffix: str) -> list[str]:
-    """The sorted names of the files in ``folder`` that end in ``suffix``.
+    Args:
+        patterns: paths, folders or globs; the files are read in sorted order.
+        split: "bytes" holds out the end of the whole stream; "files" holds out whole files, chosen by a hash of their
+            paths below the folder that they share, so that adding a file there moves no other one.
+        fractions: the shares of validation and test: exact for "bytes", expected ones for "files".
 
     Raises:
-        DataError: the folder is missing or holds no such file.
+        ConfigError: an argument is out of range.
+        DataError: nothing is named, a file is unreadable or empty, or a part of the split is empty.
     """
-    try:
-        with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if entry.name.endswith(suffix) and entry.is_file())
-    except OSError as error:
-        reject(folder, "must be a readable folder", error.strerror or str(error))
-    if not names:
-        reject(folder, f"must contain *{suffix} files", "none")
-    return names
+    files = expand(patterns)
+    if split == "files":
+        common = Path(os.path.commonpath([path.absolute().parent for path in files]))
+        return split_files(common, [path.absolute().relative_to(common).as_posix() for path in files], fractions)
+    if split != "bytes":
+        raise ConfigError(f"split: must be 'files' or 'bytes', got {split!r}")
+    return split_bytes(ByteStream.join([(str(path), read_bytes(path)) for path in files]), fractions)
+
+
+class FilesData(ByteData):
+    """The bytes of any files."""
+
+    @dataclass(kw_only=True, frozen=True)
+    class Config(ByteData.Config):
+        """Which files, and what is held out.
+
+        Attributes:
+            root: one file or folder, in place of ``files``.
+            files: paths, folders and patterns (``**`` goes down).
+            split: hold out the end of all ``bytes``, or whole ``files``, chosen by their names.
+            fractions: shares of validation and test.
+        """
+
+        root: str | None = None
+        files: tuple[str, ...] = ()
+        split: Literal["bytes", "files"] = "bytes"
+        fractions: tuple[float, float] = (0.05, 0.05)
+
+    config: Config
+
+    def streams(self) -> StreamSplits:
+        named = [self.config.root] if self.config.root else []
+        patterns = [str(Path(pattern).expanduser()) for pattern in (*named, *self.config.files)]
+        return load(patterns, split=self.config.split, fractions=self.config.fractions)

@@ -20,10 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sma.errors import ConfigError, DataError
-from sma_models.training.data.datasets import Ragged, Splits, TokenDataset
-from sma_models.training.data.files import Pathlike, find_folder, read_lines, reject
+from sma_models.training.data import long_range_arena
+from sma_models.training.data.base import PaddedData, Task, classification
+from sma_models.training.data.labelled import Ragged, Splits, TokenDataset
 from sma_models.training.data.listops_trees import grow
 from sma_models.training.data.randomness import LISTOPS, Draws
+from sma_models.training.data.reading import Pathlike, find_folder, read_lines, reject
+from sma_models.training.data.release import cache_folder
 
 VOCABULARY = (*"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]", "<pad>")
 """Token i is written ``VOCABULARY[i]``."""
@@ -35,7 +38,7 @@ SIZES = {"train": 96_000, "validation": 2_000, "test": 2_000}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class Distribution:
     """The distribution of the expressions; the defaults are the published task's.
 
     Attributes:
@@ -67,7 +70,9 @@ class Task:
 Sample = tuple[bytes, int]
 
 
-def generate(sizes: Mapping[str, int] = SIZES, *, seed: int = 0, task: Task | None = None) -> dict[str, list[Sample]]:
+def generate(
+    sizes: Mapping[str, int] = SIZES, *, seed: int = 0, distribution: Distribution | None = None
+) -> dict[str, list[Sample]]:
     """Draw the samples of each split; no expression occurs twice, within a split or across splits.
 
     The test and validation samples depend on the seed and their own sizes only, not on the size of the training split.
@@ -75,7 +80,7 @@ def generate(sizes: Mapping[str, int] = SIZES, *, seed: int = 0, task: Task | No
     Args:
         sizes: number of samples for each of "train", "validation" and "test".
         seed: the same seed gives the same samples on every machine.
-        task: the distribution; None means the published one.
+        distribution: of the expressions; None means the published one.
 
     Returns:
         Pairs (tokens, value 0..9) for each split; the tokens are bytes, byte i for token i of :data:`VOCABULARY`.
@@ -88,11 +93,12 @@ def generate(sizes: Mapping[str, int] = SIZES, *, seed: int = 0, task: Task | No
     for number, name in enumerate(("test", "validation", "train")):
         if sizes[name] < 0:
             raise ConfigError(f"sizes.{name}: must be at least 0, got {sizes[name]!r}")
-        splits[name] = _draw(sizes[name], seed, number, task or Task(), seen)
+        splits[name] = _draw(sizes[name], seed, number, distribution or Distribution(), seen)
     return splits
 
 
-def _draw(count: int, seed: int, number: int, task: Task, seen: set[bytes]) -> list[Sample]:
+def _draw(count: int, seed: int, number: int, distribution: Distribution, seen: set[bytes]) -> list[Sample]:
+    d = distribution
     samples: list[Sample] = []
     fruitless = 0
     chunk = number << 40  # splits draw from far-apart counters
@@ -100,14 +106,17 @@ def _draw(count: int, seed: int, number: int, task: Task, seen: set[bytes]) -> l
         before = len(samples)
         draws = Draws(seed, LISTOPS, chunk)
         chunk += 1
-        grown = grow(draws, 4096, task.operator_probability, task.max_arguments, task.max_depth, task.max_length)
+        grown = grow(draws, 4096, d.operator_probability, d.max_arguments, d.max_depth, d.max_length)
         for tokens, value in grown:
-            if len(tokens) > task.min_length and tokens not in seen and len(samples) < count:
+            if len(tokens) > d.min_length and tokens not in seen and len(samples) < count:
                 seen.add(tokens)
                 samples.append((tokens, value))
         fruitless = 0 if len(samples) > before else fruitless + 1
         if fruitless == 100:
-            raise ConfigError(f"sizes: {task} seems to have too few different expressions, got {count} asked of it")
+            raise ConfigError(
+                f"sizes: must not exceed the expressions that there are, got {count}; {distribution} seems to have "
+                "too few different expressions"
+            )
     return samples
 
 
@@ -285,15 +294,15 @@ def load(root: Pathlike, max_length: int = 2000) -> Splits[TokenDataset]:
 
 
 def load_generated(
-    sizes: Mapping[str, int] = SIZES, *, seed: int = 0, task: Task | None = None
+    sizes: Mapping[str, int] = SIZES, *, seed: int = 0, distribution: Distribution | None = None
 ) -> Splits[TokenDataset]:
     """The same task without files: see :func:`generate`."""
-    drawn = generate(sizes, seed=seed, task=task)
+    drawn = generate(sizes, seed=seed, distribution=distribution)
     arrays = {
         name: (Ragged.join(tokens for tokens, _ in samples), np.array([value for _, value in samples], dtype=np.int64))
         for name, samples in drawn.items()
     }
-    return _splits(arrays, (task or Task()).max_length)
+    return _splits(arrays, (distribution or Distribution()).max_length)
 
 
 def _splits(arrays: Mapping[str, tuple[Ragged, NDArray[np.int64]]], max_length: int) -> Splits[TokenDataset]:
@@ -305,3 +314,52 @@ def _splits(arrays: Mapping[str, tuple[Ragged, NDArray[np.int64]]], max_length: 
         max_length=max_length,
         classes=tuple(str(digit) for digit in range(10)),
     )
+
+
+class ListOpsData(PaddedData):
+    """ListOps: from the files of the official release, or drawn from the published distribution."""
+
+    release = long_range_arena.RELEASE
+
+    @dataclass(kw_only=True, frozen=True)
+    class Config(PaddedData.Config):
+        """Without ``root``, samples are generated once, by ``seed``, and kept in the cache."""
+
+        root: str | None = None
+        max_length: int = 2000
+        min_length: int = 500
+        max_depth: int = 10
+        max_arguments: int = 10
+        train: int = 96_000
+        validation: int = 2_000
+        test: int = 2_000
+        seed: int = 0
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            for name in ("train", "validation", "test"):
+                self.require(getattr(self, name) >= 1, name, "must be at least 1")
+            self.require(0 <= self.seed < 2**63, "seed", "must be at least 0 and below 2**63")
+
+    config: Config
+
+    def prepare(self) -> Path:
+        c = self.config
+        if c.root:
+            return super().prepare()
+        sizes = {"train": c.train, "validation": c.validation, "test": c.test}
+        shape = "-".join(
+            str(n) for n in (*sizes.values(), c.min_length, c.max_length, c.max_depth, c.max_arguments, c.seed)
+        )
+        folder = cache_folder() / f"listops-generated-{shape}"
+        # The training split is written last, so a folder that has it is complete.
+        if not (folder / FILES["train"]).exists():
+            distribution = Distribution(
+                max_arguments=c.max_arguments, max_depth=c.max_depth, min_length=c.min_length, max_length=c.max_length
+            )
+            drawn = generate(sizes, seed=c.seed, distribution=distribution)
+            write(folder, {name: drawn[name] for name in ("test", "validation", "train")})
+        return folder
+
+    def open(self, *, seed: int) -> Task:
+        return classification(load(self.prepare(), self.config.max_length), self.config.pad_to)

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sma.errors import ConfigError, MissingExtraError
-from sma_models.training.data.datasets import Item, Splits, ValueDataset, normalise
-from sma_models.training.data.files import Pathlike, find_folder, list_files, read_lines, reject
+from sma_models.training.data import long_range_arena
+from sma_models.training.data.base import ReleasedData, Task, classification
+from sma_models.training.data.batches import Item
+from sma_models.training.data.labelled import Splits, ValueDataset, normalise
 from sma_models.training.data.randomness import SPLIT, Draws
+from sma_models.training.data.reading import Pathlike, find_folder, list_files, read_lines, reject
 
 DIFFICULTIES = ("curv_baseline", "curv_contour_length_9", "curv_contour_length_14")
 """Easy, intermediate, hard; the published task is the hard one."""
@@ -161,3 +165,37 @@ def load(
         max_length=resolution**2,
         classes=CLASSES,
     )
+
+
+class PathfinderData(ReleasedData):
+    """Are two dots joined? ``resolution`` 32 is Pathfinder, 128 is Path-X."""
+
+    release = long_range_arena.RELEASE
+
+    @dataclass(kw_only=True, frozen=True)
+    class Config(ReleasedData.Config):
+        resolution: int = 32
+        difficulty: str = "curv_contour_length_14"
+        fractions: tuple[float, float] = (0.1, 0.1)
+        seed: int = 0
+        mean: float = 0.5
+        std: float = 0.5
+
+        def __post_init__(self) -> None:
+            self.require(self.std > 0, "std", "must be positive")
+
+    config: Config
+
+    def open(self, *, seed: int) -> Task:
+        c = self.config
+        return classification(
+            load(
+                self.prepare(),
+                resolution=c.resolution,
+                difficulty=c.difficulty,
+                fractions=c.fractions,
+                seed=c.seed,
+                mean=c.mean,
+                std=c.std,
+            )
+        )

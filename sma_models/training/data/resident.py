@@ -1,8 +1,8 @@
 """Data sets that are kept on the device, and their batches gathered there.
 
-A batch of a small model is trained on faster than Python can put it together from its samples. Where all samples fit,
-they are uploaded once, as the bytes that they are; from then on a step needs nothing but the places of its rows. These
-go up in one copy from pinned memory, which nobody waits for.
+A small model trains on a batch faster than Python collates it from its samples. Where all samples fit, they are
+uploaded once, as bytes. From then on a step uploads only the places of its rows, in one asynchronous copy from pinned
+memory.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from sma_models.training.data.batches import Batch
+
 LIMIT = 2**30
 """Data sets of at most so many bytes are kept on the device unless a recipe says otherwise."""
 
-Reader = Callable[[Sequence[int]], dict[str, Tensor | None]]
+Gather = Callable[[Sequence[int]], Batch]
 """Gives the batch of some samples, by their numbers, on the device."""
 
 
@@ -31,7 +33,7 @@ class Resident(Protocol):
     def nbytes(self) -> int:
         """What it needs there."""
 
-    def resident(self, device: torch.device) -> Reader:
+    def resident(self, device: torch.device) -> Gather:
         """Upload the samples. The batches are those that ``collate`` makes of the same samples, bit for bit."""
 
 
@@ -39,23 +41,23 @@ class ResidentBatches:
     """Batches in the order of a sampler, from a data set on the device.
 
     Args:
-        read: gives a batch.
+        gather: gives a batch.
         sampler: the numbers of the samples of each batch.
     """
 
-    def __init__(self, read: Reader, sampler: Sampler[list[int]]) -> None:
-        self.read = read
+    def __init__(self, gather: Gather, sampler: Sampler[list[int]]) -> None:
+        self.gather = gather
         self.sampler = sampler
 
-    def __iter__(self) -> Iterator[dict[str, Tensor | None]]:
-        return map(self.read, iter(self.sampler))
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.gather, iter(self.sampler))
 
     def __len__(self) -> int:
         return len(self.sampler)  # type: ignore[arg-type]  # a sampler with an end
 
 
 def upload(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    """A copy of the array on the device; the caller does not wait until it is there."""
+    """A copy of the array on the device; it does not synchronise with the device."""
     tensor = torch.from_numpy(np.array(array))  # a copy: what was read from files may not be written to
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 

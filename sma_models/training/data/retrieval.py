@@ -6,9 +6,13 @@ tabs and never quoted; the label is written ``0.0`` or ``1.0``.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from sma.errors import ConfigError
-from sma_models.training.data.datasets import BYTE_PAD, PairDataset, Ragged, Splits
-from sma_models.training.data.files import Pathlike, find_folder, read_lines, reject
+from sma_models.training.data import long_range_arena
+from sma_models.training.data.base import PaddedData, Task, classification
+from sma_models.training.data.labelled import BYTE_PAD, PairDataset, Ragged, Splits
+from sma_models.training.data.reading import Pathlike, find_folder, read_lines, reject
 
 FILES = {
     "train": "new_aan_pairs.train.tsv",
@@ -75,3 +79,18 @@ def load(root: Pathlike, max_length: int = 4000) -> Splits[PairDataset]:
         max_length=max_length,
         classes=CLASSES,
     )
+
+
+class RetrievalData(PaddedData):
+    """Pairs of papers, byte by byte (ACL Anthology)."""
+
+    release = long_range_arena.RELEASE
+
+    @dataclass(kw_only=True, frozen=True)
+    class Config(PaddedData.Config):
+        max_length: int = 4000
+
+    config: Config
+
+    def open(self, *, seed: int) -> Task:
+        return classification(load(self.prepare(), self.config.max_length), self.config.pad_to)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import wave
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,26 @@ import torch
 from numpy.typing import NDArray
 
 from sma.errors import ConfigError
-from sma_models.training.data.datasets import Item, Splits, ValueDataset
-from sma_models.training.data.files import Pathlike, find_folder, list_files, read_lines, reject
+from sma_models.training.data.base import ReleasedData, Task, classification
+from sma_models.training.data.batches import Item
+from sma_models.training.data.labelled import Splits, ValueDataset
+from sma_models.training.data.reading import Pathlike, find_folder, list_files, read_lines, reject
+from sma_models.training.data.release import Release, Resource
 
+RELEASE = Release(
+    name="speech",
+    folder="speech_commands_v0.02",
+    resources=(
+        Resource(
+            url="https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz",
+            known_hash="sha256:af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58",
+            unpack="tar",
+        ),
+    ),
+    licence="CC BY 4.0",
+)
 RATE = 16_000
+"""Samples in a second."""
 SC10_CLASSES = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 """The ten command words that the ten-class task takes out of the thirty-five."""
 PLACES = (".", "speech_commands", "speech_commands_v0.02", "SpeechCommands/speech_commands_v0.02")
@@ -160,3 +177,23 @@ def _read_lists(folder: Path) -> dict[str, str]:
                 reject(folder / name, f"line {number}: a file must be listed once", entry)
             split_of[entry] = split
     return split_of
+
+
+class SpeechData(ReleasedData):
+    """Spoken words, sample by sample (Speech Commands)."""
+
+    release = RELEASE
+
+    @dataclass(kw_only=True, frozen=True)
+    class Config(ReleasedData.Config):
+        """``classes`` are the words to tell apart; None means all that have a folder."""
+
+        classes: tuple[str, ...] | None = SC10_CLASSES
+        length: int = RATE
+        check: bool = True
+
+    config: Config
+
+    def open(self, *, seed: int) -> Task:
+        c = self.config
+        return classification(load(self.prepare(), classes=c.classes, length=c.length, check=c.check))

@@ -6,17 +6,33 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 from sma.errors import ConfigError
-from sma_models.training.data.datasets import BYTE_PAD, Ragged, Splits, TokenDataset, set_aside
-from sma_models.training.data.files import Pathlike, find_folder, list_files, read_bytes, reject
+from sma_models.training.data.base import PaddedData, Task, classification
+from sma_models.training.data.labelled import BYTE_PAD, Ragged, Splits, TokenDataset, set_aside
+from sma_models.training.data.reading import Pathlike, find_folder, list_files, read_bytes, reject
+from sma_models.training.data.release import Release, Resource
 
+RELEASE = Release(
+    name="text",
+    folder="aclImdb",
+    resources=(
+        Resource(
+            url="https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
+            known_hash="md5:7c2ac02c03563afcf9b574c7e56c153a",
+            unpack="tar",
+            top="aclImdb",
+        ),
+    ),
+    licence="none stated; its makers ask to cite Maas et al. 2011",
+)
 CLASSES = ("neg", "pos")
 PLACES = (".", "aclImdb")
 
 
 class Reviews(TokenDataset):
-    """Reviews as bytes (padded with :data:`~.datasets.BYTE_PAD`).
+    """Reviews as bytes (padded with :data:`~.labelled.BYTE_PAD`).
 
     Attributes:
         documents: the file of every stored sample, relative to the folder of the split.
@@ -82,3 +98,24 @@ def load(root: Pathlike, *, max_length: int = 4000, validation_fraction: float =
     train, validation = set_aside(read(folder / "train", max_length), validation_fraction, seed)
     test = read(folder / "test", max_length)
     return Splits(train=train, validation=validation, test=test, max_length=max_length, classes=CLASSES)
+
+
+class TextData(PaddedData):
+    """Sentiment of film reviews, byte by byte (aclImdb)."""
+
+    release = RELEASE
+
+    @dataclass(kw_only=True, frozen=True)
+    class Config(PaddedData.Config):
+        max_length: int = 4000
+        validation_fraction: float = 0.1
+        seed: int = 0
+
+    config: Config
+
+    def open(self, *, seed: int) -> Task:
+        c = self.config
+        root = self.prepare()
+        return classification(
+            load(root, max_length=c.max_length, validation_fraction=c.validation_fraction, seed=c.seed), c.pad_to
+        )

@@ -12,9 +12,23 @@ from sma.errors import ConfigError, DataError
 from sma_models.training.data import listops
 from sma_models.training.data.listops_trees import grow
 from sma_models.training.data.randomness import LISTOPS, Draws
+from sma_models.training.data.testing import Broken, DataSuite
 
-SMALL = listops.Task(max_depth=5, max_arguments=4, min_length=5, max_length=60, operator_probability=0.4)
+SMALL = listops.Distribution(max_depth=5, max_arguments=4, min_length=5, max_length=60, operator_probability=0.4)
 SIZES = {"train": 60, "validation": 15, "test": 20}
+
+
+class TestListOps(DataSuite):
+    config = listops.ListOpsData.Config(max_length=60)
+    refused = (("pad_to", 0), ("train", 0), ("seed", -1))
+    broken = (
+        Broken("basic_train.tsv", b"[MAX 1 2 ]\t2\n", "line 1: must be the header .*, got .MAX 1 2"),
+        Broken("basic_val.tsv", b"Source\tTarget\n[MAX 1 2 ]\t12\n", "line 2: the target must be a digit .*, got 12"),
+        Broken("basic_test.tsv", b"Source\tTarget\n[MAX 1 2\t2\n", "every bracket must be closed, .*, got .MAX 1 2"),
+    )
+
+    def write(self, root: Path) -> None:
+        listops.write(root, listops.generate(SIZES, distribution=SMALL))
 
 
 def tokens_of(text: str) -> bytes:
@@ -129,20 +143,20 @@ def test_lengths_are_distributed_as_those_of_trees_drawn_one_by_one() -> None:
 
 
 def test_the_seed_decides_and_splits_do_not_meet() -> None:
-    first, again = (listops.generate(SIZES, seed=1, task=SMALL) for _ in range(2))
-    other = listops.generate(SIZES, seed=2, task=SMALL)
+    first, again = (listops.generate(SIZES, seed=1, distribution=SMALL) for _ in range(2))
+    other = listops.generate(SIZES, seed=2, distribution=SMALL)
     assert first == again
     assert first["train"] != other["train"]
     everything = [tokens for samples in first.values() for tokens, _ in samples]
     assert len(set(everything)) == len(everything) == 95
-    larger = listops.generate({**SIZES, "train": 200}, seed=1, task=SMALL)
+    larger = listops.generate({**SIZES, "train": 200}, seed=1, distribution=SMALL)
     assert larger["test"] == first["test"]
     assert larger["validation"] == first["validation"]
 
 
 def test_the_stream_of_samples_never_changes() -> None:
     """Published figures name a seed; these values keep it meaning the same samples."""
-    tokens, value = listops.generate({"train": 1, "validation": 0, "test": 0}, task=SMALL)["train"][0]
+    tokens, value = listops.generate({"train": 1, "validation": 0, "test": 0}, distribution=SMALL)["train"][0]
     assert (listops.to_text(tokens), value) == EXPECTED
 
 
@@ -150,7 +164,7 @@ EXPECTED = ("[MAX [MIN 9 2 9 ] 3 4 [MIN [MED 5 [MED 0 8 0 2 ] ] 7 [MAX 9 [SM 0 8
 
 
 def test_written_files_come_back(tmp_path: Path) -> None:
-    splits = listops.generate(SIZES, task=SMALL)
+    splits = listops.generate(SIZES, distribution=SMALL)
     listops.write(tmp_path / "listops-1000", splits)
     loaded = listops.load(tmp_path, max_length=60)
     for name, part in (("train", loaded.train), ("validation", loaded.validation), ("test", loaded.test)):
@@ -166,8 +180,8 @@ def test_written_files_come_back(tmp_path: Path) -> None:
 
 
 def test_generated_and_loaded_are_the_same(tmp_path: Path) -> None:
-    generated = listops.load_generated(SIZES, task=SMALL)
-    listops.write(tmp_path, listops.generate(SIZES, task=SMALL), parentheses=False)
+    generated = listops.load_generated(SIZES, distribution=SMALL)
+    listops.write(tmp_path, listops.generate(SIZES, distribution=SMALL), parentheses=False)
     loaded = listops.load(tmp_path, max_length=60)
     assert (generated.test.labels == loaded.test.labels).all()
     assert (generated.test.rows.flat == loaded.test.rows.flat).all()
@@ -227,12 +241,12 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 )
 def test_bad_tasks_are_refused(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=field):
-        listops.Task(**{field: value})
+        listops.Distribution(**{field: value})
 
 
 def test_asking_for_more_expressions_than_there_are_ends() -> None:
-    digits = listops.Task(max_depth=1, min_length=0, max_length=5)
+    digits = listops.Distribution(max_depth=1, min_length=0, max_length=5)
     with pytest.raises(ConfigError, match="too few different expressions"):
-        listops.generate({"train": 11, "validation": 0, "test": 0}, task=digits)
+        listops.generate({"train": 11, "validation": 0, "test": 0}, distribution=digits)
     with pytest.raises(ConfigError, match=r"sizes\.test"):
         listops.generate({"train": 1, "validation": 0, "test": -1})

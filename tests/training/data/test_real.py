@@ -16,7 +16,7 @@ def test_real_reviews(real_set: Callable[[str], Path]) -> None:
 
 
 def test_real_images(real_set: Callable[[str], Path]) -> None:
-    splits = image.load_cifar10(real_set("cifar-10-batches-bin"))
+    splits = image.load(real_set("cifar-10-batches-bin"))
     assert splits.test.class_counts().tolist() == [1000] * 10
     assert abs(splits.train.pixels.mean() / 255 - 0.48) < 0.005
     assert abs(splits.train.pixels.std() / 255 - 0.24) < 0.005

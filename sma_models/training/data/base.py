@@ -1,8 +1,7 @@
-"""The kind ``data``, and what it hands to training."""
+"""The kind ``data``: a data set that recipes can name, and what it hands to training."""
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ from typing import Any, ClassVar
 from sma.configurable import BaseConfig
 from sma.errors import ConfigError, MissingExtraError
 from sma.interfaces import Plugin
-from sma_models.training.data.batching import Collating
-from sma_models.training.data.datasets import Kind, LabelledDataset, PaddedDataset, Splits
+from sma_models.training.data.batches import Collating, Kind
+from sma_models.training.data.labelled import LabelledDataset, PaddedDataset, Splits
+from sma_models.training.data.reading import reject
+from sma_models.training.data.release import Release, cache_folder
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,14 @@ class Task:
     """Opened data: what a model is trained and judged on.
 
     Attributes:
-        kind: what a batch holds (see :mod:`sma_models.training.data.datasets`).
+        kind: what a batch holds (see :mod:`sma_models.training.data.batches`).
         train: samples to learn from.
         splits: what to evaluate on, by the name of the split; one that does not exist is missing.
         endless: True when ``train`` has a sample for every number.
         vocab_size: number of tokens; None when the input is real numbers.
         n_classes: number of classes; None for a language model.
         lanes: ``lanes(split, batch_size)`` gives batches that go on where the batch before stopped, for a language
-            model that carries its
-            state through an evaluation; None where every sample stands for itself.
+            model that carries its state through an evaluation; None where every sample stands for itself.
         text: ``text(split)`` gives the bytes of a split of a language model.
     """
 
@@ -88,6 +88,41 @@ class Data(Plugin):
         """
 
 
+class ReleasedData(Data):
+    """Data that come as files: from ``root`` when it is given, else downloaded into the cache."""
+
+    release: ClassVar[Release]
+    """The files to download."""
+
+    @dataclass(kw_only=True, frozen=True)
+    class Config(Data.Config):
+        """``root`` is the folder in which the files lie, or the one around it; None downloads them."""
+
+        root: str | None = None
+
+    config: Config
+
+    def prepare(self) -> Path:
+        return locate(self.release, self.config.root)
+
+
+class PaddedData(ReleasedData):
+    """Sequences of different lengths, padded in their batches."""
+
+    @dataclass(kw_only=True, frozen=True)
+    class Config(ReleasedData.Config):
+        """``pad_to``: batches are as long as a multiple of it, or as the longest sample. A large one gives few shapes,
+        which suits kernels and captured graphs; 1 gives the least padding.
+        """
+
+        pad_to: int = 1
+
+        def __post_init__(self) -> None:
+            self.require(self.pad_to >= 1, "pad_to", "must be at least 1")
+
+    config: Config
+
+
 def classification(splits: Splits[Any], pad_to: int = 1) -> Task:
     """The task of classifying the samples of ``splits``.
 
@@ -109,25 +144,22 @@ def classification(splits: Splits[Any], pad_to: int = 1) -> Task:
     return Task(first.kind, there["train"], there, vocab_size=first.vocab_size, n_classes=first.num_classes)
 
 
-def cache_folder() -> Path:
-    """Where downloads are kept: ``$SMA_CACHE``, else a folder in the user's cache."""
-    chosen = os.environ.get("SMA_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sma"
-
-
-def released(name: str, root: str | None) -> Path:
-    """The folder of a published data set: ``root`` when it is given, else what was or is now downloaded into the cache.
+def locate(release: Release, root: str | None = None) -> Path:
+    """The folder of a release: ``root``, without touching the network, or the one downloaded into the cache.
 
     Raises:
-        DataError: the folder is missing, or the download fails.
+        DataError: there is no ``root``, or the download fails.
         MissingExtraError: a download is needed, and the extra ``train`` is not installed.
     """
+    if root:
+        place = Path(root).expanduser()
+        if not place.exists():
+            reject(place, f"must be the folder of the {release.name} data", "nothing there")
+        return place
     try:
-        from sma_models.training.data.download import locate
+        from sma_models.training.data.download import fetch
     except ImportError as error:
         raise MissingExtraError(
             "downloads need pooch, from the extra 'train': pip install 'sparse-modular-activation[train]'"
         ) from error
-    return locate(name, root=Path(root).expanduser() if root else None, cache=cache_folder())
+    return fetch(release, cache_folder())

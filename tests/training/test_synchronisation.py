@@ -1,4 +1,4 @@
-"""Nothing in training waits for the device, except where something is written down."""
+"""Training synchronises with the device only where something is recorded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHAPES_FROM_VALUES = ("nonzero", "masked_select", "_unique", "unique_dim", "repe
 
 
 class Reads(TorchDispatchMode):
-    """Counts what would wait for a device: values that become numbers, Booleans or shapes of the host.
+    """Counts what would synchronise with a device: values that become numbers, Booleans or shapes of the host.
 
     A model may do so; what it does is of no concern here, so its forward pass does not count.
     """

@@ -12,12 +12,12 @@ import torch
 
 from sma.errors import ConfigError, SpecError
 from sma_models.training.data.batching import BatchPlan, Source, loader
-from sma_models.training.data.datasets import PairDataset, PixelDataset, Ragged, TokenDataset
-from sma_models.training.data.lm import ByteStream, Chunks, RandomWindows
+from sma_models.training.data.labelled import PairDataset, PixelDataset, Ragged, TokenDataset
+from sma_models.training.data.language import Chunks, RandomWindows
 from sma_models.training.data.resident import LIMIT, ResidentBatches
+from sma_models.training.data.streams import ByteStream
 from sma_models.training.loop import open_task
 from sma_models.training.recipe import load_recipe
-from tests.data.conftest import speech_root  # noqa: F401  # a fixture, used by its name
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RNG = np.random.default_rng(0)
@@ -112,7 +112,7 @@ def test_what_is_kept_on_the_device() -> None:
     assert Source(resident=True).keeps(small)
 
 
-def test_what_cannot_be_kept_on_the_device(speech_root: Path) -> None:  # noqa: F811
+def test_what_cannot_be_kept_on_the_device(speech_root: Path) -> None:
     changes = (f"data.root={speech_root}", "data.classes=[no,yes]", "data.length=400", "model.n_classes=2")
     recipe = load_recipe("speech", *changes, "train.resident=true")
     train = open_task(recipe).train

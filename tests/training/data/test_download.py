@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import io
 import logging
+import sys
 import tarfile
 import threading
 import zipfile
@@ -15,9 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from sma.errors import ConfigError, DataError
+from sma.errors import DataError, MissingExtraError
+from sma.plugins import registry
 from sma_models.training.data import download
-from sma_models.training.data.download import Release, Resource
+from sma_models.training.data.base import locate
+from sma_models.training.data.release import Release, Resource, cache_folder
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 
@@ -220,7 +223,7 @@ def test_trust_on_first_use_is_recorded_and_kept(
 def release_of(server: Server, archive: bytes, unpack: str, top: str = "") -> Release:
     server.files["set.archive"] = archive
     resource = Resource(url=server.url("set.archive"), known_hash=sha256(archive), unpack=unpack, top=top)  # type: ignore[arg-type]
-    return Release(folder="set", resources=(resource,))
+    return Release(name="poems", folder="set", resources=(resource,), licence="CC0")
 
 
 FILES = {"top/a.txt": b"a", "top/below/b.txt": b"b"}
@@ -242,7 +245,7 @@ def test_archives_are_unpacked_once(server: Server, tmp_path: Path, kind: str, t
 def test_several_files_form_one_folder(server: Server, tmp_path: Path) -> None:
     server.files |= {"a.gz": b"1", "b.gz": b"2"}
     resources = [Resource(url=server.url(n), known_hash=sha256(c), unpack="no") for n, c in server.files.items()]
-    folder = download.fetch(Release(folder="set", resources=tuple(resources)), tmp_path)
+    folder = download.fetch(Release(name="poems", folder="set", resources=tuple(resources), licence="CC0"), tmp_path)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"a.gz": b"1", "b.gz": b"2"}
 
 
@@ -279,16 +282,36 @@ def test_an_absolute_tar_path_stays_inside(server: Server, tmp_path: Path) -> No
 
 
 def test_a_root_never_touches_the_network(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMA_CACHE", str(tmp_path / "cache"))
     release = release_of(server, tar_of(FILES), "tar")
-    monkeypatch.setitem(download.RELEASES, "text", release)
-    assert download.locate("text", root=tmp_path) == tmp_path
-    with pytest.raises(DataError, match="must be the folder of the text data, got nothing there"):
-        download.locate("text", root=tmp_path / "nowhere")
+    assert locate(release, str(tmp_path)) == tmp_path
+    with pytest.raises(DataError, match="must be the folder of the poems data, got nothing there"):
+        locate(release, str(tmp_path / "nowhere"))
     assert server.asked == []
-    assert download.locate("text", cache=tmp_path / "cache") == tmp_path / "cache/set"
+    assert locate(release) == tmp_path / "cache/set"
     assert len(server.asked) == 1
-    with pytest.raises(ConfigError, match="data: must be one of"):
-        download.locate("texts")
+
+
+@pytest.mark.parametrize("root", [None, "there"])
+def test_only_a_download_needs_the_downloader(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str | None
+) -> None:
+    monkeypatch.setitem(sys.modules, "sma_models.training.data.download", None)
+    (tmp_path / "there").mkdir()
+    release = release_of(server, tar_of(FILES), "tar")
+    if root:
+        assert locate(release, str(tmp_path / root)) == tmp_path / root
+    else:
+        with pytest.raises(MissingExtraError, match="downloads need pooch, from the extra 'train'"):
+            locate(release)
+
+
+def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("SMA_CACHE", raising=False)
+    assert cache_folder() == tmp_path / "sma"
+    monkeypatch.setenv("SMA_CACHE", str(tmp_path / "here"))
+    assert cache_folder() == tmp_path / "here"
 
 
 def test_a_cache_that_cannot_be_written_is_one_error(server: Server, tmp_path: Path) -> None:
@@ -297,10 +320,19 @@ def test_a_cache_that_cannot_be_written_is_one_error(server: Server, tmp_path: P
         download.fetch(release_of(server, tar_of(FILES), "tar"), tmp_path / "cache")
 
 
+def releases() -> dict[str, Release]:
+    """The releases of all registered data sets, by the folder in the cache."""
+    plugins = [entry.target for entry in registry().entries() if entry.kind == "data"]
+    found = [plugin.release for plugin in plugins if hasattr(plugin, "release")]
+    return {release.folder: release for release in found}
+
+
 def test_every_release_names_its_sums_or_none() -> None:
-    unknown = [name for name, release in download.RELEASES.items() for r in release.resources if r.known_hash is None]
-    assert unknown == ["lra"]
-    for release in download.RELEASES.values():
+    assert len(releases()) == 6
+    unknown = [name for name, release in releases().items() for r in release.resources if r.known_hash is None]
+    assert unknown == ["lra_release"]
+    for release in releases().values():
+        assert release.licence
         for resource in release.resources:
             assert resource.url.startswith("https://")
             if resource.known_hash:

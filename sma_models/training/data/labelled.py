@@ -1,18 +1,4 @@
-"""Map-style data sets and how their samples become batches.
-
-Every data set knows its own ``collate``. The batches are plain dictionaries:
-
-* ``tokens``: ``tokens (B, L)`` int64, ``valid (B, L)`` bool or None when nothing is padded, ``lengths (B,)`` int64 or
-  None likewise, ``label (B,)`` int64;
-* ``values``: the same with ``values (B, L)`` float32 in place of ``tokens``;
-* ``pairs``: ``tokens (B, 2, L)``, ``valid (B, 2, L)`` and ``lengths (B, 2)`` or None, ``label (B,)``: two documents
-  each;
-* ``lm``: ``tokens (B, L)``, ``targets (B, L)`` int64, -100 where there is nothing to predict (see :mod:`.lm`),
-  ``valid`` and ``lengths``.
-
-Padding is always on the right, so ``lengths`` says all that ``valid`` does; a model that is given lengths need not
-look for the padding, and nobody has to wait for what it finds.
-"""
+"""Samples with a class each, as map-style data sets, and how they become batches (see :mod:`.batches`)."""
 
 from __future__ import annotations
 
@@ -21,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Generic, Literal, Self, TypeVar
+from typing import Generic, Self, TypeVar
 
 import numpy as np
 import torch
@@ -30,12 +16,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sma.errors import ConfigError
+from sma_models.training.data.batches import Batch, Item, Kind
 from sma_models.training.data.randomness import SPLIT, Draws
-from sma_models.training.data.resident import Reader, Rows, upload
+from sma_models.training.data.resident import Gather, Rows, upload
 
-Item = dict[str, Any]
-Batch = dict[str, Tensor | None]
-Kind = Literal["tokens", "values", "pairs", "lm"]
+Bytes = NDArray[np.uint8]
 
 BYTE_PAD = 256
 """The token that pads byte sequences; a vocabulary of bytes with padding has 257 entries."""
@@ -179,11 +164,11 @@ class PaddedDataset(LabelledDataset):
         """Size of all sequences."""
         return self.rows.flat.nbytes
 
-    def resident(self, device: torch.device) -> Reader:
+    def resident(self, device: torch.device) -> Gather:
         """Upload all sequences; see :class:`~sma_models.training.data.resident.Resident`."""
         flat = Rows(self.rows.flat, device)
 
-        def read(numbers: Sequence[int]) -> Batch:
+        def gather(numbers: Sequence[int]) -> Batch:
             stored = self._index[np.asarray(numbers)]
             which = self.rows_of(stored)
             shape, which = which.shape, which.reshape(-1)
@@ -202,7 +187,7 @@ class PaddedDataset(LabelledDataset):
                 "label": label,
             }
 
-        return read
+        return gather
 
 
 class TokenDataset(PaddedDataset):
@@ -290,18 +275,18 @@ class PixelDataset(ValueDataset):
         """Size of all images."""
         return self.pixels.nbytes
 
-    def resident(self, device: torch.device) -> Reader:
+    def resident(self, device: torch.device) -> Gather:
         """Upload all images; see :class:`~sma_models.training.data.resident.Resident`."""
         pixels = upload(self.pixels.reshape(len(self.pixels), -1), device)
         # A table of the 256 values, so that they are the same on every device.
         table = normalise(np.arange(256, dtype=np.uint8), self.mean, self.std).to(device)
 
-        def read(numbers: Sequence[int]) -> Batch:
+        def gather(numbers: Sequence[int]) -> Batch:
             stored = self._index[np.asarray(numbers)]
             place, label = upload(np.stack([stored, self.labels[stored]]), device)
             return {"values": table[pixels[place].int()], "valid": None, "label": label}
 
-        return read
+        return gather
 
 
 def normalise(pixels: NDArray[np.uint8], mean: float, std: float) -> Tensor:
@@ -327,11 +312,11 @@ def _labels(items: Sequence[Item]) -> Tensor:
     return torch.tensor([item["label"] for item in items], dtype=torch.int64)
 
 
-Part = TypeVar("Part", bound=LabelledDataset)
+Samples = TypeVar("Samples", bound=LabelledDataset)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Splits(Generic[Part]):
+class Splits(Generic[Samples]):
     """The three parts of a classification task.
 
     Attributes:
@@ -342,14 +327,14 @@ class Splits(Generic[Part]):
         classes: the names of the classes, in the order of the labels.
     """
 
-    train: Part
-    validation: Part | None
-    test: Part
+    train: Samples
+    validation: Samples | None
+    test: Samples
     max_length: int
     classes: tuple[str, ...]
 
 
-def set_aside(whole: Part, fraction: float, seed: int) -> tuple[Part, Part | None]:
+def set_aside(whole: Samples, fraction: float, seed: int) -> tuple[Samples, Samples | None]:
     """Split ``whole`` in (the rest, a random ``fraction`` of it); the same seed always gives the same split.
 
     Raises:
