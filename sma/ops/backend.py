@@ -31,7 +31,7 @@ _forced = _Forced()
 _ops: dict[str, Op] = {}
 
 
-def _always(*args: Any, **kwargs: Any) -> str | None:
+def _always(*args: Any) -> str | None:
     return None
 
 
@@ -151,12 +151,12 @@ class Op:
         self._backends = backends
         self._kept = {}
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any) -> Any:
         if self.signature is None:
-            return self._first(args, kwargs).run(*args, **kwargs)
-        return self.run(self.signature(*args, **kwargs), *args, **kwargs)
+            return self._first(args).run(*args)
+        return self.run(self.signature(*args), *args)
 
-    def run(self, signature: Signature, *args: Any, **kwargs: Any) -> Any:
+    def run(self, signature: Signature, *args: Any) -> Any:
         """Run the backend for a signature, with autocast off: an operation says itself in which dtype it computes.
 
         Raises:
@@ -166,17 +166,17 @@ class Op:
         run = (self.chosen(signature) if kept is None else kept).run
         if torch.is_autocast_enabled(signature.device.type):
             with torch.autocast(signature.device.type, enabled=False):
-                return run(*args, **kwargs)
-        return run(*args, **kwargs)
+                return run(*args)
+        return run(*args)
 
-    def choose(self, *args: Any, **kwargs: Any) -> Backend:
+    def choose(self, *args: Any) -> Backend:
         """The backend that would run these arguments.
 
         Raises:
             BackendError: a backend is forced that this operation has but that cannot run the arguments, or none
                 applies.
         """
-        return self._first(args, kwargs) if self.signature is None else self.chosen(self.signature(*args, **kwargs))
+        return self._first(args) if self.signature is None else self.chosen(self.signature(*args))
 
     def chosen(self, signature: Signature) -> Backend:
         """The backend for arguments of a signature, from the last time it was chosen if there was one.
@@ -185,36 +185,36 @@ class Op:
             BackendError: as for :meth:`choose`.
         """
         if torch.compiler.is_compiling():  # a graph holds sizes that have no hash
-            return self._first((signature,), {})
+            return self._first((signature,))
         choices, key = self._kept, (_forced.name, signature)
         kept = choices.get(key)
         if kept is None:
-            kept = choices[key] = self._first((signature,), {})
+            kept = choices[key] = self._first((signature,))
         return kept
 
-    def _first(self, asked: tuple[Any, ...], named: dict[str, Any]) -> Backend:
+    def _first(self, asked: tuple[Any, ...]) -> Backend:
         forced = self._backends.get(_forced.name or "")
         if forced is not None:
-            reason = forced.applies(*asked, **named)
+            reason = forced.applies(*asked)
             if reason is not None:
                 raise BackendError(f"{self.name}: backend {forced.name!r} was forced and cannot run: {reason}")
             return forced
         for backend in self._backends.values():
-            if backend.applies(*asked, **named) is None and backend.pays(*asked, **named) is None:
+            if backend.applies(*asked) is None and backend.pays(*asked) is None:
                 return backend
-        raise BackendError(f"{self.name}: no backend applies: {self._reasons(asked, named)}")
+        raise BackendError(f"{self.name}: no backend applies: {self._reasons(asked)}")
 
-    def explain(self, *args: Any, **kwargs: Any) -> dict[str, str | None]:
+    def explain(self, *args: Any) -> dict[str, str | None]:
         """For every backend None when it may be chosen for these arguments, or the reason why not."""
         if self.signature is None:
-            return self._reasons(args, kwargs)
-        return self._reasons((self.signature(*args, **kwargs),), {})
+            return self._reasons(args)
+        return self._reasons((self.signature(*args),))
 
-    def _reasons(self, asked: tuple[Any, ...], named: dict[str, Any]) -> dict[str, str | None]:
+    def _reasons(self, asked: tuple[Any, ...]) -> dict[str, str | None]:
         forced, reasons = _forced.name, dict[str, str | None]()
         for name, backend in self._backends.items():
-            reason = backend.applies(*asked, **named)
-            reasons[name] = backend.pays(*asked, **named) if reason is None and name != forced else reason
+            reason = backend.applies(*asked)
+            reasons[name] = backend.pays(*asked) if reason is None and name != forced else reason
         return reasons
 
 
@@ -246,11 +246,6 @@ def using(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.name = before
-
-
-def forced_backend() -> str | None:
-    """The name that :func:`using` forces in this thread, or None."""
-    return _forced.name
 
 
 def torch_scatter() -> Any:

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sma.ops.backend import forced_backend
-
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MINIMUM_CAPABILITY = (8, 0)
 
@@ -51,12 +49,6 @@ def why_not_triton(
         if dtype is not None and dtype not in allowed:
             return f"the kernel takes {', '.join(str(each).removeprefix('torch.') for each in allowed)}, got {dtype}"
     return None
-
-
-def why_not_triton_on(x: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> str | None:
-    """:func:`why_not_triton` for a tensor, and Triton's interpreter has to be forced."""
-    reason = why_not_triton(x.device, x.dtype, allowed=dtypes)
-    return why_not_interpreted(x.device) if reason is None and forced_backend() != "triton" else reason
 
 
 def why_not_interpreted(device: torch.device) -> str | None:

@@ -80,13 +80,8 @@ def ema(
     parameters = EMAParameters(delta.squeeze(-1), alpha.squeeze(-1), beta.squeeze(-1), gamma, omega)
     if x.numel() == 0:
         return _without_tokens(x, parameters, options, stream)
-    run = OP.chosen(_signature(x, parameters, options, stream)).run
-    # Autocast would run the matrix products in low precision, where powers of q near 1 are worthless.
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            y, end = run(x, parameters, options, stream)
-    else:
-        y, end = run(x, parameters, options, stream)
+    # With autocast off: it would run the matrix products in low precision, where powers of q near 1 are worthless.
+    y, end = OP.run(_signature(x, parameters, options, stream), x, parameters, options, stream)
     return y, None if end is None else with_history_of(end, x, state)
 
 

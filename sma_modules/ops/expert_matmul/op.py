@@ -64,11 +64,7 @@ def expert_matmul(
         raise ShapeError(
             f"expert_matmul: counts must be 0 or more and add up to the {x.shape[0]} rows of x, got {counts.tolist()}"
         )
-    run = OP.chosen(_signature(x, weight, counts, ends)).run
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            return run(x, weight, counts, ends)  # type: ignore[no-any-return]
-    return run(x, weight, counts, ends)  # type: ignore[no-any-return]
+    return OP.run(_signature(x, weight, counts, ends), x, weight, counts, ends)  # type: ignore[no-any-return]
 
 
 def activated_expert_matmul(
@@ -93,7 +89,7 @@ def activated_expert_matmul(
         ``(R, d_out)`` in the dtype of ``up``.
     """
     signature = _activated_signature(up, gate, activation, weight, counts, ends)
-    return ACTIVATED.chosen(signature).run(up, gate, activation, weight, counts, ends)  # type: ignore[no-any-return]
+    return ACTIVATED.run(signature, up, gate, activation, weight, counts, ends)  # type: ignore[no-any-return]
 
 
 def _signature(x: Tensor, weight: Tensor, counts: Tensor, ends: Tensor | None = None) -> Signature:

@@ -33,7 +33,7 @@ def order_by_expert(choice: Int[Tensor, "tokens top_k"], n_experts: int) -> Expe
     """
     if choice.dim() != 2 or choice.is_floating_point():
         raise ShapeError(f"order_by_expert: choice must be (T, k) integers, got {choice.dtype} {tuple(choice.shape)}")
-    return ORDER.chosen(_order_signature(choice, n_experts)).run(choice, n_experts)  # type: ignore[no-any-return]
+    return ORDER.run(_order_signature(choice, n_experts), choice, n_experts)  # type: ignore[no-any-return]
 
 
 def dispatch(x: Float[Tensor, "tokens d"], order: ExpertOrder) -> Float[Tensor, "rows d"]:
@@ -46,7 +46,7 @@ def dispatch(x: Float[Tensor, "tokens d"], order: ExpertOrder) -> Float[Tensor, 
         raise ShapeError(
             f"dispatch: x must be (T, D) with T = {order.order.shape[0] // order.top_k} tokens, got {tuple(x.shape)}"
         )
-    return DISPATCH.chosen(_dispatch_signature(x, order)).run(x, order)  # type: ignore[no-any-return]
+    return DISPATCH.run(_dispatch_signature(x, order), x, order)  # type: ignore[no-any-return]
 
 
 def combine(
@@ -65,11 +65,7 @@ def combine(
             f"combine: rows must be ({n_rows}, D) and weight ({n_rows // order.top_k}, {order.top_k}), got "
             f"{tuple(rows.shape)} and {tuple(weight.shape)}"
         )
-    run = COMBINE.chosen(_combine_signature(rows, weight, order)).run
-    if torch.is_autocast_enabled(rows.device.type):
-        with torch.autocast(rows.device.type, enabled=False):
-            return run(rows, weight, order)  # type: ignore[no-any-return]
-    return run(rows, weight, order)  # type: ignore[no-any-return]
+    return COMBINE.run(_combine_signature(rows, weight, order), rows, weight, order)  # type: ignore[no-any-return]
 
 
 def _order_signature(choice: Tensor, n_experts: int) -> OrderSignature:

@@ -36,7 +36,7 @@ def choose_experts(logits: Float[Tensor, "tokens experts"], top_k: int, renormal
             f"choose_experts: logits must be (T, E) with E at least top_k = {top_k} and that at least 1, got "
             f"{tuple(logits.shape)}"
         )
-    return OP.chosen(_signature(logits, top_k, renormalise)).run(logits, top_k, renormalise)  # type: ignore[no-any-return]
+    return OP.run(_signature(logits, top_k, renormalise), logits, top_k, renormalise)  # type: ignore[no-any-return]
 
 
 def _signature(logits: Tensor, top_k: int, renormalise: bool) -> Signature:

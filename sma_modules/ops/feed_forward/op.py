@@ -44,11 +44,7 @@ def activate(
         raise ShapeError(
             f"activate: gate must be like up, {up.dtype} {tuple(up.shape)}, got {gate.dtype} {tuple(gate.shape)}"
         )
-    run = ACTIVATE.chosen(activate_signature(up, gate, activation)).run
-    if torch.is_autocast_enabled(up.device.type):
-        with torch.autocast(up.device.type, enabled=False):
-            return run(up, gate, activation)  # type: ignore[no-any-return]
-    return run(up, gate, activation)  # type: ignore[no-any-return]
+    return ACTIVATE.run(activate_signature(up, gate, activation), up, gate, activation)  # type: ignore[no-any-return]
 
 
 def feed_forward(
@@ -85,7 +81,7 @@ def feed_forward(
             f"feed_forward: gate must be like up, {tuple(up.weight.shape)}, got {tuple(gate.weight.shape)}"
         )
     network = Network(up, gate, down, activation)
-    return FEED_FORWARD.chosen(_network_signature(x, network)).run(x, network)  # type: ignore[no-any-return]
+    return FEED_FORWARD.run(_network_signature(x, network), x, network)  # type: ignore[no-any-return]
 
 
 def activate_signature(up: Tensor, gate: Tensor | None, activation: str) -> ActivateSignature:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -59,11 +58,7 @@ def gau_inputs(
     if position is not None and z % 2:
         raise ShapeError(f"gau_inputs: z must be even for rotary positions, got {z}")
     affine = Affine(gamma, beta, position, theta)
-    run = OP.chosen(_signature(mx, affine)).run
-    if torch.is_autocast_enabled(mx.device.type):
-        with torch.autocast(mx.device.type, enabled=False):
-            return run(mx, affine)  # type: ignore[no-any-return]
-    return run(mx, affine)  # type: ignore[no-any-return]
+    return OP.run(_signature(mx, affine), mx, affine)  # type: ignore[no-any-return]
 
 
 def _signature(mx: Tensor, affine: Affine) -> Signature:

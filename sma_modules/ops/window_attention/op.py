@@ -88,12 +88,7 @@ def window_attention(
     rule = Rule(causal, window, chunk, activation, bias, dropout)
     _check_rule(rule, bias_table)
     _check_tensors(inputs, layout, rule)
-    run = OP.chosen(_signature(inputs, layout, rule)).run
-    # Matrix products of scores under autocast would round them.
-    if torch.is_autocast_enabled(q.device.type):
-        with torch.autocast(q.device.type, enabled=False):
-            return run(inputs, layout, rule)  # type: ignore[no-any-return]
-    return run(inputs, layout, rule)  # type: ignore[no-any-return]
+    return OP.run(_signature(inputs, layout, rule), inputs, layout, rule)  # type: ignore[no-any-return]
 
 
 def _check_rule(rule: Rule, table: Tensor | None) -> None:
