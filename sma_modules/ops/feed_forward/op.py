@@ -81,7 +81,7 @@ def feed_forward(
             f"feed_forward: gate must be like up, {tuple(up.weight.shape)}, got {tuple(gate.weight.shape)}"
         )
     network = Network(up, gate, down, activation)
-    return FEED_FORWARD.run(_network_signature(x, network), x, network)  # type: ignore[no-any-return]
+    return FEED_FORWARD.chosen(_network_signature(x, network)).run(x, network)  # type: ignore[no-any-return]
 
 
 def activate_signature(up: Tensor, gate: Tensor | None, activation: str) -> ActivateSignature:
