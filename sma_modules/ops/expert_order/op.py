@@ -46,7 +46,11 @@ def dispatch(x: Float[Tensor, "tokens d"], order: ExpertOrder) -> Float[Tensor, 
         raise ShapeError(
             f"dispatch: x must be (T, D) with T = {order.order.shape[0] // order.top_k} tokens, got {tuple(x.shape)}"
         )
-    return DISPATCH.chosen(_dispatch_signature(x, order)).run(x, order)  # type: ignore[no-any-return]
+    run = DISPATCH.chosen(_dispatch_signature(x, order)).run
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return run(x, order)  # type: ignore[no-any-return]
+    return run(x, order)  # type: ignore[no-any-return]
 
 
 def combine(
