@@ -10,7 +10,7 @@ from torch import Tensor
 from sma.errors import ConfigError, ShapeError, StreamingError
 from sma.steppers import Decision, SlotSpec, StepContext
 from sma_models.inference.graphs import Graph, copy_all
-from sma_models.inference.prefill import Reader
+from sma_models.inference.prefiller import Reader
 from sma_models.language_model import LanguageModel, ModelStepper
 from sma_models.stack import StackState, position_of
 

@@ -14,7 +14,7 @@ from sma.errors import ConfigError
 from sma.steppers import Decision
 from sma_models.inference import Decoder, Reader
 from sma_models.inference.graphs import WARMUP
-from sma_models.inference.prefill import Pass, Piece
+from sma_models.inference.prefiller import Pass, Piece
 from sma_models.inference.sampling import Likelihood, draw, likelihoods
 from sma_models.inference.sequences import Activated, Event, Failed, Finished, Prompt, Read, Text, Ticket, Written
 from sma_models.language_model import LanguageModel

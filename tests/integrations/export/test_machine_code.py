@@ -18,11 +18,11 @@ from sma.ops import using
 from sma_models.integrations.export import Runner, export, export_forward, export_step, load, save
 from sma_models.language_model import LanguageModel
 from sma_modules.ops.ema import convolution
-from tests.export.conftest import TEXT
-from tests.export.places import FLOATS, Place, at, check
-from tests.export.test_graphs import GAU, activated, model_of
-from tests.export.test_places import whole, whole_inputs
-from tests.export.texts import PROMPTS, expected, written, written_alone
+from tests.integrations.export.conftest import TEXT
+from tests.integrations.export.places import FLOATS, Place, at, check
+from tests.integrations.export.test_graphs import GAU, activated, model_of
+from tests.integrations.export.test_places import whole, whole_inputs
+from tests.integrations.export.texts import PROMPTS, expected, written, written_alone
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler; g++ is not there"

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from sma.errors import ConfigError
 from sma_models.integrations.hf import SMACache, from_model
-from tests.hf.test_models import CLASSIFIERS, LANGUAGE_MODELS
+from tests.integrations.hf.test_models import CLASSIFIERS, LANGUAGE_MODELS
 from tests.models.tiny import inputs_of, tiny
 
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sma.errors import ShapeError
 from sma_models.integrations.hf import SMACache, SMAForCausalLM, from_model
 from sma_models.integrations.hf.stepping import Stepping
-from tests.hf.test_generation import GREEDY, PROMPT
+from tests.integrations.hf.test_generation import GREEDY, PROMPT
 from tests.models.tiny import tiny
 
 

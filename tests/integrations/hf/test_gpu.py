@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from sma_models.inference.generation import generate
 from sma_models.language_model import LanguageModel
-from tests.hf.test_generation import GREEDY, PROMPT, padded
+from tests.integrations.hf.test_generation import GREEDY, PROMPT, padded
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

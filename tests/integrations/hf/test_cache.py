@@ -12,7 +12,7 @@ from sma.errors import StreamingError
 from sma_models.integrations.hf import SMACache, SMAForCausalLM, from_model
 from sma_models.integrations.hf import cache as caches
 from sma_models.stack import StackState
-from tests.hf.test_models import LANGUAGE_MODELS
+from tests.integrations.hf.test_models import LANGUAGE_MODELS
 from tests.models.tiny import inputs_of, tiny
 
 

@@ -27,7 +27,7 @@ from sma_models.integrations.hf import (
 from sma_models.language_model import LanguageModel
 from sma_models.training.loop import Outcome
 from sma_models.training.run import Run
-from tests.hf.test_models import CLASSIFIERS, LANGUAGE_MODELS
+from tests.integrations.hf.test_models import CLASSIFIERS, LANGUAGE_MODELS
 from tests.models.tiny import inputs_of, tiny
 from tests.training.conftest import run_recipe  # noqa: F401  # fixtures, used by their names
 from tests.training.conftest import tiny as recipe  # noqa: F401

@@ -13,8 +13,8 @@ from sma.ops import using
 from sma_models.integrations.export import export_forward, export_prefill, export_step
 from sma_models.language_model import LanguageModel
 from sma_models.retrieval import Retrieval
-from tests.export.places import EVERYWHERE, Place, at, check
-from tests.export.test_graphs import SUBLAYERS, WHOLE, follow, model_of, read, run
+from tests.integrations.export.places import EVERYWHERE, Place, at, check
+from tests.integrations.export.test_graphs import SUBLAYERS, WHOLE, follow, model_of, read, run
 from tests.models.tiny import inputs_of, tiny
 
 BLOCKS = ["seqboat_lm", "mega_lm"]

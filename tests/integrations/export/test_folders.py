@@ -19,8 +19,8 @@ from sma_models.integrations.export import export, export_forward, export_prefil
 from sma_models.language_model import LanguageModel
 from sma_models.training.loop import Outcome
 from sma_models.training.run import Run
-from tests.export.test_graphs import GAU, LAYER, activated, model_of, put
-from tests.export.texts import PROMPTS, expected, written, written_alone
+from tests.integrations.export.test_graphs import GAU, LAYER, activated, model_of, put
+from tests.integrations.export.texts import PROMPTS, expected, written, written_alone
 from tests.models.tiny import inputs_of
 from tests.training.conftest import run_recipe  # noqa: F401  # fixtures, used by their names
 from tests.training.conftest import tiny as recipe  # noqa: F401

@@ -13,7 +13,7 @@ from sma.errors import ConfigError
 from sma_models.inference.generation import generate
 from sma_models.integrations.hf import SMAByteTokenizer, SMACache, SMAForCausalLM, from_model
 from sma_models.language_model import LanguageModel
-from tests.hf.test_models import LANGUAGE_MODELS
+from tests.integrations.hf.test_models import LANGUAGE_MODELS
 from tests.models.tiny import inputs_of, tiny
 
 PROMPT = torch.tensor([list(b"to be or not to be, that is the question")])

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sma_modules.steppers import GAUStepper
+from sma_modules.modules.gau import GAUStepper
 from torch import Tensor
 
 from sma.errors import ConfigError, ShapeError, StreamingError

@@ -18,7 +18,7 @@ from sma_models.inference.generation import generate
 from sma_models.integrations.hf import SMAConfig, SMAForCausalLM, export
 from sma_models.language_model import LanguageModel
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 SOURCE = ROOT / "examples" / "plugin_package" / "src"
 SPEC = SOURCE / "sma_example_plugin" / "specs" / "short_conv_lm.yaml"
 

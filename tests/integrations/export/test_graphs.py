@@ -19,7 +19,7 @@ from sma_models.integrations.export import Exported, export_forward, export_pref
 from sma_models.language_model import LanguageModel
 from sma_models.retrieval import Retrieval
 from sma_models.stack import StackState
-from tests.export.conftest import TEXT
+from tests.integrations.export.conftest import TEXT
 from tests.models.tiny import VOCABULARY, inputs_of, tiny
 
 GAU = {"type": "gau", "d_qk": 4, "d_v": 12, "window": 3}

@@ -10,13 +10,12 @@ import torch
 
 import sma
 from sma.errors import ConfigError
-from sma_models.inference import prompts
 from sma_models.inference.engine import _STEPS_A_PASS, _STEPS_IN_NO_HURRY, Engine
 from sma_models.inference.sequences import Activated, Event, Finished, Read, Written
 from sma_models.language_model import LanguageModel
 from sma_models.serving.errors import RequestError
 from sma_models.serving.limits import Limits
-from tests.models.test_prompts import replaying  # noqa: F401  # a fixture, used by its name
+from tests.inference.test_prefill import replaying  # noqa: F401  # a fixture, used by its name
 from tests.models.tiny import SPECS, tiny
 from tests.serving.conftest import SMALL, ask, byte_model, continued, rounds, tokens_of, until
 
@@ -266,7 +265,7 @@ def test_of_prompts_that_are_read_together_a_bad_one_fails_alone(
 @pytest.fixture
 def passes(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, replaying: None) -> tuple[Engine, list[list[int]]]:  # noqa: F811
     """An engine that reads up to 8 pieces of up to 4 bytes in a pass, or 4 of up to 16; the lengths in each pass."""
-    monkeypatch.setattr(prompts, "_LEAST_COLUMNS", 4)
+    monkeypatch.setattr("sma_models.inference.prefiller._LEAST_COLUMNS", 4)
     engine, lengths = Engine(model, SMALL), list[list[int]]()
     honest = engine._reader.read_pieces
 
@@ -425,7 +424,7 @@ def test_pieces_that_are_replayed_tell_the_same(
     model: LanguageModel, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Of six whole pieces and a rest, and of less: more than are read together, so that they take turns.
-    monkeypatch.setattr(prompts, "_LEAST_COLUMNS", 4)
+    monkeypatch.setattr("sma_models.inference.prefiller._LEAST_COLUMNS", 4)
     texts = [bytes(range(first, first + length)) for first, length in ((0, 100), (40, 100), (7, 3), (9, 16), (1, 40))]
 
     def told(replayed: bool) -> list[list[Event]]:

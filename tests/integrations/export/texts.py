@@ -12,7 +12,7 @@ import torch
 from sma_models.inference.generation import generate
 from sma_models.integrations.export import Runner
 from sma_models.language_model import LanguageModel
-from tests.export.conftest import TEXT
+from tests.integrations.export.conftest import TEXT
 
 PROMPTS = [list(b"line 7 is"), list(TEXT[:50]), list(b"l"), list(TEXT[100:141]), list(b"is followed by")]
 """Longer and shorter than a chunk of 20, and more than two."""

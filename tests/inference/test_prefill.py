@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 import sma
 from sma.errors import ConfigError, StreamingError
-from sma_models.inference import Decoder, Reader, prefill, prompts
+from sma_models.inference import Decoder, Reader, prefill
 from sma_models.inference import decoder as decoder_module
 from sma_models.inference.fixed_capacity import why_not_fixed
 from sma_models.inference.graphs import WARMUP
-from sma_models.inference.prefill import Pass
+from sma_models.inference.prefiller import Pass
 from sma_models.language_model import LanguageModel
-from tests.models.test_decoding import close, double, every_language_model, whole
+from tests.inference.test_decoder import close, double, every_language_model, whole
 from tests.models.tiny import inputs_of, tiny
 
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -66,8 +66,8 @@ class Replayed:
 @pytest.fixture
 def replaying(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole chunks run as on a CUDA device."""
-    monkeypatch.setattr(prompts, "Graph", Replayed)
-    monkeypatch.setattr(prompts, "_why_uncaptured", lambda model, capture: why_not_fixed(model))
+    monkeypatch.setattr("sma_models.inference.prefiller.Graph", Replayed)
+    monkeypatch.setattr("sma_models.inference.prefiller._why_uncaptured", lambda model, capture: why_not_fixed(model))
 
 
 @every_language_model
@@ -109,7 +109,7 @@ def test_states_are_values_and_routings_those_of_the_chunk() -> None:
 @every_language_model
 @pytest.mark.usefixtures("replaying")
 def test_parts_of_a_chunk_are_filled_up(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts, "_LEAST_COLUMNS", 3)
+    monkeypatch.setattr("sma_models.inference.prefiller._LEAST_COLUMNS", 3)
     model = double(name)
     reader = Reader(model, 20)
     tokens = inputs_of(model, batch=1, length=40)
@@ -153,7 +153,7 @@ def test_parts_of_a_chunk_are_filled_up(name: str, monkeypatch: pytest.MonkeyPat
 @every_language_model
 @pytest.mark.usefixtures("replaying")
 def test_pieces_of_several_prompts_are_read_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts, "_LEAST_COLUMNS", 2)
+    monkeypatch.setattr("sma_models.inference.prefiller._LEAST_COLUMNS", 2)
     model = double(name)
     reader, tokens = Reader(model, 9, together=3), inputs_of(model, batch=3, length=40)
     assert reader.passes == [Pass(2, 6), Pass(8, 3), Pass(9, 3)]
@@ -215,7 +215,7 @@ def check_independence(model: LanguageModel, tokens: Tensor) -> None:
 
 @pytest.mark.usefixtures("replaying")
 def test_what_a_prompt_gives_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts, "_LEAST_COLUMNS", 4)
+    monkeypatch.setattr("sma_models.inference.prefiller._LEAST_COLUMNS", 4)
     model: LanguageModel = tiny("seqboat_lm")  # single precision: a bit would show
     check_independence(model, inputs_of(model, batch=14, length=64))
 
@@ -249,7 +249,7 @@ def test_whoever_comes_after_the_warm_up_waits_for_no_capture(chunk: int, parts:
 
 @pytest.mark.usefixtures("replaying")
 def test_nor_does_anyone_who_comes_with_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts, "_LEAST_COLUMNS", 4)
+    monkeypatch.setattr("sma_models.inference.prefiller._LEAST_COLUMNS", 4)
     reader = Reader(tiny("seqboat_small_lm"), 20, together=2)
     reader.warm_up()
     assert list(reader._several) == reader.passes == [Pass(4, 4), Pass(16, 2), Pass(20, 2)]
@@ -286,13 +286,13 @@ def test_what_is_no_whole_chunk_is_launched(monkeypatch: pytest.MonkeyPatch) -> 
     close(reader.read(tokens, valid=valid).logits, prefill(model, tokens, valid=valid).logits)
     assert list(reader._wholes) == [2], "where the padding has ended chunks are whole"
     reader._wholes.clear()
-    monkeypatch.setattr(prompts, "_MOST_TOKENS", 15)
+    monkeypatch.setattr("sma_models.inference.prefiller._MOST_TOKENS", 15)
     reader.read(tokens)
     assert not reader._wholes
     reader.read(tokens[:1])
     assert list(reader._wholes) == [1]
-    monkeypatch.setattr(prompts, "_MOST_GRAPHS", 1)
-    monkeypatch.setattr(prompts, "_MOST_TOKENS", 16)
+    monkeypatch.setattr("sma_models.inference.prefiller._MOST_GRAPHS", 1)
+    monkeypatch.setattr("sma_models.inference.prefiller._MOST_TOKENS", 16)
     close(reader.read(tokens).logits, whole(model, tokens)[:, -1])
     assert list(reader._wholes) == [1]
 
@@ -417,7 +417,7 @@ def go_on_alike(reader: Reader, further: Tensor, one: Any, other: Any) -> None:
 
 @needs_a_gpu
 def test_captured_pieces_are_the_launched_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts, "_LEAST_COLUMNS", 16)
+    monkeypatch.setattr("sma_models.inference.prefiller._LEAST_COLUMNS", 16)
     model: LanguageModel = deepcopy(tiny("seqboat_lm")).cuda()
     tokens = inputs_of(model, batch=10, length=200).cuda()
     further = inputs_of(model, batch=1, length=40, seed=1).cuda()
@@ -442,7 +442,7 @@ def test_captured_pieces_are_the_launched_ones(monkeypatch: pytest.MonkeyPatch) 
 @needs_a_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_captured_pieces_do_not_depend_on_the_others(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts, "_LEAST_COLUMNS", 4)
+    monkeypatch.setattr("sma_models.inference.prefiller._LEAST_COLUMNS", 4)
     model: LanguageModel = tiny("seqboat_lm", d_model=96).to("cuda", dtype)
     check_independence(model, inputs_of(model, batch=14, length=64).cuda())
 
