@@ -17,9 +17,10 @@ from sma.interfaces import Model
 from sma.routing import Routing
 from sma_models.classifier import Classifier
 from sma_models.integrations.hf.base import SMAPreTrainedModel, check_options, with_auxiliary
-from sma_models.integrations.hf.cache import SMACache, Tokens
+from sma_models.integrations.hf.cache import SMACache
 from sma_models.integrations.hf.configuration import SMAConfig
-from sma_models.integrations.hf.stepping import Stepping
+from sma_models.integrations.hf.shared_decoder import SharedDecoder
+from sma_models.integrations.hf.token_batch import TokenBatch
 from sma_models.language_model import LanguageModel
 
 PREFILL_CHUNK = 2048
@@ -84,12 +85,12 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: SMAConfig, model: Model | None = None) -> None:
         super().__init__(config, model)
-        self._stepping = Stepping(self.model)
+        self._shared_decoder = SharedDecoder(self.model)
 
     def train(self, mode: bool = True) -> Self:
         """As of every module. Before weights change, what decodes with them is let go."""
         if mode:
-            self._stepping.release()
+            self._shared_decoder.release()
         super().train(mode)
         return self
 
@@ -144,7 +145,7 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
             out, hidden = self._call(tokens, hidden=wants)
             logits = out.logits
         elif not (labels is not None or wants or output_routings) and self._steps(cache, tokens):
-            logits = cache.layer.step(self._stepping, tokens)
+            logits = cache.layer.step(self._shared_decoder, tokens)
             return SMACausalLMOutput(None, slice_logits_to_keep(logits, logits_to_keep), cache)
         else:
             cache = SMACache() if cache is None else cache
@@ -160,10 +161,10 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
 
     def _steps(self, cache: Any, tokens: Tokens) -> TypeGuard[SMACache]:
         """Whether this call can be one step of decoding."""
-        return isinstance(cache, SMACache) and cache.layer.steps(tokens) and self._stepping.able()
+        return isinstance(cache, SMACache) and cache.layer.can_step(tokens) and self._shared_decoder.applies()
 
     def _read(
-        self, cache: SMACache, tokens: Tokens, keep: int | None, hidden: bool, *, plain: bool
+        self, cache: SMACache, tokens: TokenBatch, keep: int | None, hidden: bool, *, plain: bool
     ) -> tuple[Any, Tensor, tuple[Tensor, ...] | None]:
         """Go on from a cache: the output of the last call of the model, logits and hidden states.
 
@@ -179,16 +180,16 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
         before = state = self.model.initial_state(tokens.ids.shape[0]) if layer.state is None else layer.state
         logits: list[Tensor] = []
         out, features = None, None
-        apart = plain and keep is not None and self._stepping.able()
+        apart = plain and keep is not None and self._shared_decoder.applies()
         for chunk in tokens.split(max(tokens.length, 1) if keep is None else PREFILL_CHUNK):
             if apart and (chunk.length == PREFILL_CHUNK or (chunk.ids.shape[0] == 1 and chunk.length)):
-                last, state = self._stepping.read(chunk, state, length, PREFILL_CHUNK)
+                last, state = self._shared_decoder.prefill(chunk, state, length, PREFILL_CHUNK)
                 logits = [_last([*logits, last], length)]
                 continue
             out, features = self._call(chunk, state, hidden=hidden)
             state = out.state
             logits = [_last([*logits, _last([out.logits], length)], length)]
-        layer.read(before, tokens, state)
+        layer.record(before, tokens, state)
         return out, logits[0], None if features is None else tuple(_last([each], length) for each in features)
 
     def _prepare_cache_for_generation(

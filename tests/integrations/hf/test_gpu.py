@@ -27,7 +27,7 @@ def test_a_loaded_model_writes_what_the_library_writes(
     written = model.generate(prompt, **GREEDY)
     expected = generate(plain.to("cuda", dtype), prompt, 20, temperature=0)
     assert torch.equal(written[:, prompt.shape[1] :], expected)
-    assert model._stepping.captured
+    assert model._shared_decoder.captured
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}, {"prefill_chunk_size": 5}], ids=str)
@@ -56,4 +56,4 @@ def test_long_prompts(folder: Path, plain: LanguageModel, dtype: torch.dtype) ->
         written = model.generate(prompt, **GREEDY)
         expected = generate(plain.to("cuda", dtype), prompt, 20, temperature=0)
         assert torch.equal(written[:, prompt.shape[1] :], expected)
-    assert model._stepping.reads_captured
+    assert model._shared_decoder.prefill_captured

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sma.errors import ShapeError
 from sma_models.integrations.hf import SMACache, SMAForCausalLM, from_model
-from sma_models.integrations.hf.stepping import Stepping
+from sma_models.integrations.hf.shared_decoder import SharedDecoder
 from tests.integrations.hf.test_generation import GREEDY, PROMPT
 from tests.models.tiny import tiny
 
@@ -30,14 +30,14 @@ def model() -> SMAForCausalLM:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Batch sizes of the steps in place."""
     counts: list[int] = []
-    plain = Stepping.step
+    plain = SharedDecoder.step
 
-    def step(self: Stepping, layer: object, tokens: object) -> Tensor:
+    def step(self: SharedDecoder, layer: object, tokens: object) -> Tensor:
         logits = plain(self, layer, tokens)  # type: ignore[arg-type]
         counts.append(logits.shape[0])
         return logits
 
-    monkeypatch.setattr(Stepping, "step", step)
+    monkeypatch.setattr(SharedDecoder, "step", step)
     return counts
 
 
@@ -209,13 +209,13 @@ def test_whole_chunks_of_prompts_are_read_apart(
     """And the others by the model itself; nobody can tell from the results."""
     monkeypatch.setattr("sma_models.integrations.hf.modeling.PREFILL_CHUNK", 8)
     lengths: list[int] = []
-    plain = Stepping.read
+    plain = SharedDecoder.prefill
 
-    def read(self: Stepping, chunk: Any, *arguments: Any) -> Any:
+    def read(self: SharedDecoder, chunk: Any, *arguments: Any) -> Any:
         lengths.append(chunk.length)
         return plain(self, chunk, *arguments)
 
-    monkeypatch.setattr(Stepping, "read", read)
+    monkeypatch.setattr(SharedDecoder, "prefill", read)
     tokens = torch.randint(256, (2, 27))
     mask = torch.ones(2, 27, dtype=torch.int64)
     mask[0, :padding] = 0

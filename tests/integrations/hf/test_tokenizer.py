@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from sma_models.integrations.hf import SMAByteTokenizer
-from sma_models.integrations.hf.export import START
+from sma_models.integrations.hf.conversion import START
 from sma_models.integrations.hf.tokenization import N_BYTES, PAD
 from sma_models.training.data import lm
 from sma_models.training.data.datasets import BYTE_PAD
