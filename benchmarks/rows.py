@@ -13,7 +13,7 @@ import sma
 from benchmarks import gate, peers
 from benchmarks.shares import Ours
 from benchmarks.subjects import LazyGraph, Setting, Subject, Task, model_subject
-from sma_models.inference.prefiller import Reader
+from sma_models.inference.prefiller import Prefiller
 from sma_models.language_model import LanguageModel
 
 SLACK = 1.05
@@ -149,7 +149,7 @@ def prefill(label: str, make: Callable[[Setting], nn.Module], *, graph: bool = F
         label: what the table calls it.
         make: the model; an :class:`~benchmarks.shares.Ours` settles its share of active tokens on the first chunk.
         graph: capture the pass as one CUDA graph.
-        chunk: tokens at a time, with a state, as a :class:`~sma_models.inference.prefiller.Reader` reads prompts, which
+        chunk: tokens at a time, with a state, as a :class:`~sma_models.inference.prefiller.Prefiller` does, which
             only ours can do; None for all at once.
     """
 
@@ -175,8 +175,8 @@ def prefill(label: str, make: Callable[[Setting], nn.Module], *, graph: bool = F
         if chunk is None or ours is None:
             return Subject(module, LazyGraph(forward) if graph else forward, settle=settle, share=share)
         model: Any = ours.model.to(setting.dtype)
-        reader = Reader(model, chunk)
-        return Subject(model, lambda: reader.read(tokens) and None, share=share)
+        prefiller = Prefiller(model, chunk)
+        return Subject(model, lambda: prefiller.prefill(tokens) and None, share=share)
 
     is_ours = label.startswith("ours")
     return Row(label, build, (lambda setting: model_case("seqboat_lm", setting)) if is_ours else None)

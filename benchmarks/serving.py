@@ -45,7 +45,7 @@ Ask = Callable[[list[int], int], Awaitable[list[float]]]
 @contextlib.contextmanager
 def serving(run: str, options: list[str]) -> Iterator[tuple[str, int]]:
     """``sma serve`` on a port that is free, in a process of its own: host and port."""
-    command = [sys.executable, "-m", "sma_models.cli", "serve", run, "--port", "0", *options]
+    command = [sys.executable, "-m", "sma_models", "serve", run, "--port", "0", *options]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
     assert process.stderr is not None

@@ -1,4 +1,4 @@
-"""A step, a chunk, or the copy of a state, as a CUDA graph."""
+"""A function that is captured as a CUDA graph and replayed: a decoding step, a chunk of a prompt, a copy of a state."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ WARMUP = 2
 """Runs before the capture. In the first, kernels are compiled and libraries set up; the second must need neither."""
 
 
-class Graph(Generic[T]):
-    """Runs a function of no arguments plainly a few times, then captures it and replays what was captured.
+class CapturedFunction(Generic[T]):
+    """Runs a function without arguments eagerly a few times, then captures it as a CUDA graph and replays the graph.
 
-    The function reads and writes tensors that stay where they are, and returns tensors that a replay fills anew. One
-    that cannot be captured (it waits for the device somewhere) goes on being run plainly.
+    The function reads and writes tensors at fixed addresses, and returns tensors that every replay overwrites. A
+    function that cannot be captured (it synchronises with the device somewhere) is run eagerly from then on.
 
     Attributes:
         failure: why the capture failed, None if it did not.
@@ -39,7 +39,7 @@ class Graph(Generic[T]):
         return self._graph is not None
 
     def run(self, function: Callable[[], T]) -> T:
-        """One run; what it returns is overwritten by the next."""
+        """One run; the next run overwrites what it returns."""
         with torch.cuda.device(self.device):
             if self._graph is None and self.failure is None and self._runs == WARMUP:
                 self._capture(function)
@@ -50,7 +50,7 @@ class Graph(Generic[T]):
             return cast("T", self._returned)
 
     def _capture(self, function: Callable[[], T]) -> None:
-        """Record the function, which does not run meanwhile."""
+        """Record the function without running it."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.device)
         try:
@@ -63,12 +63,12 @@ class Graph(Generic[T]):
             self._graph = graph
 
 
-def copy_all(places: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-    """Put each tensor into its place, in a few launches."""
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source into its target, with one launch for each pair of dtypes."""
     pairs: dict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-    for to, tensor in zip(places, tensors, strict=True):
-        tos, froms = pairs.setdefault((to.dtype, tensor.dtype), ([], []))
-        tos.append(to)
-        froms.append(tensor)
-    for tos, froms in pairs.values():
-        torch._foreach_copy_(tos, froms)
+    for target, source in zip(targets, sources, strict=True):
+        to, of = pairs.setdefault((target.dtype, source.dtype), ([], []))
+        to.append(target)
+        of.append(source)
+    for to, of in pairs.values():
+        torch._foreach_copy_(to, of)

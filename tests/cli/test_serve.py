@@ -28,8 +28,9 @@ from sma_models.serving.server import address_of, bind
 from sma_models.training.loop import Outcome
 from sma_models.training.recipe import load_recipe
 from sma_models.training.run import Run
+from tests.inference.engines import byte_model, continued
 from tests.models.tiny import tiny as tiny_model
-from tests.serving.conftest import SMALL, byte_model, continued, running
+from tests.serving.conftest import SMALL, running
 from tests.training.conftest import run_recipe, tiny  # noqa: F401  # fixtures, used by their names
 
 ROOT = Path(__file__).parents[2]
@@ -135,7 +136,7 @@ def test_addresses() -> None:
 @pytest.fixture
 def process(weights: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The command in a process of its own, and where it serves."""
-    command = [sys.executable, "-m", "sma_models.cli", "serve", str(weights), "--port", "0", "--drain-seconds", "20"]
+    command = [sys.executable, "-m", "sma_models", "serve", str(weights), "--port", "0", "--drain-seconds", "20"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "SMA_API_KEY": "sk-1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
@@ -201,7 +202,10 @@ def test_a_second_signal_does_not_wait(process: tuple[subprocess.Popen[str], str
         assert server.poll() is None
         server.send_signal(second)
         *_, error, done = [line for line in lines if line]
-        assert json.loads(error.removeprefix("data: "))["error"]["message"] == "the server is shutting down"
+        assert (
+            json.loads(error.removeprefix("data: "))["error"]["message"]
+            == "the engine was stopped before the request was finished"
+        )
         assert done == "data: [DONE]"
         assert server.wait(10) == 128 + second
     assert server.stderr is not None
@@ -229,7 +233,10 @@ def test_when_the_time_to_finish_is_over(caplog: pytest.LogCaptureFixture) -> No
         next(lines)
         one.server.should_exit = True
         *_, error, done = [line for line in lines if line]
-    assert json.loads(error.removeprefix("data: "))["error"]["message"] == "the server is shutting down"
+    assert (
+        json.loads(error.removeprefix("data: "))["error"]["message"]
+        == "the engine was stopped before the request was finished"
+    )
     assert done == "data: [DONE]"
     assert one.server.cut_off == 1
     assert caplog.records == []
