@@ -90,7 +90,7 @@ def exactness(model: LanguageModel, text: bytes, say: Say = print) -> dict[str, 
     Args:
         model: of bytes, in evaluation mode.
         text: to read.
-        say: is told what was found, line by line.
+        say: gets the findings, line by line.
 
     Returns:
         For the results: sizes, for each way the largest difference of a logit from that of the parallel pass, in all of
@@ -138,10 +138,10 @@ def _of(logits: Tensor, routings: Mapping[str, Routing]) -> Passed:
     return Passed(logits[0], {name: routing.active[0] for name, routing in routings.items()})
 
 
-def _collect(pieces: Iterable[Passed]) -> Passed:
-    each = list(pieces)
-    logits = torch.cat([piece.logits for piece in each])
-    return Passed(logits, {name: torch.cat([piece.active[name] for piece in each]) for name in each[0].active})
+def _collect(chunks: Iterable[Passed]) -> Passed:
+    each = list(chunks)
+    logits = torch.cat([chunk.logits for chunk in each])
+    return Passed(logits, {name: torch.cat([chunk.active[name] for chunk in each]) for name in each[0].active})
 
 
 def _ways(model: LanguageModel) -> dict[str, Callable[[Tensor], Iterable[Passed]]]:
@@ -204,12 +204,12 @@ def _difference(passed: Passed, whole: Passed) -> dict[str, Any]:
     }
 
 
-def _served(model: LanguageModel, prompts: list[bytes], wish: RequestOptions) -> list[Event]:
-    """What the engine of a server says about prompts that it has all at once."""
+def _served(model: LanguageModel, prompts: list[bytes], options: RequestOptions) -> list[Event]:
+    """The events of a server's engine for prompts that it gets all at once."""
     engine = Engine(model, Limits(slots=len(prompts) + 1, prefill_chunk=CHUNK, prompt_tokens=max(map(len, prompts))))
     events: list[Event] = []
     engine.submit(
-        GenerationRequest(wish, [(prompt, [Sampling(0.0, 1.0, Random(0))]) for prompt in prompts], events.extend)
+        GenerationRequest(options, [(prompt, [Sampling(0.0, 1.0, Random(0))]) for prompt in prompts], events.extend)
     )
     while engine.in_flight:
         engine.round()
@@ -220,12 +220,12 @@ def _served(model: LanguageModel, prompts: list[bytes], wish: RequestOptions) ->
 
 
 def _served_difference(model: LanguageModel, text: bytes, whole: Passed) -> dict[str, Any]:
-    """Of the log-probabilities of the text, which are what a server tells: of a prompt, and of what it writes after."""
+    """Of the log-probabilities of the text, which a server reports for a prompt and for what follows it."""
     events = _served(model, [text], RequestOptions(max_tokens=0, likelihoods=0, prompt_likelihoods=True))
-    told = [
+    known = [
         each for event in events if isinstance(event, PromptPrefilled) for each in event.likelihoods if each is not None
     ]
-    own = torch.tensor([each.own for each in told], dtype=torch.float64)
+    own = torch.tensor([each.own for each in known], dtype=torch.float64)
     after = torch.tensor([list(text[1:])]).T
     expected = whole.logits[:-1].double().cpu().log_softmax(-1).gather(-1, after).squeeze(-1)
     apart = (own - expected).abs()

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import sma
-from benchmarks.batching import ATTENTIONS, Setting, batching
+from benchmarks.batching import ATTENTIONS, BatchingSetting, batching
 from benchmarks.results import environment
 from benchmarks.tables import serving_about, serving_cells, text_table
 from sma.weights import save
@@ -150,7 +150,7 @@ def ours(options: argparse.Namespace, dtype: str) -> tuple[dict[str, Any], list[
 def theirs(options: argparse.Namespace, dtype: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What the peer is, and what its clients got, with the first way to attend that runs here."""
     step = options.peer_step or (2048 if options.device.startswith("cuda") else 512)
-    setting = Setting(
+    setting = BatchingSetting(
         tuple(options.llama),
         torch.device(options.device),
         getattr(torch, dtype),

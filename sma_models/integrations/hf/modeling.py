@@ -122,7 +122,7 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
             input_ids: ``(B, L)``; padding may lie anywhere and hold anything.
             attention_mask: ``(B, L)``, not 0 on real tokens; or longer, with the columns that the cache has read in
                 front.
-            cache: to go on from; it is changed.
+            cache: to continue from; it is changed.
             labels: ``(B, L)``, the same tokens, -100 where there is nothing to learn.
             use_cache: return a cache. Without one, whole sequences run in the way that is fastest.
             logits_to_keep: how many of the last columns to return logits of, 0 for all, or which ones. With a cache and
@@ -151,7 +151,7 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
             cache = SMACache() if cache is None else cache
             some = isinstance(logits_to_keep, int) and logits_to_keep > 0 and not (output_routings or wants)
             keep = int(logits_to_keep) if some else None
-            out, logits, hidden = self._read(cache, tokens, keep, wants, plain=labels is None)
+            out, logits, hidden = self._extend(cache, tokens, keep, wants, plain=labels is None)
         logits = slice_logits_to_keep(logits, logits_to_keep)
         loss = None
         if labels is not None:
@@ -159,18 +159,17 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
             loss = with_auxiliary(loss, out.losses, labels, kwargs.get("num_items_in_batch"))
         return SMACausalLMOutput(loss, logits, cache, hidden, dict(out.routings) if output_routings else None)
 
-    def _steps(self, cache: Any, tokens: Tokens) -> TypeGuard[SMACache]:
+    def _steps(self, cache: Any, tokens: TokenBatch) -> TypeGuard[SMACache]:
         """Whether this call can be one step of decoding."""
         return isinstance(cache, SMACache) and cache.layer.can_step(tokens) and self._shared_decoder.applies()
 
-    def _read(
+    def _extend(
         self, cache: SMACache, tokens: TokenBatch, keep: int | None, hidden: bool, *, plain: bool
     ) -> tuple[Any, Tensor, tuple[Tensor, ...] | None]:
-        """Go on from a cache: the output of the last call of the model, logits and hidden states.
+        """Continue from a cache: the output of the last call of the model, logits and hidden states.
 
-        With ``keep``, logits are those of the last columns, and the tokens are read in chunks; where they are all that
-        is wanted (``plain``), whole chunks, and what is left of a single prompt, as by the library's own ``generate``,
-        whose output nobody sees.
+        With ``keep``, only the logits of the last columns are returned, and the tokens are processed in chunks. If
+        nothing else is wanted (``plain``), the shared decoder prefills whole chunks, and the rest of a single prompt.
         """
         if not isinstance(cache, SMACache):
             raise StreamingError(f"cache: must be an SMACache, got {type(cache).__name__}")

@@ -115,7 +115,7 @@ def test_whole_sequences_by_onnx_runtime(tmp_path: Path) -> None:
 
 def test_overflow_is_reported(trained: LanguageModel, tmp_path: Path) -> None:
     runner = load(save({"prefill": export_prefill(trained, 1, 20, capacity=0.05)}, tmp_path / "x"), threads=1)
-    with pytest.warns(UserWarning, match="active tokens found no room; export with a larger capacity"):
+    with pytest.warns(UserWarning, match="active tokens were dropped for lack of capacity; export with a larger one"):
         runner.prefill([PROMPTS[1]])
     assert runner.overflow > 0
 

@@ -134,7 +134,7 @@ def test_only_what_was_recorded_can_be_taken_back(model: SMAForCausalLM, monkeyp
 
 
 def test_it_holds_no_keys_and_values() -> None:
-    with pytest.raises(StreamingError, match="holds the state of a model of this library, no keys and values"):
+    with pytest.raises(StreamingError, match="holds the state of a model of this library, not keys and values"):
         SMACache().update(torch.zeros(1), torch.zeros(1), 0)
 
 
