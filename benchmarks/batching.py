@@ -31,7 +31,7 @@ TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
-class Setting:
+class BatchingSetting:
     """How the peer is set up.
 
     Attributes:
@@ -76,13 +76,13 @@ class Peer:
         times: list[float] = []
         done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
-        def hear(output: Any) -> None:
+        def on_result(output: Any) -> None:
             times.extend([time.perf_counter()] * (len(output.generated_tokens) - len(times)))
             if output.is_finished() and not done.done():
                 done.set_result(output)
 
         name = f"request {next(self._count)}"
-        self.manager.register_result_handler(name, hear)
+        self.manager.register_result_handler(name, on_result)
         if self.manager.add_request(prompt, request_id=name, max_new_tokens=tokens, streaming=True) is None:
             raise RuntimeError(f"Transformers has stopped: {self.manager.background_thread_status.fatal_error}")
         output = await done
@@ -92,7 +92,7 @@ class Peer:
 
 
 @contextlib.contextmanager
-def batching(setting: Setting, attention: str) -> Iterator[Peer]:
+def batching(setting: BatchingSetting, attention: str) -> Iterator[Peer]:
     """The peer, greedy and without an end of text; checked before it is handed out.
 
     Args:
@@ -117,7 +117,7 @@ def batching(setting: Setting, attention: str) -> Iterator[Peer]:
         max_requests_per_batch=setting.slots,
         max_batch_tokens=setting.step,
         page_size=PAGE,
-        num_blocks=2 * setting.slots * math.ceil(setting.longest / PAGE),  # nobody waits for memory
+        num_blocks=2 * setting.slots * math.ceil(setting.longest / PAGE),  # so that no request waits for memory
         allow_block_sharing=False,  # random prompts have nothing in common
         auto_switch_to_flash=attention == "flash",
     )
@@ -127,7 +127,7 @@ def batching(setting: Setting, attention: str) -> Iterator[Peer]:
         yield peer
 
 
-def _about(model: Any, manager: Any, setting: Setting) -> dict[str, Any]:
+def _about(model: Any, manager: Any, setting: BatchingSetting) -> dict[str, Any]:
     """What there is to know about the peer, as Transformers has decided it."""
     layers, width, heads, hidden = setting.sizes
     chosen = manager.continuous_batching_config
@@ -188,7 +188,7 @@ def flash_attention(
     return attended[None], None
 
 
-async def check(peer: Peer, plain: Any, setting: Setting) -> None:
+async def check(peer: Peer, plain: Any, setting: BatchingSetting) -> None:
     """Texts of several lengths, written together, hold what the plain model takes for most likely.
 
     Args:
@@ -202,7 +202,7 @@ async def check(peer: Peer, plain: Any, setting: Setting) -> None:
     generator = torch.Generator().manual_seed(0)
     lengths = [max(1, setting.longest // part - 8) for part in (2, 3, 5)]
     prompts = [torch.randint(256, (length,), generator=generator).tolist() for length in lengths]
-    # All end before the first error is raised: nothing may come when nobody listens.
+    # All end before the first error is raised: no result may come when no handler is there.
     written = await asyncio.gather(*(peer.write(prompt, 8) for prompt in prompts), return_exceptions=True)
     for prompt, answer in zip(prompts, written, strict=True):
         if isinstance(answer, BaseException):

@@ -22,8 +22,15 @@ from sma.routing import Routing
 from sma_models.inference import Decoder
 from sma_models.inference.engine import Engine
 from sma_models.inference.generation import generate
+from sma_models.inference.messages import (
+    Event,
+    GenerationRequest,
+    PromptPrefilled,
+    RequestFailed,
+    RequestOptions,
+    TokenGenerated,
+)
 from sma_models.inference.sampling import Sampling
-from sma_models.inference.sequences import Event, Failed, Read, Ticket, Wish, Written
 from sma_models.integrations.hf import SMACache, SMAForCausalLM, from_model
 from sma_models.language_model import LanguageModel
 from sma_models.serving.limits import Limits
@@ -78,12 +85,12 @@ def read_text(file: Path | None, tokens: int) -> bytes:
 
 
 def exactness(model: LanguageModel, text: bytes, say: Say = print) -> dict[str, Any]:
-    """Read a text in every way, and write on from points along it.
+    """PromptPrefilled a text in every way, and write on from points along it.
 
     Args:
         model: of bytes, in evaluation mode.
         text: to read.
-        say: is told what was found, line by line.
+        say: gets the findings, line by line.
 
     Returns:
         For the results: sizes, for each way the largest difference of a logit from that of the parallel pass, in all of
@@ -131,10 +138,10 @@ def _of(logits: Tensor, routings: Mapping[str, Routing]) -> Passed:
     return Passed(logits[0], {name: routing.active[0] for name, routing in routings.items()})
 
 
-def _collect(pieces: Iterable[Passed]) -> Passed:
-    each = list(pieces)
-    logits = torch.cat([piece.logits for piece in each])
-    return Passed(logits, {name: torch.cat([piece.active[name] for piece in each]) for name in each[0].active})
+def _collect(chunks: Iterable[Passed]) -> Passed:
+    each = list(chunks)
+    logits = torch.cat([chunk.logits for chunk in each])
+    return Passed(logits, {name: torch.cat([chunk.active[name] for chunk in each]) for name in each[0].active})
 
 
 def _ways(model: LanguageModel) -> dict[str, Callable[[Tensor], Iterable[Passed]]]:
@@ -197,24 +204,28 @@ def _difference(passed: Passed, whole: Passed) -> dict[str, Any]:
     }
 
 
-def _served(model: LanguageModel, prompts: list[bytes], wish: Wish) -> list[Event]:
-    """What the engine of a server says about prompts that it has all at once."""
+def _served(model: LanguageModel, prompts: list[bytes], options: RequestOptions) -> list[Event]:
+    """The events of a server's engine for prompts that it gets all at once."""
     engine = Engine(model, Limits(slots=len(prompts) + 1, prefill_chunk=CHUNK, prompt_tokens=max(map(len, prompts))))
     events: list[Event] = []
-    engine.submit(Ticket(wish, [(prompt, [Sampling(0.0, 1.0, Random(0))]) for prompt in prompts], events.extend))
+    engine.submit(
+        GenerationRequest(options, [(prompt, [Sampling(0.0, 1.0, Random(0))]) for prompt in prompts], events.extend)
+    )
     while engine.in_flight:
         engine.round()
-    failed = [event.message for event in events if isinstance(event, Failed)]
+    failed = [event.message for event in events if isinstance(event, RequestFailed)]
     if failed:
         raise RuntimeError(f"served: {failed[0]}")
     return events
 
 
 def _served_difference(model: LanguageModel, text: bytes, whole: Passed) -> dict[str, Any]:
-    """Of the log-probabilities of the text, which are what a server tells: of a prompt, and of what it writes after."""
-    events = _served(model, [text], Wish(max_tokens=0, likelihoods=0, of_prompt=True))
-    told = [each for event in events if isinstance(event, Read) for each in event.likelihoods if each is not None]
-    own = torch.tensor([each.own for each in told], dtype=torch.float64)
+    """Of the log-probabilities of the text, which a server reports for a prompt and for what follows it."""
+    events = _served(model, [text], RequestOptions(max_tokens=0, likelihoods=0, prompt_likelihoods=True))
+    known = [
+        each for event in events if isinstance(event, PromptPrefilled) for each in event.likelihoods if each is not None
+    ]
+    own = torch.tensor([each.own for each in known], dtype=torch.float64)
     after = torch.tensor([list(text[1:])]).T
     expected = whole.logits[:-1].double().cpu().log_softmax(-1).gather(-1, after).squeeze(-1)
     apart = (own - expected).abs()
@@ -241,12 +252,12 @@ def greedy(model: LanguageModel, text: bytes, points: list[int]) -> list[dict[st
         return generate(model, prompt, GREEDY, temperature=0.0, prefill_chunk=CHUNK)[0].tolist()
 
     hugging_face = from_model(model)
-    events = _served(model, [text[:point] for point in points], Wish(max_tokens=GREEDY))
+    events = _served(model, [text[:point] for point in points], RequestOptions(max_tokens=GREEDY))
     found = []
     for number, (point, prompt) in enumerate(zip(points, prompts, strict=True)):
         expected = ours(prompt)
         by_transformers = hugging_face.generate(prompt, max_new_tokens=GREEDY, do_sample=False)[0, point:].tolist()
-        served = [event.token for event in events if isinstance(event, Written) and event.sequence == number]
+        served = [event.token for event in events if isinstance(event, TokenGenerated) and event.sequence == number]
         continued = torch.cat([prompt, torch.tensor([expected], device=device)], 1)
         parallel = _parallel(model, continued)[0][0, point - 1 : -1].argmax(-1).tolist()
         texts = {"again": ours(prompt), "Transformers": by_transformers, "served": served, "parallel": parallel}

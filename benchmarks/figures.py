@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.pages import TEXT, latest_streams, latest_sweeps, read
+from benchmarks.archive import TEXT, figure_name, latest_streams, latest_sweeps, read
 from benchmarks.timing import Spread
 
 if TYPE_CHECKING:
@@ -37,11 +36,6 @@ def draw_text_run(out: Path) -> Path:
 
     run = min(TEXT.iterdir())
     return rates_over_training(run / "metrics.csv", out / "text_rates.png", title="LRA Text: activation rate by layer")
-
-
-def figure_name(sweep: str) -> str:
-    """The file of one sweep's figure."""
-    return f"speed_{re.sub(r'[^a-z0-9]+', '_', sweep.lower())}.svg"
 
 
 def _draw(name: str, sweeps: Sequence[dict[str, Any]], path: Path) -> Path:

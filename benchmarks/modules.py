@@ -19,7 +19,7 @@ from sma_modules.modules.ffn import FFN
 from sma_modules.modules.moe import MoE
 
 
-def room(share: float) -> float:
+def capacity(share: float) -> float:
     """Capacity for a share of active tokens, which is settled to 2 % or 0.001 and stays, as nothing here is dropped."""
     return min(1.0, max(1.03 * share, share + 0.002))
 
@@ -105,7 +105,7 @@ def sparse_ffn(d_model: int, hidden: int, share: float, *, graph: bool = False) 
 
     def build(setting: Setting) -> Subject:
         width = setting.narrow(d_model)
-        ours = Ours(layer(width, setting.narrow(hidden), room(share)), share).to(setting.device, setting.dtype)
+        ours = Ours(layer(width, setting.narrow(hidden), capacity(share)), share).to(setting.device, setting.dtype)
         return module_subject(ours, features(setting, width), setting, ours.settle, graph=graph)
 
     def check(setting: Setting) -> gate.Case:

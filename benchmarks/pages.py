@@ -8,10 +8,10 @@ beside the numbers, in ``benchmarks/results/notes/<workload>.md``.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.archive import RESULTS, STATIC, TEXT, figure_name, latest_streams, latest_sweeps, read, records_of
 from benchmarks.tables import (
     EXACT_HEAD,
     GREEDY_HEAD,
@@ -30,50 +30,12 @@ from benchmarks.tables import (
     workload_cells,
 )
 
-RESULTS = Path(__file__).parent / "results"
-STATIC = Path(__file__).parent.parent / "docs" / "_static"
 NOTHING = "Nothing has been measured yet: `python -m benchmarks --json benchmarks/results/NAME.json` does."
-
-
-def read(file: Path) -> dict[str, Any]:
-    """A file of results, also of earlier versions; empty for any other JSON."""
-    content = json.loads(file.read_text(encoding="utf-8"))
-    return content if isinstance(content, dict) and "environment" in content else {}
-
-
-def _records(folder: Path) -> list[dict[str, Any]]:
-    """Every file of results at full size, the latest last."""
-    records = [record for file in sorted(folder.glob("*.json")) if (record := read(file))]
-    full = [record for record in records if record["environment"].get("scale", "full") == "full"]
-    return sorted(full, key=_order)
-
-
-def _order(record: dict[str, Any]) -> tuple[bool, str]:
-    """Later ones replace earlier ones, and those of a GPU those of a CPU."""
-    environment = record["environment"]
-    return environment.get("kind") == "cuda", environment.get("date", "")
-
-
-def latest_sweeps(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The sweeps of all files; of the same one the latest."""
-    found = {}
-    for record in sorted(filter(None, records), key=_order):
-        for sweep in record.get("sweeps", []):
-            found[sweep["sweep"], sweep["title"]] = sweep | {"environment": record["environment"]}
-    return list(found.values())
-
-
-def latest_streams(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The streams of all files, the latest last."""
-    known = sorted(filter(None, records), key=_order)
-    return [stream | {"environment": record["environment"]} for record in known for stream in record.get("streams", [])]
 
 
 def streams(folder: Path = RESULTS) -> str:
     """The table of the latest stream, and its figure."""
-    from benchmarks.figures import figure_name
-
-    found = latest_streams(_records(folder))
+    found = latest_streams(records_of(folder))
     if not found:
         return NOTHING
     parts = [f"{found[-1]['title']}. {_environment(found[-1]['environment'])}"]
@@ -85,7 +47,7 @@ def streams(folder: Path = RESULTS) -> str:
 def exactness(folder: Path = RESULTS) -> str:
     """For each device and dtype the latest: how far the ways of reading are apart, and how long greedy texts agree."""
     found: dict[tuple[str, str], str] = {}
-    for record in _records(folder):
+    for record in records_of(folder):
         for result in record.get("exactness", []):
             environment = record["environment"]
             parts = [f"{exact_title(result)}. {_environment(environment)}"]
@@ -99,7 +61,7 @@ def workloads(folder: Path = RESULTS) -> str:
     """A section for every workload: what it is, the table, and what was found."""
     found: dict[str, list[str]] = {}
     shown: dict[tuple[str, str], set[str]] = {}
-    for record in reversed(_records(folder)):
+    for record in reversed(records_of(folder)):
         device = record["environment"]["device"]
         for name in dict.fromkeys(row["workload"] for row in record.get("rows", [])):
             models = {row["model"] for row in record["rows"] if row["workload"] == name}
@@ -152,9 +114,7 @@ def _environment(environment: dict[str, Any]) -> str:
 
 def sweeps(folder: Path = RESULTS) -> str:
     """The figures, and where sparse and dense cross."""
-    from benchmarks.figures import figure_name
-
-    found = latest_sweeps(_records(folder))
+    found = latest_sweeps(records_of(folder))
     parts = []
     for name in dict.fromkeys(sweep["sweep"] for sweep in found):
         own = [sweep for sweep in found if sweep["sweep"] == name]
@@ -173,7 +133,7 @@ def _crossing(sweep: dict[str, Any]) -> str:
 def profiles(folder: Path = RESULTS) -> str:
     """A table for every workload that was profiled."""
     found: dict[str, str] = {}
-    for record in _records(folder):
+    for record in records_of(folder):
         for profile in record.get("profiles", []):
             limits = profile["ceilings"]
             title = (
@@ -186,7 +146,6 @@ def profiles(folder: Path = RESULTS) -> str:
     return "\n\n".join(found.values()) or NOTHING
 
 
-TEXT = RESULTS / "text"
 PAPER = 0.8960
 """Accuracy on the Text task of Long Range Arena (arXiv 2306.11197, table 2)."""
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import sma
 from benchmarks.shares import settle, watched
-from benchmarks.subjects import Task
+from benchmarks.subjects import SyntheticTask
 from sma_models.embeddings import SinusoidalPositions, ValueEmbedding
 
 
@@ -41,7 +41,7 @@ class Scaffold(nn.Module):
         positions: add sines and cosines to the embedding.
     """
 
-    def __init__(self, task: Task, d_model: int, body: nn.Module, *, positions: bool = False) -> None:
+    def __init__(self, task: SyntheticTask, d_model: int, body: nn.Module, *, positions: bool = False) -> None:
         super().__init__()
         self.embedding = nn.Embedding(task.vocab, d_model) if task.vocab else ValueEmbedding(d_model)
         if isinstance(self.embedding, nn.Embedding):
@@ -81,7 +81,7 @@ class FlashBlock(nn.Module):
         return y
 
 
-def transformer(task: Task, layers: int, d_model: int, heads: int, hidden: int) -> nn.Module:
+def transformer(task: SyntheticTask, layers: int, d_model: int, heads: int, hidden: int) -> nn.Module:
     """A plain pre-norm Transformer, without dropout (which favours it)."""
     blocks = [FlashBlock(d_model, heads, hidden, task.language) for _ in range(layers)]
     return Scaffold(task, d_model, nn.Sequential(*blocks), positions=True)
@@ -99,7 +99,7 @@ class Features(nn.Module):
         return features
 
 
-def linear_attention(kind: str, task: Task, **options: Any) -> nn.Module:
+def linear_attention(kind: str, task: SyntheticTask, **options: Any) -> nn.Module:
     """``GLA`` or ``RetNet`` of flash-linear-attention with its fused kernels.
 
     Raises:
@@ -159,7 +159,9 @@ class Published(nn.Module):
     moved by the bias of the router's logits, which start at zero.
     """
 
-    def __init__(self, module: ModuleType, config: Any, task: Task, layers: int, length: int, share: float) -> None:
+    def __init__(
+        self, module: ModuleType, config: Any, task: SyntheticTask, layers: int, length: int, share: float
+    ) -> None:
         super().__init__()
         self.share = share
         options = published_options(config, task, length)
@@ -196,7 +198,7 @@ class TimeFirst(nn.Module):
         return x.transpose(0, 1)
 
 
-def published_options(config: Any, task: Task, length: int) -> dict[str, Any]:
+def published_options(config: Any, task: SyntheticTask, length: int) -> dict[str, Any]:
     """The arguments of the published layer for the blocks of one of our SeqBoat specs."""
     block = config.blocks[0]
     gau = block.activate.module

@@ -27,11 +27,11 @@ class Result:
         model: the label of the row.
         parameters: how many the model has.
         share: of the tokens that were active, where that is decided.
-        overflow: active tokens that found no room in a fixed capacity.
+        overflow: active tokens dropped for lack of capacity.
         train_ms: a training step (or the forward and backward pass) in every round.
         forward_ms: the forward pass in every round.
         train_mib: peak of allocated memory of a training step (or of the forward pass, where there is no other),
-            weights and all; None where the device does not tell.
+            weights and all; None where the device does not report it.
         waits: how often the host waits for the device in a training step; None where there is no other device.
         backends: which backend each operation took.
         error: why it was not measured.

@@ -12,19 +12,19 @@ from torch import Tensor, nn
 import sma
 from benchmarks import gate, peers
 from benchmarks.shares import Ours
-from benchmarks.subjects import LazyGraph, Setting, Subject, Task, model_subject
-from sma_models.inference.prefill import Reader
+from benchmarks.subjects import LazyGraph, Setting, Subject, SyntheticTask, model_subject
+from sma_models.inference.prefiller import Prefiller
 from sma_models.language_model import LanguageModel
 
 SLACK = 1.05
-"""Capacity of the fixed-capacity rows over the share of active tokens: dropout moves decisions. What finds no room is
-reported.
+"""Capacity of the fixed-capacity rows over the share of active tokens: dropout moves decisions. Tokens dropped
+for lack of capacity are reported.
 """
 CHUNK = 8192
 """Tokens of one chunk of a prefill."""
 FLASH = "Transformer, flash"
 FLASH_GRAPH = "Transformer, flash, graph"
-BYTES, LM = Task(257, 2), Task(256, 256, language=True)
+BYTES, LM = SyntheticTask(257, 2), SyntheticTask(256, 256, language=True)
 GLA = {"hidden_size": 128, "num_heads": 4}
 RETNET = {"hidden_size": 512, "num_heads": 8}
 
@@ -44,11 +44,11 @@ class Row:
     check: Callable[[Setting], gate.Case] | None = None
 
 
-def task_of(config: Any) -> Task:
+def task_of(config: Any) -> SyntheticTask:
     """What a spec of ours reads and predicts."""
     if isinstance(config, LanguageModel.Config):
-        return Task(config.vocab_size, config.vocab_size, language=True)
-    return Task(config.vocab_size, config.n_classes)
+        return SyntheticTask(config.vocab_size, config.vocab_size, language=True)
+    return SyntheticTask(config.vocab_size, config.n_classes)
 
 
 def load(spec: str, setting: Setting, *overrides: str) -> Any:
@@ -122,7 +122,7 @@ def published(spec: str, share: float, *overrides: str) -> Row:
     return Row(f"published r={share:g}", build)
 
 
-def transformer(task: Task, layers: int, d_model: int, heads: int, hidden: int, *, graph: bool = False) -> Row:
+def transformer(task: SyntheticTask, layers: int, d_model: int, heads: int, hidden: int, *, graph: bool = False) -> Row:
     """The Transformer with fused attention."""
 
     def build(setting: Setting) -> Subject:
@@ -132,7 +132,7 @@ def transformer(task: Task, layers: int, d_model: int, heads: int, hidden: int, 
     return Row(FLASH_GRAPH if graph else FLASH, build)
 
 
-def linear_attention(kind: str, task: Task, layers: int, *, graph: bool = False, **options: Any) -> Row:
+def linear_attention(kind: str, task: SyntheticTask, layers: int, *, graph: bool = False, **options: Any) -> Row:
     """A model of flash-linear-attention."""
 
     def build(setting: Setting) -> Subject:
@@ -149,7 +149,7 @@ def prefill(label: str, make: Callable[[Setting], nn.Module], *, graph: bool = F
         label: what the table calls it.
         make: the model; an :class:`~benchmarks.shares.Ours` settles its share of active tokens on the first chunk.
         graph: capture the pass as one CUDA graph.
-        chunk: tokens at a time, with a state, as a :class:`~sma_models.inference.prefill.Reader` reads prompts, which
+        chunk: tokens at a time, with a state, as a :class:`~sma_models.inference.prefiller.Prefiller` does, which
             only ours can do; None for all at once.
     """
 
@@ -175,8 +175,8 @@ def prefill(label: str, make: Callable[[Setting], nn.Module], *, graph: bool = F
         if chunk is None or ours is None:
             return Subject(module, LazyGraph(forward) if graph else forward, settle=settle, share=share)
         model: Any = ours.model.to(setting.dtype)
-        reader = Reader(model, chunk)
-        return Subject(model, lambda: reader.read(tokens) and None, share=share)
+        prefiller = Prefiller(model, chunk)
+        return Subject(model, lambda: prefiller.prefill(tokens) and None, share=share)
 
     is_ours = label.startswith("ours")
     return Row(label, build, (lambda setting: model_case("seqboat_lm", setting)) if is_ours else None)

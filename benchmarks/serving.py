@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import sma
-from benchmarks.batching import ATTENTIONS, Setting, batching
+from benchmarks.batching import ATTENTIONS, BatchingSetting, batching
 from benchmarks.results import environment
 from benchmarks.tables import serving_about, serving_cells, text_table
 from sma.weights import save
@@ -45,7 +45,7 @@ Ask = Callable[[list[int], int], Awaitable[list[float]]]
 @contextlib.contextmanager
 def serving(run: str, options: list[str]) -> Iterator[tuple[str, int]]:
     """``sma serve`` on a port that is free, in a process of its own: host and port."""
-    command = [sys.executable, "-m", "sma_models.cli", "serve", run, "--port", "0", *options]
+    command = [sys.executable, "-m", "sma_models", "serve", run, "--port", "0", *options]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
     assert process.stderr is not None
@@ -150,7 +150,7 @@ def ours(options: argparse.Namespace, dtype: str) -> tuple[dict[str, Any], list[
 def theirs(options: argparse.Namespace, dtype: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What the peer is, and what its clients got, with the first way to attend that runs here."""
     step = options.peer_step or (2048 if options.device.startswith("cuda") else 512)
-    setting = Setting(
+    setting = BatchingSetting(
         tuple(options.llama),
         torch.device(options.device),
         getattr(torch, dtype),

@@ -62,7 +62,7 @@ class Ours(nn.Module):
         share: of active tokens to settle at; None where nothing is decided.
 
     Attributes:
-        overflow: tokens that found no room in a fixed capacity when the share was last measured.
+        overflow: tokens dropped for lack of capacity when the share was last measured.
     """
 
     def __init__(self, model: nn.Module, share: float | None) -> None:

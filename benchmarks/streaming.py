@@ -60,11 +60,11 @@ def stream(setting: Setting, tokens: int, rounds: int, clock: Clock) -> dict[str
     decoder = Decoder(model, 1, prefill_chunk=chunk)
     slot = decoder.acquire()
     read, measured = 0, []
-    state = decoder.reader.read(drawn(3 * chunk)).state  # warm; the third chunk is captured
+    state = decoder.prefiller.prefill(drawn(3 * chunk)).state  # warm; the third chunk is captured
     for point in points(tokens, chunk):
         start, before = clock.now(), read
         while read < point:
-            state = decoder.reader.read(drawn(chunk), state).state
+            state = decoder.prefiller.prefill(drawn(chunk), state).state
             read += chunk
         reading = 1e6 * (clock.now() - start) / (read - before)
         decoder.write(slot, state)
@@ -87,7 +87,7 @@ def stream(setting: Setting, tokens: int, rounds: int, clock: Clock) -> dict[str
     how = {True: "captured as a graph", False: "launched from Python"}
     title = (
         f"One stream of {read:,} random bytes, {SPEC} at r={SHARE:g}, chunks of {chunk:,} "
-        f"{how[decoder.reader.captured]}, steps {how[decoder.captured]}"
+        f"{how[decoder.prefiller.captured]}, steps {how[decoder.captured]}"
     )
     return {"stream": SPEC, "title": title, "points": measured}
 

@@ -62,7 +62,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Task:
+class SyntheticTask:
     """What a model reads and predicts.
 
     Attributes:
@@ -117,7 +117,7 @@ class Subject:
 
 
 def model_subject(
-    model: nn.Module, task: Task, setting: Setting, settler: Settler | None = None, *, graph: bool = False
+    model: nn.Module, task: SyntheticTask, setting: Setting, settler: Settler | None = None, *, graph: bool = False
 ) -> Subject:
     """Training step (forward, backward, Adam) and forward pass of a model from inputs to logits.
 

@@ -98,10 +98,10 @@ def seqboat(label: str, point: Point, share: float | None, graph: bool) -> Row:
     sizes = ["n_layers=1", f"d_model={point.width}", f"blocks[0].activate.module.d_v={2 * point.width}"]
     if share is None:
         sizes.append("blocks[0].activate.configurator={type: always}")
-    room = [] if not graph else [f"blocks[0].activate.capacity={min(1.0, SLACK * (share or 1.0))}"]
+    capacity = [] if not graph else [f"blocks[0].activate.capacity={min(1.0, SLACK * (share or 1.0))}"]
 
     def build(setting: Setting) -> Subject:
-        config: Any = sma.load_spec("seqboat_text", *sizes, *room)
+        config: Any = sma.load_spec("seqboat_text", *sizes, *capacity)
         block = config.blocks[0].build(d_model=point.width, causal=False)
         layer = Ours(block, share).to(setting.device)
         x = features(setting, point.width)

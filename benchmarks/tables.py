@@ -78,7 +78,9 @@ def profile_cells(profile: Mapping[str, Any]) -> list[list[str]]:
 def remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Why rows, or parts of them, were not measured, and what else has to be known about them."""
     failed = [f"{row['model']}: {row['error']}" for row in rows if row.get("error")]
-    return failed + [f"{row['model']}: {row['overflow']} tokens found no room" for row in rows if row.get("overflow")]
+    return failed + [
+        f"{row['model']}: {row['overflow']} tokens dropped for lack of capacity" for row in rows if row.get("overflow")
+    ]
 
 
 def text_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

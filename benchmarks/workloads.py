@@ -23,7 +23,7 @@ from benchmarks.rows import (
     transformer,
     with_capacity,
 )
-from benchmarks.subjects import Task
+from benchmarks.subjects import SyntheticTask
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,11 @@ class Workload:
 
 
 def _task(
-    spec: str, shares: tuple[float, ...], *extra: Row, task: Task = BYTES, flash: tuple[int, ...] = (4, 256, 4, 1024)
+    spec: str,
+    shares: tuple[float, ...],
+    *extra: Row,
+    task: SyntheticTask = BYTES,
+    flash: tuple[int, ...] = (4, 256, 4, 1024),
 ) -> dict[str, Any]:
     """The rows of one of the paper's tasks; the first share is the one that stands for us.
 
@@ -79,12 +83,12 @@ def _text() -> Workload:
 
 
 def _listops() -> Workload:
-    rows = _task("seqboat_listops", (0.3,), task=Task(16, 10))
+    rows = _task("seqboat_listops", (0.3,), task=SyntheticTask(16, 10))
     return Workload("LRA ListOps, 64 x 2,048 tokens, 6 layers of 80 / 160 / 64", 64, 2048, **rows)
 
 
 def _image() -> Workload:
-    rows = _task("seqboat_image", (0.5,), task=Task(None, 10))
+    rows = _task("seqboat_image", (0.5,), task=SyntheticTask(None, 10))
     return Workload("LRA Image, 50 x 1,024 pixels, 8 layers of 160 / 320 / 96", 50, 1024, **rows)
 
 
@@ -98,7 +102,7 @@ def _speech() -> Workload:
         "seqboat_speech",
         (0.1,),
         model("MEGA-chunk 1000, graph", "mega_chunk_text", *overrides, graph=True),
-        task=Task(None, 10),
+        task=SyntheticTask(None, 10),
     )
     return Workload("Speech commands, 20 x 16,000 samples, 8 layers of 60 / 120 / 30", 20, 16000, **rows)
 

@@ -85,7 +85,3 @@ def one_line(error: Exception) -> str:
     """The message of an error without line breaks."""
     text = error.format_message() if hasattr(error, "format_message") else str(error)
     return " ".join(str(text).split()) or type(error).__name__
-
-
-if __name__ == "__main__":
-    sys.exit(main())

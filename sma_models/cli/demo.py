@@ -45,13 +45,13 @@ def demo(
     run.write_summary(
         {**summary, "baselines": results} | ({"operations_saved": count.saved} if count is not None else {})
     )
-    screen.print(f"everything is in {run.path}; go on with: sma inspect {run.path}", soft_wrap=True)
+    screen.print(f"everything is in {run.path}; next: sma inspect {run.path}", soft_wrap=True)
     return 0
 
 
 def _sample(model: object) -> None:
-    from sma_models.cli.inspection import byte_model, written
+    from sma_models.cli.inspection import byte_model, generated_text
 
     typer.echo("\nA sample:\n")
-    typer.echo(PROMPT + "".join(written(byte_model(model), PROMPT.encode(), 400, seed=0, temperature=0.7)))  # type: ignore[arg-type]
+    typer.echo(PROMPT + "".join(generated_text(byte_model(model), PROMPT.encode(), 400, seed=0, temperature=0.7)))  # type: ignore[arg-type]
     typer.echo()

@@ -11,7 +11,7 @@ from sma_models.cli.common import RUNS, RunArgument, RunsOption, extra, find_run
 
 DtypeOption = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option(help="Of the weights; by default that of the run."),
+    typer.Option(help="Dtype of the weights; by default that of the run."),
 ]
 
 
@@ -19,8 +19,8 @@ def export_hf(
     run: RunArgument,
     to: Annotated[Path, typer.Option(help="Folder to write: weights, spec, and the tokenizer of bytes.")],
     dtype: DtypeOption = None,
-    max_shard_size: Annotated[str, typer.Option(help="Of one file of weights.")] = "5GB",
-    force: Annotated[bool, typer.Option("--force", help="Write into a folder that has something in it.")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Largest size of one file of weights.")] = "5GB",
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
     runs: RunsOption = RUNS,
 ) -> None:
     """Write the model of a run for Hugging Face Transformers: AutoModelForCausalLM.from_pretrained(FOLDER)."""
@@ -41,18 +41,24 @@ def export_graphs(
     format: Annotated[
         Literal["onnx", "aoti"] | None,
         typer.Option(
-            help="onnx for ONNX Runtime on a CPU; aoti for machine code by AOTInductor, which takes a C++ compiler. "
-            "By default onnx where that can be: not for bfloat16 or CUDA."
+            help="onnx for ONNX Runtime on a CPU; aoti for machine code by AOTInductor, which needs a C++ compiler. "
+            "By default onnx, except for bfloat16 and CUDA."
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="What the graphs are for: cpu, cuda, cuda:1.")] = "cpu",
     dtype: DtypeOption = None,
     batch: Annotated[
-        int | None, typer.Option(help="Sequences; by default any number in a step, and one in everything else.")
+        int | None,
+        typer.Option(help="Sequences in a batch; by default any number in a step, and one in the other graphs."),
     ] = None,
-    chunk: Annotated[int, typer.Option(help="Tokens that are read at once; of a classifier, the longest input.")] = 256,
-    capacity: Annotated[float, typer.Option(help="Share of these tokens that each layer has room for.")] = 1.0,
-    force: Annotated[bool, typer.Option("--force", help="Write into a folder that has something in it.")] = False,
+    chunk: Annotated[
+        int, typer.Option(help="Tokens that are prefilled at once; for a classifier, the longest input.")
+    ] = 256,
+    capacity: Annotated[
+        float,
+        typer.Option(help="Capacity of each layer, as a share of these tokens; active tokens beyond it are dropped."),
+    ] = 1.0,
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
     runs: RunsOption = RUNS,
 ) -> None:
     """Write the model of a run as graphs that run without this library, by ONNX Runtime or AOTInductor."""

@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 
 def generate(
     run: RunArgument,
-    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "\n",
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=0, help="Bytes to write.")] = 256,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "\n",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=0, help="Bytes to generate.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 always takes the most likely byte.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Draw among the k most likely bytes.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw among the fewest bytes of this probability.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random draws.")] = 0,
     runs: RunsOption = RUNS,
 ) -> None:
-    """Write text with the language model of a run; the prompt comes first."""
+    """Generate text with the language model of a run; the prompt comes first."""
     found = find_run(run, runs)
     model = byte_model(found.model())
-    text = prompt or "\n"
-    typer.echo(text, nl=False)
+    start = prompt or "\n"
+    typer.echo(start, nl=False)
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    for piece in written(model, text.encode(), max_new_tokens, seed, **options):
-        typer.echo(piece, nl=False)
+    for text in generated_text(model, start.encode(), max_new_tokens, seed, **options):
+        typer.echo(text, nl=False)
         sys.stdout.flush()
     typer.echo()
 
@@ -52,10 +52,10 @@ def byte_model(model: Model) -> Any:
     return model
 
 
-def written(model: Any, prompt: bytes, count: int, seed: int, **options: Any) -> Iterator[str]:
-    """Yield the text that a language model of bytes writes after ``prompt``, as it comes.
+def generated_text(model: Any, prompt: bytes, count: int, seed: int, **options: Any) -> Iterator[str]:
+    """Yield the text that a language model of bytes generates after ``prompt``, byte by byte.
 
-    What is no UTF-8 is replaced.
+    Bytes outside UTF-8 become U+FFFD.
     """
     import torch
 
@@ -76,7 +76,7 @@ def inspect(
         typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, such as data.root=.", show_default=False),
     ] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    batches: Annotated[int, typer.Option(min=1, help="Look at so many batches.")] = 4,
+    batches: Annotated[int, typer.Option(min=1, help="How many batches to look at.")] = 4,
     runs: RunsOption = RUNS,
 ) -> None:
     """Show what the model of a run activates: rate and span of each layer, operations spent, figures."""

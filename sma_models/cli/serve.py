@@ -32,15 +32,17 @@ def serve(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes cuda if there is one.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     key_file: Annotated[
-        Path | None, typer.Option(help=f"File that holds the key that clients must show; or the variable {KEY}.")
+        Path | None, typer.Option(help=f"File with the key that clients must send; or set the variable {KEY}.")
     ] = None,
-    slots: Annotated[int, typer.Option(help="Texts that are written together.")] = 16,
-    queue: Annotated[int, typer.Option(help="Texts that may wait for that.")] = 512,
-    prefill_chunk: Annotated[int, typer.Option(help="Tokens of prompts read between two steps.")] = 512,
+    slots: Annotated[int, typer.Option(help="Sequences that are generated together.")] = 16,
+    queue: Annotated[int, typer.Option(help="Sequences that may wait for a slot.")] = 512,
+    prefill_chunk: Annotated[
+        int, typer.Option(help="Tokens of prompts that are prefilled between two decoding steps.")
+    ] = 512,
     max_prompt: Annotated[int, typer.Option(help="Longest prompt, in bytes.")] = 131_072,
-    max_tokens: Annotated[int, typer.Option(help="Longest text to write.")] = 4096,
-    max_seconds: Annotated[float, typer.Option(help="Longest time for a request.")] = 600.0,
-    drain_seconds: Annotated[float, typer.Option(help="Time to finish after SIGTERM.")] = 30.0,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate for a sequence.")] = 4096,
+    max_seconds: Annotated[float, typer.Option(help="Longest time for a request, in seconds.")] = 600.0,
+    drain_seconds: Annotated[float, typer.Option(help="Seconds for requests to finish after SIGTERM.")] = 30.0,
     runs: RunsOption = RUNS,
 ) -> int:
     """Serve the language model of a run: OpenAI's completions, and a page that shows what each byte activates."""
@@ -62,12 +64,14 @@ def serve(
         drain_seconds=drain_seconds,
     )
     key = read_key(key_file)
-    listening = bind(host, port)  # before the model is loaded: a mistake is told at once
+    listening = bind(host, port)  # before the model is loaded, so that an error appears at once
     try:
         model, its_name = load_model(run, runs, device, dtype)
         service = Service(Engine(model, limits), name or its_name, key)  # type: ignore[arg-type]
         if key is None and host not in _LOCAL:
-            notes().print(f"anyone who reaches {host} can use this server: neither --key-file nor {KEY} is given")
+            notes().print(
+                f"every client that reaches {host} can use this server: neither --key-file nor {KEY} is given"
+            )
         notes().print(f"serving {service.model} at {address_of(listening)}", soft_wrap=True)
         return serve_on(service, listening)
     finally:
@@ -75,10 +79,10 @@ def serve(
 
 
 def read_key(file: Path | None) -> str | None:
-    """The key that clients must show, None if they need none.
+    """The key that clients must send, None if they need none.
 
     Raises:
-        ConfigError: it is empty or no printable ASCII, or is given twice.
+        ConfigError: the key is empty or not printable ASCII, or is given twice.
     """
     place, value = KEY, os.environ.get(KEY)
     if file is not None:
@@ -91,10 +95,10 @@ def read_key(file: Path | None) -> str | None:
 
 
 def load_model(text: str, runs: Path, device: str, dtype: str) -> tuple[Model, str]:
-    """The model that the user names, where it shall compute, and its name.
+    """The model that the user names, on its device, and its name.
 
     Raises:
-        SMAError: there is none, it has no weights yet, or the device or the dtype cannot be had.
+        SMAError: it does not exist or has no weights yet, or the device or the dtype is not available.
     """
     import torch
 

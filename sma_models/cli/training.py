@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sma_models.training.run import Run
 
 MAY_CHANGE = ("train.device", "train.resident", "train.workers", "train.capture", "data.root")
-"""What may differ when a run goes on: where it computes and where the data lie, not what it computes."""
+"""What may change when a run is resumed: the device and the place of the data, not the result."""
 
 
 def train(
@@ -30,7 +30,7 @@ def train(
         ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; by default the time.")] = None,
-    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with an interrupted run.")] = None,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Resume an interrupted run.")] = None,
     runs: RunsOption = RUNS,
 ) -> int:
     """Train a recipe, for example: sma train lm_stdlib model.n_layers=6 train.steps=2000."""
@@ -82,7 +82,9 @@ def _continued(
         raise ConfigError(f"name: must not be given with --resume, got {name!r}")
     for override in overrides:
         if override.partition("=")[0].strip() not in MAY_CHANGE:
-            raise ConfigError(f"override: only {', '.join(MAY_CHANGE)} may change when a run goes on, got {override!r}")
+            raise ConfigError(
+                f"override: only {', '.join(MAY_CHANGE)} may change when a run is resumed, got {override!r}"
+            )
     run = find_run(resume, runs)
     check_same(run, recipe_name)
     return run, run.recipe(*overrides), None

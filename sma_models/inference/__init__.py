@@ -1,6 +1,6 @@
-"""Decoding: sequences that come, go on together a token at a time, and leave; see :class:`Decoder`."""
+"""Inference: prefill of prompts, decoding in place (:class:`Decoder`), generation, and an engine for many requests."""
 
 from sma_models.inference.decoder import Decoder
-from sma_models.inference.prefill import Prefilled, Reader, prefill
+from sma_models.inference.prefiller import Prefilled, Prefiller, prefill
 
-__all__ = ["Decoder", "Prefilled", "Reader", "prefill"]
+__all__ = ["Decoder", "Prefilled", "Prefiller", "prefill"]

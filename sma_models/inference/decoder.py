@@ -1,44 +1,46 @@
-"""A running batch of sequences that decode together, each from where it stands."""
+"""A running batch of sequences, each at its own position, that decode one token at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from sma.errors import ConfigError, ShapeError, StreamingError
+from sma.runtime.captured_function import CapturedFunction
 from sma.steppers import Decision, SlotSpec, StepContext
-from sma_models.inference.graphs import Graph, copy_all
-from sma_models.inference.prefill import Reader
+from sma_models.inference.captured_slot_write import CapturedSlotWrite
+from sma_models.inference.prefiller import Prefiller
 from sma_models.language_model import LanguageModel, ModelStepper
 from sma_models.stack import StackState, position_of
 
-_SEAT_FROM = 8
-"""Slots from which on states take theirs by a graph, which costs the memory of one state more."""
+_MIN_SLOTS_TO_CAPTURE_WRITES = 8
+"""With fewer slots, states are written eagerly: the graph of a write takes the memory of one more state."""
 
 
 class Decoder:
-    """SlotSpec for a number of sequences on the device of a model, one token of each at a time.
+    """Memory for a fixed number of sequences on the device of a model, which decode one token each per step.
 
-    The memory is allocated once and changes in place. A sequence joins a free *slot* once its prompt was read, in
-    chunks, by the ordinary parallel path, and leaves it when it is done; the others notice neither. A step has the same
-    shapes whoever is there, and on a CUDA device it is captured as a graph at the first call, unless a part of the
-    model says why not (:attr:`uncaptured`). What a step costs does not depend on how long the sequences are.
+    The memory is allocated once and changes in place. The prompt of a sequence is prefilled in chunks by the parallel
+    model; then the sequence takes a free *slot*, and leaves it when it is done. Other slots are not affected.
 
-    A functional :class:`~sma_models.stack.StackState` is what comes in and goes out: :meth:`read` and :meth:`write`.
+    Every step has the same shapes. On a CUDA device it is captured as a graph after its first runs, unless a part of
+    the model prevents it (:attr:`uncaptured`). The cost of a step does not depend on the length of the sequences.
+
+    States enter and leave as values (:class:`~sma_models.stack.StackState`): :meth:`read` and :meth:`write`.
 
     Args:
         model: in evaluation mode. Its weights are used where they lie, and may change in place between steps; then call
             :meth:`refresh`.
-        slots: how many sequences there is room for.
+        slots: the largest number of sequences.
         rollback: how many of its last tokens a sequence can take back, for drafts that are rejected.
-        prefill_chunk: prompts are read this many tokens at a time.
+        prefill_chunk: prompts are prefilled this many tokens at a time.
         capture: False never captures a graph, neither of steps nor of chunks.
 
     Attributes:
-        reader: reads the prompts, and says whether their chunks are captured.
-        logits: ``(S, vocab_size)`` of the token after the last one of every slot; written in place.
+        prefiller: runs the prompts, and says whether their chunks are captured.
+        logits: ``(S, vocab_size)`` of the next token of every slot; every step overwrites them.
 
     Raises:
         ConfigError: an argument is out of range, or the model is in training mode.
@@ -70,7 +72,7 @@ class Decoder:
         if model.training:
             raise ConfigError("model: must be in evaluation mode to decode, call model.eval() first")
         self.model, self.slots, self.rollback = model, slots, rollback
-        self.reader = Reader(model, prefill_chunk, capture=capture)
+        self.prefiller = Prefiller(model, prefill_chunk, capture=capture)
         weight = model.embedding.weight
         with torch.no_grad():
             self._stepper = ModelStepper(model, SlotSpec(slots, rollback, weight.detach()))
@@ -79,17 +81,18 @@ class Decoder:
         self._tokens = torch.zeros(slots, dtype=torch.int64, device=weight.device)
         self.logits = torch.zeros(slots, model.vocab_size, dtype=weight.dtype, device=weight.device)
         self._decisions: dict[str, Decision] = {}
-        self._taken: list[int | None] = [None] * slots  # tokens since the slot was written, None where it is free
-        self._set_live: list[bool] = [False] * slots
+        self._tokens_since_write: list[int | None] = [None] * slots  # None where the slot is free
+        self._live_on_host: list[bool] = [False] * slots  # empty where only the device knows
         able = capture and weight.is_cuda and not self._stepper.why_uncaptured()
-        self._graph: Graph[dict[str, Decision]] | None = Graph(weight.device) if able else None
-        self._seat = _Seat(self) if able and slots >= _SEAT_FROM else None
+        self._graph: CapturedFunction[dict[str, Decision]] | None = CapturedFunction(weight.device) if able else None
+        many = slots >= _MIN_SLOTS_TO_CAPTURE_WRITES
+        self._slot_write = CapturedSlotWrite(model, self.logits) if able and many else None
 
     @property
     def uncaptured(self) -> dict[str, str]:
-        """Why no CUDA graph can hold a step, by the name of each part that is in the way.
+        """Why steps are not captured, by the name of each part that prevents it.
 
-        Where a capture was tried and failed, what CUDA said is the reason, under the name of the whole, ``""``.
+        Where a capture was tried and failed, the reason is CUDA's message, under the name of the whole, ``""``.
         """
         failed = None if self._graph is None else self._graph.failure
         return self._stepper.why_uncaptured() | ({} if failed is None else {"": failed})
@@ -102,21 +105,21 @@ class Decoder:
     @property
     def occupied(self) -> list[int]:
         """The slots that hold a sequence."""
-        return [slot for slot, taken in enumerate(self._taken) if taken is not None]
+        return [slot for slot, taken in enumerate(self._tokens_since_write) if taken is not None]
 
     @property
     def free(self) -> int:
-        """How many more sequences there is room for."""
+        """How many slots are free."""
         return self.slots - len(self.occupied)
 
     @property
     def positions(self) -> Tensor:
-        """``(S,)`` int64: tokens that each slot has taken, its prompt included."""
+        """``(S,)`` int64: tokens that each slot has processed, its prompt included."""
         return self._position.clone()
 
     @property
     def decisions(self) -> Mapping[str, Decision]:
-        """Who was active in the last step, and with which confidence, by the name of the layer."""
+        """By the name of the layer: which modules were active in the last step, and with which confidence."""
         return {name: Decision(*(part.clone() for part in decision)) for name, decision in self._decisions.items()}
 
     @property
@@ -126,11 +129,11 @@ class Decoder:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def join(self, prompt: Tensor, state: StackState | None = None) -> int:
-        """Read a prompt and give its sequence a slot; ``logits[slot]`` is then what follows it.
+        """Prefill a prompt and give its sequence a slot; ``logits[slot]`` are then those of the next token.
 
         Args:
             prompt: ``(L,)`` tokens, at least one.
-            state: of one sequence, to go on from.
+            state: of one sequence, before the prompt.
 
         Returns:
             The slot.
@@ -138,41 +141,41 @@ class Decoder:
         Raises:
             StreamingError: every slot is taken.
             ConfigError: the prompt is empty.
-            ShapeError: the prompt is no row of tokens.
+            ShapeError: the prompt is not one row of tokens.
         """
         if prompt.dim() != 1:
             raise ShapeError(f"prompt: must be one row of tokens (L,), got {tuple(prompt.shape)}")
         return self.join_all(prompt[None], state)[0]
 
     def join_all(self, prompts: Tensor, state: StackState | None = None, *, valid: Tensor | None = None) -> list[int]:
-        """Read several prompts ``(B, L)`` at once, padded on either side with ``valid (B, L)``; see :meth:`join`."""
-        self._check_room(prompts.shape[0])
-        read = self.reader.read(prompts, state, valid=valid)
-        return self.resume(read.state, read.logits)
+        """Prefill several prompts ``(B, L)`` at once, padded on either side with ``valid (B, L)``; see :meth:`join`."""
+        self._check_free(prompts.shape[0])
+        prefilled = self.prefiller.prefill(prompts, state, valid=valid)
+        return self.resume(prefilled.state, prefilled.logits)
 
     def resume(self, state: StackState, logits: Tensor | None = None, *, checked: bool = False) -> list[int]:
-        """Give the sequences of a state slots of their own, to go on from there.
+        """Give each sequence of a state a slot, to continue from there.
 
         Args:
             state: of one or several sequences.
             logits: ``(B, V)`` of their next tokens; zeros if None.
-            checked: the state is known to be one of the model, from a reader or a decoder of it. Then it is not looked
-                at, for which the device would be waited for.
+            checked: the state comes from a prefiller or a decoder of this model. Then it is not checked, as a check
+                synchronises with the device.
 
         Returns:
             The slots, in the order of the sequences.
 
         Raises:
-            StreamingError: there are not so many free slots, or the state does not fit the model.
+            StreamingError: fewer slots are free, or the state does not fit the model.
         """
         position = position_of(state, checked=True) if checked else self._position_of(state)
-        self._check_room(position.numel())
-        slots = [slot for slot, taken in enumerate(self._taken) if taken is None][: position.numel()]
+        self._check_free(position.numel())
+        slots = [slot for slot, taken in enumerate(self._tokens_since_write) if taken is None][: position.numel()]
         self._write(slots, state, logits, position)
         return slots
 
     def acquire(self) -> int:
-        """Take a free slot, at the beginning of a stream. :meth:`write` puts a state there.
+        """Take a free slot at the beginning of a stream; :meth:`write` replaces its state.
 
         Raises:
             StreamingError: every slot is taken.
@@ -186,24 +189,24 @@ class Decoder:
             StreamingError: it holds no sequence.
         """
         self._check_occupied(slot)
-        self._taken[slot] = None
+        self._tokens_since_write[slot] = None
 
     @torch.no_grad()
     def step(self, tokens: Tensor | Mapping[int, int], *, live: Tensor | None = None) -> Tensor:
-        """One token of every sequence, or of some.
+        """Process one token of every sequence, or of some.
 
         Args:
-            tokens: ``(S,)`` integers, the next token of every occupied slot (what stands at free ones does not
-                matter), or the tokens of some slots by their number; the others stay where they are.
+            tokens: ``(S,)`` integers, the next token of every occupied slot (values at free slots are ignored), or the
+                tokens of some slots by their number; the other slots do not change.
             live: ``(S,)`` bool, on the device: which of the occupied slots take their token, where only the device
-                knows. Not together with ``rollback``, which has to know it here.
+                knows. Not with ``rollback``, which counts tokens on the host.
 
         Returns:
-            Logits ``(S, vocab_size)`` of the tokens after these: ``logits``, which the next step overwrites. Rows
-            of slots that took no token keep their values.
+            ``logits (S, vocab_size)`` of the next tokens, which the next step overwrites. Rows of slots that took no
+            token keep their values.
 
         Raises:
-            StreamingError: a slot is given that holds no sequence, or ``live`` in spite of ``rollback``.
+            StreamingError: a slot holds no sequence, or ``live`` is given to a decoder with ``rollback``.
             ShapeError: ``live`` or the tokens have the wrong shape or dtype, or (checked on the CPU) tokens are not in
                 the vocabulary.
         """
@@ -214,13 +217,13 @@ class Decoder:
             return self.logits
         self._decisions = self._advance() if self._graph is None else self._graph.run(self._advance)
         for slot in slots:
-            taken = self._taken[slot]
-            assert taken is not None
-            self._taken[slot] = taken + 1
+            count = self._tokens_since_write[slot]
+            assert count is not None
+            self._tokens_since_write[slot] = count + 1
         return self.logits
 
     def read(self, slot: int) -> StackState:
-        """The state of a sequence, as a value of its own.
+        """The state of a sequence, as a value.
 
         Raises:
             StreamingError: the slot holds no sequence.
@@ -235,10 +238,10 @@ class Decoder:
         return self._stepper.read(index, self._position[index])
 
     def write(self, slot: int, state: StackState, logits: Tensor | None = None) -> None:
-        """Go on from a state in a slot that was taken.
+        """Replace the state of an occupied slot.
 
         Args:
-            slot: from :meth:`acquire` or :meth:`join`; what it held is forgotten.
+            slot: from :meth:`acquire` or :meth:`join`.
             state: of one sequence.
             logits: ``(V,)`` or ``(1, V)`` of its next token; zeros if None.
 
@@ -248,34 +251,34 @@ class Decoder:
         self.write_all([slot], state, logits)
 
     def write_all(self, slots: Sequence[int], state: StackState, logits: Tensor | None = None) -> None:
-        """The same for several slots and a state of as many sequences; logits ``(n, V)``."""
+        """Replace the states of n occupied slots by a state of n sequences; logits ``(n, V)``."""
         for slot in slots:
             self._check_occupied(slot)
         self._write(list(slots), state, logits, self._position_of(state))
 
     def take_back(self, slot: int, tokens: int) -> None:
-        """Forget the last tokens of a sequence, as if they had never come. ``logits`` are not restored.
+        """Undo the last tokens of a sequence. ``logits`` are not restored.
 
         Raises:
-            StreamingError: the slot is free, or the tokens are more than ``rollback`` or than were taken since the slot
-                was written.
+            StreamingError: the slot is free, or the tokens are more than ``rollback`` or than were processed since the
+                slot was written.
         """
         self._check_occupied(slot)
-        reach = min(self.rollback, self._taken[slot] or 0)
+        reach = min(self.rollback, self._tokens_since_write[slot] or 0)
         if not 0 <= tokens <= reach:
             raise StreamingError(f"slot {slot}: can take back up to {reach} tokens, got {tokens}")
         self._stepper.rolled_back(slot, tokens)
         self._position[slot] -= tokens
-        # What lies behind the oldest version is gone.
-        self._taken[slot] = reach - tokens
+        # Older versions than this are overwritten.
+        self._tokens_since_write[slot] = reach - tokens
 
     def refresh(self) -> None:
-        """Take notice of weights that changed in place."""
+        """Compute again what was derived from weights, which changed in place."""
         with torch.no_grad():
             self._stepper.refresh()
 
     def _position_of(self, state: StackState) -> Tensor:
-        """Where the sequences of a state stand, if it is one of the model."""
+        """The positions of the sequences of a state, which must be one of the model."""
         self._stepper.check(state)
         return position_of(state)
 
@@ -283,32 +286,32 @@ class Decoder:
     def _write(self, slots: list[int], state: StackState, logits: Tensor | None, position: Tensor) -> None:
         if position.numel() != len(slots):
             raise StreamingError(f"state: must be of {len(slots)} sequences, got {position.numel()}")
-        if self._seat is not None and self._seat.fits(state):
-            self._seat.take(self._put, slots[0], state, position, logits)
+        if self._slot_write is not None and self._slot_write.fits(state):
+            self._slot_write.run(self._write_slots, slots[0], state, position, logits)
         else:
             index = torch.tensor(slots, dtype=torch.int64, device=self._position.device)
-            self._put(index, state, position.to(index.device), logits)
+            self._write_slots(index, state, position.to(index.device), logits)
         for slot in slots:
-            self._taken[slot] = 0
+            self._tokens_since_write[slot] = 0
 
-    def _put(self, slots: Tensor, state: StackState, position: Tensor, logits: Tensor | None) -> None:
-        """A state to where the slots ``(n,)`` lie."""
+    def _write_slots(self, slots: Tensor, state: StackState, position: Tensor, logits: Tensor | None) -> None:
+        """Copy a state of n sequences into ``slots (n,)``."""
         self._stepper.write(slots, state, position)
         self._position[slots] = position
         self.logits[slots] = 0 if logits is None else logits.to(self.logits)
 
     def _advance(self) -> dict[str, Decision]:
-        """A step, from the tokens where they lie to the logits where they lie."""
+        """A step in place: from ``_tokens`` and ``_live`` to ``logits``."""
         with torch.autocast(self._tokens.device.type, enabled=False):
             context = StepContext(self._live, self._position)
-            tokens = self._tokens.masked_fill(~self._live, 0)  # elsewhere may stand anything
+            tokens = self._tokens.masked_fill(~self._live, 0)  # other slots may hold any number
             logits, decisions = self._stepper.step(tokens, context)
             self.logits.copy_(torch.where(self._live[:, None], logits, self.logits))
             self._position += self._live
         return decisions
 
-    def _put_tokens(self, tokens: Tensor | Mapping[int, int], some: Tensor | None) -> list[int]:
-        """Put the tokens in place, and who is to take one; the slots that may."""
+    def _put_tokens(self, tokens: Tensor | Mapping[int, int], live: Tensor | None) -> list[int]:
+        """Copy the tokens to ``_tokens``, and to ``_live`` which slots take one; returns the slots that may."""
         if isinstance(tokens, Mapping):
             slots = sorted(tokens)
             for slot in slots:
@@ -321,20 +324,20 @@ class Decoder:
                 raise ShapeError(
                     f"tokens: must be integers of shape ({self.slots},), got {tokens.dtype} {tuple(tokens.shape)}"
                 )
-        chosen = set(slots)
-        live = [slot in chosen for slot in range(self.slots)]
         if tokens.device.type == "cpu":
             for slot in slots:
                 if not 0 <= int(tokens[slot]) < self.model.vocab_size:
                     raise ShapeError(
                         f"tokens[{slot}]: must lie in 0..{self.model.vocab_size - 1}, got {int(tokens[slot])}"
                     )
-        if live != self._set_live or some is not None:
-            self._live.copy_(torch.tensor(live), non_blocking=True)
-            self._set_live = live
-        if some is not None:
-            self._live &= some
-            self._set_live = []  # what the device holds is not known here
+        chosen = set(slots)
+        on_host = [slot in chosen for slot in range(self.slots)]
+        if on_host != self._live_on_host or live is not None:
+            self._live.copy_(torch.tensor(on_host), non_blocking=True)
+            self._live_on_host = on_host
+        if live is not None:
+            self._live &= live
+            self._live_on_host = []
         self._tokens.copy_(tokens, non_blocking=True)
         return slots
 
@@ -344,41 +347,10 @@ class Decoder:
         if self.rollback:
             raise StreamingError(f"live: must not be given to a decoder with rollback={self.rollback}")
 
-    def _check_room(self, sequences: int) -> None:
+    def _check_free(self, sequences: int) -> None:
         if sequences > self.free:
             raise StreamingError(f"Decoder: {self.free} of {self.slots} slots are free, got {sequences} sequences")
 
     def _check_occupied(self, slot: int) -> None:
-        if not 0 <= slot < self.slots or self._taken[slot] is None:
+        if not 0 <= slot < self.slots or self._tokens_since_write[slot] is None:
             raise StreamingError(f"slot {slot}: holds no sequence; those that do are {self.occupied}")
-
-
-class _Seat:
-    """The state of one sequence on its way into a slot: hundreds of small copies, as one CUDA graph."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        device = decoder.logits.device
-        self._state = decoder.model.initial_state(1)
-        self._places = self._state.tensors()
-        self._dtypes = [each.dtype for each in self._places]
-        self._slot, self._position = torch.zeros(2, 1, dtype=torch.int64, device=device)
-        self._logits = torch.zeros_like(decoder.logits[:1])
-        self._graph: Graph[None] = Graph(device)
-
-    def fits(self, state: StackState) -> bool:
-        """Whether it is of one sequence, and nothing of it would be rounded on the way."""
-        tensors = state.tensors()
-        return tensors[0].shape[0] == 1 and [each.dtype for each in tensors] == self._dtypes
-
-    def take(
-        self, put: Callable[..., None], slot: int, state: StackState, position: Tensor, logits: Tensor | None
-    ) -> None:
-        """Put a state into a slot, by ``put`` of the decoder."""
-        copy_all(self._places, state.tensors())
-        self._slot.fill_(slot)
-        self._position.copy_(position)
-        if logits is None:
-            self._logits.zero_()
-        else:
-            self._logits.copy_(logits.view_as(self._logits))
-        self._graph.run(lambda: put(self._slot, self._state, self._position, self._logits))

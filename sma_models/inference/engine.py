@@ -1,115 +1,128 @@
-"""Continuous batching: prompts are read in pieces, texts are written together, and everyone gets a turn."""
+"""Continuous batching: prompts are prefilled in chunks between decoding steps, and sequences take turns in slots."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
 
 from sma.errors import ConfigError
-from sma.steppers import Decision
-from sma_models.inference import Decoder, Reader
-from sma_models.inference.graphs import WARMUP
-from sma_models.inference.prefill import Pass, Piece
-from sma_models.inference.sampling import Likelihood, draw, likelihoods
-from sma_models.inference.sequences import Activated, Event, Failed, Finished, Prompt, Read, Text, Ticket, Written
+from sma.runtime.captured_function import WARMUP
+from sma_models.inference.activations import activation_rows, channel_names
+from sma_models.inference.batch_prefiller import BatchPrefiller
+from sma_models.inference.decoder import Decoder
+from sma_models.inference.limits import EngineLimits
+from sma_models.inference.messages import (
+    EngineFull,
+    EngineStopped,
+    Event,
+    GenerationRequest,
+    RequestFailed,
+    SequenceFinished,
+    TokenActivations,
+    TokenGenerated,
+)
+from sma_models.inference.prompt_queue import PromptQueue, prefill_next_chunks
+from sma_models.inference.sampling import draw, likelihoods
+from sma_models.inference.sequences import GeneratedSequence, Prompt, prompts_of
 from sma_models.language_model import LanguageModel
-from sma_models.serving.errors import full, unavailable
-from sma_models.serving.limits import Limits
-from sma_models.serving.text import ends_with_stop
 
-_PROMPTS_A_ROUND = 8
-"""Short prompts that are read one by one between two steps at most: each costs a pass, however short."""
-_PROMPTS_TOGETHER = 4
-"""Whose whole pieces one pass reads where passes are captured, and more of shorter ones; each has a state there."""
-_STEPS_A_PASS, _STEPS_IN_NO_HURRY = 8, 32
-"""That are taken before a pass with rows to spare: it costs as much as a full one, and as much as several steps. The
-second where texts wait for a slot, so that nobody would write any sooner."""
+_SHORT_PROMPTS_PER_ROUND = 8
+"""The most single prompts that are prefilled between two steps: each costs a pass, however short."""
+_ROWS = 4
+"""Whole chunks in one captured pass, and more of shorter ones; each row has a state in memory."""
+_STEPS_BEFORE_PARTIAL_PASS, _STEPS_WITH_QUEUE = 8, 32
+"""Decoding steps before a pass with rows to spare, which costs as much as a full one, and as much as several steps.
+The second number holds while sequences wait for a slot: an earlier prefill would generate nothing sooner.
+"""
 
 log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Writes the texts of many requests at once, in a thread of its own.
+    """Generates the sequences of many requests at once, in a thread of its own.
 
-    A *round* reads up to ``prefill_chunk`` tokens of the prompts that wait, a piece of each in turn, so that a long one
-    does not stall the others; gives free slots to the texts that wait; and takes one step of all that have a slot.
-    Where pieces of several prompts are read in one pass, a round has one pass at most: of the first prompt, and of
-    those behind it with pieces of the same size. While texts are written, one for a few prompts waits for a few steps.
-    Where texts wait for a slot, one that has had its own for ``quantum`` tokens goes to the end of the line: its state
-    has a constant size and is put aside and back without a change of a bit.
+    A *round* prefills up to ``prefill_chunk`` tokens of the waiting prompts, a chunk of each in turn, so that a long
+    prompt does not stall the others; gives free slots to waiting sequences; and takes one decoding step of all
+    sequences that have a slot.
+
+    Where chunks of several prompts are prefilled in one pass, a round has one pass at most: of the first prompt, and of
+    those behind it whose chunks have the same shape. While sequences are decoded, a pass for few prompts is deferred
+    for a few steps. Where sequences wait for a slot, one that has had its own for ``quantum`` tokens goes to the end of
+    the queue: its state has a constant size and is read and written without changing a bit.
 
     Args:
         model: a language model of bytes in evaluation mode.
-        limits: slots, queue, quantum and piece.
+        limits: slots, queue, quantum and chunk.
         capture: False never captures a CUDA graph.
 
     Attributes:
-        channels: the names of the layers that decide, in the order in which activations are told; a layer of several
-            modules appears once for each, as ``name[0]``, ``name[1]``.
+        channels: the names of the layers that decide, in the order in which activations are reported; a layer of
+            several modules appears once for each, as ``name[0]``, ``name[1]``.
 
     Raises:
-        ConfigError: the model is no language model of bytes, or is in training mode.
+        ConfigError: the model is not a language model of bytes, or is in training mode.
         StreamingError: the model cannot stream; the message says why.
     """
 
-    def __init__(self, model: LanguageModel, limits: Limits, *, capture: bool = True) -> None:
+    def __init__(self, model: LanguageModel, limits: EngineLimits, *, capture: bool = True) -> None:
         if not isinstance(model, LanguageModel) or model.vocab_size != 256:
             raise ConfigError(f"model: must be a language model of bytes (vocab_size 256), got {type(model).__name__}")
         self.model, self.limits = model, limits
         self._decoder = Decoder(model, limits.slots, prefill_chunk=limits.prefill_chunk, capture=capture)
-        self._reader = Reader(model, limits.prefill_chunk, capture=capture, together=_PROMPTS_TOGETHER)
+        self._prefiller = BatchPrefiller(model, limits.prefill_chunk, rows=_ROWS, capture=capture)
         self.channels = self._warm_up()
         self._lock = threading.Condition()
-        self._inbox: deque[Ticket] = deque()
+        self._inbox: deque[GenerationRequest] = deque()
         self._in_flight = 0
-        self._stale = False  # a request was cancelled and may still be somewhere
+        self._any_cancelled = False
         self._open, self._stopping = True, False
-        self._reading: deque[Prompt] = deque()
-        self._steps_since_pass = 0
-        self._waiting: deque[Text] = deque()
-        self._slots: dict[int, Text] = {}
-        self._events: dict[Ticket, list[Event]] = {}
-        self._left: dict[Ticket, int] = {}
+        self._prompts = PromptQueue(self._prefiller)
+        self._steps_since_prefill = 0
+        self._queue: deque[GeneratedSequence] = deque()
+        self._slots: dict[int, GeneratedSequence] = {}
+        self._events: dict[GenerationRequest, list[Event]] = {}
+        self._unfinished: dict[GenerationRequest, int] = {}
         self._thread: threading.Thread | None = None
 
-    # What other threads call.
+    # Called by other threads.
 
-    def submit(self, ticket: Ticket) -> None:
-        """Take on a request.
+    def submit(self, request: GenerationRequest) -> None:
+        """Accept a request.
 
         Raises:
-            RequestError: 429 where there is no room now, 503 where the engine has stopped.
+            EngineFull: its sequences would be more than the limits allow at a time.
+            EngineStopped: the engine was stopped or has failed.
         """
         with self._lock:
             if not self._open:
-                raise unavailable("the server is shutting down or has failed")
-            if self._in_flight + ticket.sequences > self.limits.capacity:
-                raise full(
-                    f"the server is busy with {self._in_flight} of {self.limits.capacity} sequences; try again later"
+                raise EngineStopped("engine: accepts no requests any more, it was stopped or has failed")
+            capacity = self.limits.capacity
+            if self._in_flight + request.sequences > capacity:
+                raise EngineFull(
+                    f"engine: must hold at most {capacity} sequences, holds {self._in_flight}, got "
+                    f"{request.sequences} more; try again later"
                 )
-            self._in_flight += ticket.sequences
-            self._inbox.append(ticket)
+            self._in_flight += request.sequences
+            self._inbox.append(request)
             self._lock.notify()
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Forget a request, wherever it is; of one that is done nothing is left to forget."""
+    def cancel(self, request: GenerationRequest) -> None:
+        """Discard a request, wherever it is. A finished request is already gone."""
         with self._lock:
-            ticket.cancelled = self._stale = True
+            request.cancelled = self._any_cancelled = True
             self._lock.notify()
 
     @property
     def alive(self) -> bool:
-        """False once it takes nothing on any more."""
+        """Whether it accepts requests."""
         return self._open
 
     @property
     def in_flight(self) -> int:
-        """Sequences that are in the engine."""
+        """Sequences of accepted requests that have not ended."""
         return self._in_flight
 
     @property
@@ -118,35 +131,37 @@ class Engine:
         return len(self._slots)
 
     def start(self) -> None:
-        """Work until :meth:`stop`."""
+        """Work in a thread until :meth:`stop`."""
         self._thread = threading.Thread(target=self._work, name="sma-engine", daemon=True)
         self._thread.start()
 
     def stop(self) -> int:
-        """Stop after this round; what was not done fails.
+        """Stop after this round; unfinished requests fail.
 
         Returns:
-            How many sequences that were.
+            How many sequences were unfinished.
         """
         with self._lock:
             self._open, self._stopping = False, True
             self._lock.notify()
         if self._thread is not None:
             self._thread.join()
-        cut = self._in_flight
-        self._fail_all("the server is shutting down")
-        return cut
+        unfinished = self._in_flight
+        self._fail_all("the engine was stopped before the request was finished")
+        return unfinished
 
     # The thread of the engine.
 
     def _work(self) -> None:
         device = self.model.embedding.weight.device
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # a matter of each thread; kernels are launched on the current one
+            torch.cuda.set_device(device)  # each thread has its own current device, on which kernels are launched
         try:
             while True:
                 with self._lock:
-                    self._lock.wait_for(lambda: self._stopping or self._stale or bool(self._inbox) or self._busy)
+                    self._lock.wait_for(
+                        lambda: self._stopping or self._any_cancelled or bool(self._inbox) or self._busy
+                    )
                     if self._stopping:
                         return
                 self.round()
@@ -154,249 +169,186 @@ class Engine:
             log.exception("the engine failed")
             with self._lock:
                 self._open = False
-            self._fail_all("the server failed; its log says why")
+            self._fail_all("the engine failed; its log says why")
 
     @property
     def _busy(self) -> bool:
-        return bool(self._reading or self._waiting or self._slots)
+        return bool(self._prompts or self._queue or self._slots)
 
     def round(self) -> None:
-        """Read, seat, step, and tell what happened. For the engine's own thread, or instead of it."""
-        self._take_in()
-        self._read_some()
-        self._seat()
+        """Prefill, assign slots, take a step, and deliver the events; by the engine's thread, or without one."""
+        self._accept()
+        self._prefill()
+        self._assign_slots()
         self._step()
-        self._tell()
+        self._deliver()
 
-    def _take_in(self) -> None:
+    # Requests.
+
+    def _accept(self) -> None:
+        """Take new requests out of the inbox, and discard the cancelled ones."""
         with self._lock:
             new, self._inbox = self._inbox, deque()
-            stale, self._stale = self._stale, False
-        for ticket in new:
-            self._left[ticket] = ticket.sequences
-            self._reading.extend(ticket.prompts)
-        if stale:
-            for ticket in [ticket for ticket in self._left if ticket.cancelled]:
-                self._forget(ticket)
+            any_cancelled, self._any_cancelled = self._any_cancelled, False
+        for request in new:
+            self._unfinished[request] = request.sequences
+            self._prompts.add(prompts_of(request))
+        if any_cancelled:
+            for request in [request for request in self._unfinished if request.cancelled]:
+                self._discard(request)
 
-    def _forget(self, ticket: Ticket) -> None:
+    def _discard(self, request: GenerationRequest) -> None:
         """Free what a request holds."""
-        self._reading = deque(prompt for prompt in self._reading if prompt.ticket is not ticket)
-        self._waiting = deque(text for text in self._waiting if text.ticket is not ticket)
-        for slot in [slot for slot, text in self._slots.items() if text.ticket is ticket]:
+        self._prompts.discard(request)
+        self._queue = deque(sequence for sequence in self._queue if sequence.request is not request)
+        for slot in [slot for slot, sequence in self._slots.items() if sequence.request is request]:
             self._leave(slot)
-        self._events.pop(ticket, None)
-        self._release(self._left.pop(ticket, 0))
+        self._events.pop(request, None)
+        self._release(self._unfinished.pop(request, 0))
 
     def _release(self, sequences: int) -> None:
         with self._lock:
             self._in_flight -= sequences
 
-    def _leave(self, slot: int) -> Text:
+    def _emit(self, request: GenerationRequest, *events: Event) -> None:
+        self._events.setdefault(request, []).extend(events)
+
+    def _deliver(self) -> None:
+        events, self._events = self._events, {}
+        for request, each in events.items():
+            request.on_events(each)
+
+    def _finish(self, sequence: GeneratedSequence, reason: str, stop_bytes: int) -> None:
+        request = sequence.request
+        self._emit(request, SequenceFinished(sequence.number, reason, stop_bytes))
+        self._unfinished[request] -= 1
+        if not self._unfinished[request]:
+            del self._unfinished[request]
+        self._release(1)
+
+    def _fail(self, request: GenerationRequest, message: str) -> None:
+        self._discard(request)
+        self._emit(request, RequestFailed(message))
+
+    def _fail_all(self, message: str) -> None:
+        self._accept()
+        for request in list(self._unfinished):
+            self._fail(request, message)
+        self._deliver()
+
+    # Prefill.
+
+    def _prefill(self) -> None:
+        """Prefill chunks of the waiting prompts, at most as many tokens as one chunk, or one pass of several rows."""
+        chunk = left = self.limits.prefill_chunk
+        while self._prompts and left > 0:
+            rows = self._prompts.next_shape().rows
+            steps = _STEPS_WITH_QUEUE if self._queue else _STEPS_BEFORE_PARTIAL_PASS if self._slots else 0
+            if len(self._prompts) < rows and self._steps_since_prefill < steps:
+                return
+            tokens = self._prefill_batch(self._prompts.take())
+            self._steps_since_prefill = 0
+            left -= chunk if rows > 1 else max(tokens, chunk // _SHORT_PROMPTS_PER_ROUND)
+
+    def _prefill_batch(self, prompts: list[Prompt]) -> int:
+        """Prefill the next chunk of each prompt; returns the number of tokens."""
+        before = [prompt.remaining for prompt in prompts]
+        try:
+            events = prefill_next_chunks(self._prefiller, prompts)
+        except Exception:
+            if len(prompts) > 1:  # alone, only the prompt that causes the error fails, and with it its whole request
+                return sum(self._prefill_batch([prompt]) for prompt in prompts if prompt.request in self._unfinished)
+            log.exception("a prompt of %d tokens cannot be prefilled", len(prompts[0].tokens))
+            self._fail(prompts[0].request, "the prompt could not be prefilled; the log of the engine says why")
+            return 0
+        for prompt, each in zip(prompts, events, strict=True):
+            if each:
+                self._emit(prompt.request, *each)
+            if prompt.remaining:
+                self._prompts.add([prompt])
+            else:
+                self._start_sequences(prompt)
+        return sum(before) - sum(prompt.remaining for prompt in prompts)
+
+    def _start_sequences(self, prompt: Prompt) -> None:
+        for sequence in prompt.sequences:
+            if prompt.request.options.max_tokens == 0:
+                self._finish(sequence, "length", 0)
+            else:
+                sequence.state, sequence.logits = prompt.state, prompt.logits
+                self._queue.append(sequence)
+
+    # Decoding.
+
+    def _leave(self, slot: int) -> GeneratedSequence:
         self._decoder.leave(slot)
         return self._slots.pop(slot)
 
-    def _say(self, ticket: Ticket, event: Event) -> None:
-        self._events.setdefault(ticket, []).append(event)
-
-    def _tell(self) -> None:
-        events, self._events = self._events, {}
-        for ticket, each in events.items():
-            ticket.tell(each)
-
-    def _finish(self, text: Text, reason: str, cut: int) -> None:
-        ticket = text.ticket
-        self._say(ticket, Finished(text.number, reason, cut))
-        self._left[ticket] -= 1
-        if not self._left[ticket]:
-            del self._left[ticket]
-        self._release(1)
-
-    def _fail(self, ticket: Ticket, message: str) -> None:
-        self._forget(ticket)
-        self._say(ticket, Failed(message))
-
-    def _fail_all(self, message: str) -> None:
-        self._take_in()
-        for ticket in list(self._left):
-            self._fail(ticket, message)
-        self._tell()
-
-    # Prompts.
-
-    def _read_some(self) -> None:
-        chunk = left = self.limits.prefill_chunk
-        while self._reading and left > 0:
-            rows = self._pass_of(self._reading[0]).rows
-            steps = _STEPS_IN_NO_HURRY if self._waiting else _STEPS_A_PASS if self._slots else 0
-            if len(self._reading) < rows and self._steps_since_pass < steps:
-                return
-            read = self._read_together(self._next())
-            self._steps_since_pass = 0
-            left -= chunk if rows > 1 else max(read, chunk // _PROMPTS_A_ROUND)
-
-    def _next(self) -> list[Prompt]:
-        """The first prompt, and those behind it that its pass has room for; the others keep their order."""
-        own = self._pass_of(self._reading[0])
-        taken, left = list[Prompt](), list[Prompt]()
-        while self._reading and len(taken) < own.rows:
-            prompt = self._reading.popleft()
-            (taken if self._pass_of(prompt) == own else left).append(prompt)
-        self._reading.extendleft(reversed(left))
-        return taken
-
-    def _pass_of(self, prompt: Prompt) -> Pass:
-        return self._reader.pass_of(min(len(prompt.tokens) - prompt.at, self.limits.prefill_chunk))
-
-    def _read_together(self, prompts: list[Prompt]) -> int:
-        """A piece of each, and how many tokens these were."""
-        try:
-            read = self._read(prompts)
-        except Exception:
-            if len(prompts) > 1:  # whose fault it is shows when each is read alone; a request fails as a whole
-                return sum(self._read_together([prompt]) for prompt in prompts if prompt.ticket in self._left)
-            log.exception("a prompt of %d tokens cannot be read", len(prompts[0].tokens))
-            self._fail(prompts[0].ticket, "the prompt could not be read; the server's log says why")
-            return 0
-        for prompt in prompts:
-            if prompt.at < len(prompt.tokens):
-                self._reading.append(prompt)
-            else:
-                self._begin(prompt)
-        return read
-
-    @torch.no_grad()
-    def _read(self, prompts: list[Prompt]) -> int:
-        """The same, if nothing goes wrong; if something does, nothing has happened."""
-        pieces = [prompt.tokens[prompt.at : prompt.at + self.limits.prefill_chunk] for prompt in prompts]
-        tokens = [torch.tensor([list(piece)]) for piece in pieces]
-        states = [self._reader.beginning() if prompt.state is None else prompt.state for prompt in prompts]
-        curious = any(prompt.ticket.wish.activations for prompt in prompts)
-        read = self._reader.read_pieces(tokens, states, routings=curious)
-        told = [self._told_of(*each) for each in zip(prompts, tokens, read, strict=True)]
-        for prompt, piece, out, events in zip(prompts, pieces, read, told, strict=True):
-            prompt.state, prompt.last = out.state, out.logits
-            prompt.at += len(piece)
-            for event in events:
-                self._say(prompt.ticket, event)
-        return sum(map(len, pieces))
-
-    def _told_of(self, prompt: Prompt, tokens: Tensor, out: Piece) -> list[Event]:
-        """What is wanted of a piece ``(1, L)`` of a prompt."""
-        wish, events = prompt.ticket.wish, list[Event]()
-        if wish.of_prompt and wish.likelihoods is not None:
-            own = tokens[0].to(out.x.device)
-            found = self._likelihoods_of(self.model.logits(out.x[0]), prompt.last, own, wish.likelihoods)
-            events.extend(Read(text.number, found) for text in prompt.texts)
-        if wish.activations:
-            decisions = {name: Decision(r.active[0], r.confidence[0]) for name, r in out.routings.items()}
-            for i, row in enumerate(_rows(decisions, tokens.shape[1])):
-                at = prompt.at + i
-                events.extend(Activated(text.number, at, prompt.tokens[at], *row) for text in prompt.texts)
-        return events
-
-    def _likelihoods_of(
-        self, logits: Tensor, before: Tensor | None, tokens: Tensor, most: int
-    ) -> tuple[Likelihood | None, ...]:
-        """Of the tokens ``(L,)`` of a piece: the logits before each are those of the token in front of it."""
-        first: list[Likelihood | None] = [None] if before is None else [*likelihoods(before, tokens[:1], most)]
-        return (*first, *likelihoods(logits[:-1], tokens[1:], most))
-
-    def _begin(self, prompt: Prompt) -> None:
-        for text in prompt.texts:
-            if prompt.ticket.wish.max_tokens == 0:
-                self._finish(text, "length", 0)
-            else:
-                text.state, text.logits = prompt.state, prompt.last
-                self._waiting.append(text)
-
-    # Texts.
-
-    def _seat(self) -> None:
-        """Slots to those that wait, those of texts that have had their turn included."""
-        served = [slot for slot, text in self._slots.items() if text.since >= self.limits.quantum]
-        for slot in served[: max(0, len(self._waiting) - self._decoder.free)]:
+    def _assign_slots(self) -> None:
+        """Give slots to waiting sequences: free ones, and those of sequences that have used up their quantum."""
+        used_up = [slot for slot, sequence in self._slots.items() if sequence.since_slot >= self.limits.quantum]
+        for slot in used_up[: max(0, len(self._queue) - self._decoder.free)]:
             state, logits = self._decoder.read(slot), self._decoder.logits[slot].clone()
-            text = self._leave(slot)
-            text.state, text.logits, text.since = state, logits, 0
-            self._waiting.append(text)
-        while self._waiting and self._decoder.free:
-            text = self._waiting.popleft()
-            assert text.state is not None
-            (slot,) = self._decoder.resume(text.state, text.logits, checked=True)
-            text.state = text.logits = None
-            self._slots[slot] = text
+            sequence = self._leave(slot)
+            sequence.state, sequence.logits, sequence.since_slot = state, logits, 0
+            self._queue.append(sequence)
+        while self._queue and self._decoder.free:
+            sequence = self._queue.popleft()
+            assert sequence.state is not None
+            (slot,) = self._decoder.resume(sequence.state, sequence.logits, checked=True)
+            sequence.state = sequence.logits = None
+            self._slots[slot] = sequence
 
     @torch.no_grad()
     def _step(self) -> None:
+        """Draw a token of every sequence that has a slot, and take a decoding step."""
         if not self._slots:
             return
-        self._steps_since_pass += 1
+        self._steps_since_prefill += 1
         slots = sorted(self._slots)
-        texts = [self._slots[slot] for slot in slots]
+        sequences = [self._slots[slot] for slot in slots]
         logits = self._decoder.logits[slots]
-        drawn = draw(logits, [text.sampling for text in texts])
-        asked = [text.ticket.wish.likelihoods for text in texts]
-        most = max((n for n in asked if n is not None), default=None)
-        told = likelihoods(logits, drawn, most) if most is not None else [None] * len(slots)
+        drawn = draw(logits, [sequence.sampling for sequence in sequences])
+        wanted = [sequence.request.options.likelihoods for sequence in sequences]
+        most = max((count for count in wanted if count is not None), default=None)
+        found = likelihoods(logits, drawn, most) if most is not None else [None] * len(slots)
         tokens: dict[int, int] = {}
-        done: dict[int, tuple[str, int]] = {}
-        for slot, text, token, wanted, likelihood in zip(slots, texts, drawn.tolist(), asked, told, strict=True):
-            text.written.append(token)
-            text.since += 1
-            own = None if wanted is None or likelihood is None else likelihood._replace(top=likelihood.top[:wanted])
-            self._say(text.ticket, Written(text.number, token, own))
-            end = _end_of(text)
+        ended: dict[int, tuple[str, int]] = {}
+        for slot, sequence, token, count, likelihood in zip(
+            slots, sequences, drawn.tolist(), wanted, found, strict=True
+        ):
+            sequence.generated.append(token)
+            sequence.since_slot += 1
+            own = None if count is None or likelihood is None else likelihood._replace(top=likelihood.top[:count])
+            self._emit(sequence.request, TokenGenerated(sequence.number, token, own))
+            end = sequence.end()
             if end is not None:
-                done[slot] = end
-            # The last token is stepped only where somebody wants to know what it activates.
-            if end is None or text.ticket.wish.activations:
+                ended[slot] = end
+            # The last token takes a step only if its activations are wanted.
+            if end is None or sequence.request.options.activations:
                 tokens[slot] = token
         if tokens:
             self._decoder.step(tokens)
-            self._tell_activations(tokens)
-        for slot, (reason, cut) in done.items():
-            self._finish(self._leave(slot), reason, cut)
+            self._emit_activations(tokens)
+        for slot, (reason, stop_bytes) in ended.items():
+            self._finish(self._leave(slot), reason, stop_bytes)
 
-    def _tell_activations(self, tokens: dict[int, int]) -> None:
-        curious = [slot for slot in tokens if self._slots[slot].ticket.wish.activations]
-        if not curious:
+    def _emit_activations(self, tokens: dict[int, int]) -> None:
+        slots = [slot for slot in tokens if self._slots[slot].request.options.activations]
+        if not slots:
             return
-        rows = list(_rows(self._decoder.decisions, self.limits.slots))
-        for slot in curious:
-            text = self._slots[slot]
-            position = text.read + len(text.written) - 1
-            self._say(text.ticket, Activated(text.number, position, tokens[slot], *rows[slot]))
+        rows = list(activation_rows(self._decoder.decisions, self.limits.slots))
+        for slot in slots:
+            sequence = self._slots[slot]
+            position = sequence.prompt_tokens + len(sequence.generated) - 1
+            event = TokenActivations(sequence.number, position, tokens[slot], *rows[slot])
+            self._emit(sequence.request, event)
 
     def _warm_up(self) -> list[str]:
-        """A few tokens, so that no client waits for what the first calls set up; the channels."""
-        self._reader.warm_up()
+        """Process a few tokens, so that no request takes the time of first calls; returns the channels."""
+        self._prefiller.warm_up()
         for _ in range(WARMUP + 2):
             slot = self._decoder.acquire()
             self._decoder.step({slot: 0})
             self._decoder.leave(slot)
-        return [
-            name if decision.active.shape[-1] == 1 else f"{name}[{m}]"
-            for name, decision in self._decoder.decisions.items()
-            for m in range(decision.active.shape[-1])
-        ]
-
-
-def _end_of(text: Text) -> tuple[str, int] | None:
-    wish = text.ticket.wish
-    cut = ends_with_stop(text.written, wish.stops)
-    if cut:
-        return "stop", cut
-    return ("length", 0) if len(text.written) >= wish.max_tokens else None
-
-
-def _rows(decisions: Mapping[str, Decision], count: int) -> Iterator[tuple[tuple[bool, ...], tuple[float, ...]]]:
-    """For each of ``count`` rows, who was active and with which confidence, over all modules of all layers."""
-    each = list(decisions.values())
-    if not each:
-        yield from [((), ())] * count
-        return
-    active = torch.cat([decision.active for decision in each], -1).tolist()
-    confidence = torch.cat([decision.confidence.float().nan_to_num() for decision in each], -1).tolist()
-    for one, other in zip(active, confidence, strict=True):
-        yield tuple(one), tuple(round(number, 3) for number in other)
+        return channel_names(self._decoder.decisions)

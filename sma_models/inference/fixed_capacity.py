@@ -1,4 +1,4 @@
-"""Models whose chunks have a fixed number of rows, whoever is active."""
+"""Models whose chunks have a fixed number of rows in every layer, whatever is active."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ M = TypeVar("M", bound=Model)
 
 
 def why_not_fixed(model: Model) -> dict[str, str]:
-    """Why layers cannot have a fixed number of rows, by their names; empty where all can."""
+    """Why layers cannot have a fixed number of rows, by their names; empty if all can."""
     return {
         name: f"{type(module).__name__} (layout 'padded') takes rows as long as the longest sequence of active tokens, "
         "which is not known beforehand"
@@ -28,13 +28,13 @@ def with_fixed_rows(model: M, capacity: float = 1.0) -> M:
 
     Args:
         model: in evaluation mode. Its weights are shared, nothing else is.
-        capacity: share of the tokens that a layer which decides has room for; with 1 the results are the same.
+        capacity: of every layer that decides, as a share of the tokens; with 1 the results are the same.
     """
     weights = {id(each): each for each in (*model.parameters(), *model.buffers())}
-    fixed = copy.deepcopy(model, weights)  # what is in there already is not copied
+    fixed = copy.deepcopy(model, weights)  # tensors in `weights` are shared, not copied
     for layer in fixed.modules():
         if isinstance(layer, SparseMixture):
-            # Not with_capacity: what losses and running averages would make of rows without a token does not count.
+            # Not with_capacity, which refuses losses and running averages: inference does not use them.
             layer.capacity = 1.0 if layer.configurator.everywhere else capacity
             layer.capacity_streams = True
     return fixed

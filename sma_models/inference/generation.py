@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sma.errors import ConfigError
 from sma_models.inference import Decoder
-from sma_models.inference.prefill import check_prompt
+from sma_models.inference.prefiller import check_prompt
 from sma_models.language_model import LanguageModel
 
 

@@ -1,138 +1,82 @@
-"""What the engine works on, and what it says about it."""
+"""The sequences and prompts of requests, while they are in the engine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from torch import Tensor
 
-from sma_models.inference.sampling import Likelihood, Sampling
+from sma_models.inference.messages import GenerationRequest
+from sma_models.inference.sampling import Sampling
+from sma_models.inference.stop_strings import stop_length
 from sma_models.stack import StackState
 
 
-class Read(NamedTuple):
-    """A piece of the prompt of a sequence was read.
-
-    Attributes:
-        sequence: its number in the request.
-        likelihoods: of each token of the piece, None for the first token of all; empty unless they were asked for.
-    """
-
-    sequence: int
-    likelihoods: tuple[Likelihood | None, ...]
-
-
-class Written(NamedTuple):
-    """A token was written."""
-
-    sequence: int
-    token: int
-    likelihood: Likelihood | None
-
-
-class Activated(NamedTuple):
-    """Which modules a token activated, see ``Engine.channels``, and with which confidence."""
-
-    sequence: int
-    position: int
-    token: int
-    active: tuple[bool, ...]
-    confidence: tuple[float, ...]
-
-
-class Finished(NamedTuple):
-    """A sequence is done: ``stop`` or ``length``; the last ``cut`` bytes are the stop string."""
-
-    sequence: int
-    reason: str
-    cut: int = 0
-
-
-class Failed(NamedTuple):
-    """The whole request came to nothing."""
-
-    message: str
-
-
-Event = Read | Written | Activated | Finished | Failed
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wish:
-    """What the texts of one request have in common.
-
-    Attributes:
-        max_tokens: to write, at most; 0 only reads.
-        stops: strings that end a text.
-        likelihoods: how many of the most likely tokens are told with each token; None tells nothing.
-        of_prompt: tell the likelihoods of the prompt's tokens too.
-        activations: tell which modules each token activated, the prompt's included.
-    """
-
-    max_tokens: int
-    stops: tuple[bytes, ...] = ()
-    likelihoods: int | None = None
-    of_prompt: bool = False
-    activations: bool = False
-
-
-class Ticket:
-    """One request on its way through the engine.
-
-    Args:
-        wish: what is wanted of every sequence.
-        prompts: bytes, and for each the ways in which texts that follow it are drawn.
-        tell: is given the events of a round, from the thread of the engine; must not block.
-    """
-
-    def __init__(
-        self, wish: Wish, prompts: Sequence[tuple[bytes, Sequence[Sampling]]], tell: Callable[[list[Event]], None]
-    ) -> None:
-        self.wish, self.tell = wish, tell
-        self.cancelled = False
-        self.prompts: list[Prompt] = []
-        count = 0
-        for tokens, drawn in prompts:
-            rows = [Text(self, count + i, len(tokens), each) for i, each in enumerate(drawn)]
-            self.prompts.append(Prompt(self, tokens, rows))
-            count += len(rows)
-        self.sequences = count
-
-
 @dataclass(eq=False)
-class Text:
-    """A sequence that is being written.
+class GeneratedSequence:
+    """A sequence that is being generated.
 
     Attributes:
-        ticket: of its request.
+        request: that it belongs to.
         number: among the sequences of the request.
-        read: tokens of its prompt.
+        prompt_tokens: the length of its prompt.
         sampling: how its tokens are drawn.
-        written: bytes so far.
-        since: how many of them since it has its slot.
-        state: while it has no slot, where it stands,
-        logits: and what follows there.
+        generated: bytes so far.
+        since_slot: how many of them since it got its slot.
+        state: while it has no slot, its state,
+        logits: and those of its next token, ``(V,)`` or ``(1, V)``.
     """
 
-    ticket: Ticket
+    request: GenerationRequest
     number: int
-    read: int
+    prompt_tokens: int
     sampling: Sampling
-    written: bytearray = field(default_factory=bytearray)
-    since: int = 0
+    generated: bytearray = field(default_factory=bytearray)
+    since_slot: int = 0
     state: StackState | None = None
     logits: Tensor | None = None
+
+    def end(self) -> tuple[str, int] | None:
+        """Why it ends here, and the length of the stop string at its end; None if it goes on."""
+        options = self.request.options
+        length = stop_length(self.generated, options.stops)
+        if length:
+            return "stop", length
+        return ("length", 0) if len(self.generated) >= options.max_tokens else None
 
 
 @dataclass(eq=False)
 class Prompt:
-    """A prompt that is being read, up to ``at``, for the texts that will follow it."""
+    """A prompt whose first ``prefilled`` tokens are prefilled, and the sequences that will follow it.
 
-    ticket: Ticket
+    Attributes:
+        request: that it belongs to.
+        tokens: all of it.
+        sequences: that get slots after it.
+        prefilled: how many tokens.
+        state: after these tokens,
+        logits: and those of the next token, ``(1, V)``.
+    """
+
+    request: GenerationRequest
     tokens: bytes
-    texts: list[Text]
-    at: int = 0
+    sequences: list[GeneratedSequence]
+    prefilled: int = 0
     state: StackState | None = None
-    last: Tensor | None = None
+    logits: Tensor | None = None
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that are not prefilled yet."""
+        return len(self.tokens) - self.prefilled
+
+
+def prompts_of(request: GenerationRequest) -> list[Prompt]:
+    """The prompts of a request, with their sequences."""
+    prompts: list[Prompt] = []
+    count = 0
+    for tokens, samplings in request.prompts:
+        sequences = [GeneratedSequence(request, count + i, len(tokens), each) for i, each in enumerate(samplings)]
+        prompts.append(Prompt(request, tokens, sequences))
+        count += len(sequences)
+    return prompts

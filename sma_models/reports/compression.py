@@ -119,11 +119,11 @@ class TrigramModel:
 
 def _count(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
     """``(256 * 256, 256)`` counts of three bytes in a row."""
-    # In pieces: the indices of 16 million bytes already take some 400 MB.
+    # In chunks: the indices of 16 million bytes already take some 400 MB.
     counts = np.zeros(1 << 24, np.uint32)
-    piece = 16 * _CHUNK
-    for start in range(0, max(len(values) - 2, 0), piece):
-        part = values[start : start + piece + 2].astype(np.int32)
+    chunk = 16 * _CHUNK
+    for start in range(0, max(len(values) - 2, 0), chunk):
+        part = values[start : start + chunk + 2].astype(np.int32)
         index = (part[:-2] << 16) | (part[1:-1] << 8) | part[2:]
         counts += np.bincount(index, minlength=1 << 24).astype(np.uint32)
     return counts.reshape(1 << 16, 256)

@@ -19,8 +19,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sma_models.inference.engine import Engine
-from sma_models.inference.sequences import Event, Ticket
-from sma_models.serving.errors import RequestError, error_content
+from sma_models.inference.messages import EngineFull, EngineStopped, Event, GenerationRequest
+from sma_models.serving.errors import RequestError, error_content, refusal
+from sma_models.serving.limits import Limits
 from sma_models.serving.requests import CompletionRequest, parse
 from sma_models.serving.responses import Completion
 
@@ -31,36 +32,37 @@ _PAGE = {
     "page.css": ("page.css", "text/css; charset=utf-8"),
 }
 _NO_CHAT = (
-    "the model that is served continues texts and was not trained to chat, so there is no chat endpoint; "
-    "use /v1/completions"
+    "the served model continues text and was not trained to chat, so there is no chat endpoint; use /v1/completions"
 )
 _DISCARDED_BODIES = 16
-"""So many times the largest body are read and thrown away, so that a client that sends too much hears about it."""
+"""Times the largest body: so much is read and discarded, so that a client that sends too much gets the error."""
 
 
 class Service:
     """What the routes share.
 
     Args:
-        engine: that writes.
+        engine: that generates. Its limits may be :class:`~sma_models.serving.limits.Limits`; otherwise those of HTTP
+            have their defaults.
         model: its name for clients.
-        key: that clients have to show, None if they need none.
+        key: that clients must send, None if they need none.
 
     Attributes:
-        created: when this began, in seconds since 1970.
+        limits: of the engine and of HTTP.
+        created: when the service was made, in seconds since 1970.
     """
 
     def __init__(self, engine: Engine, model: str, key: str | None = None) -> None:
-        self.engine, self.model, self.limits = engine, model, engine.limits
+        self.engine, self.model, self.limits = engine, model, Limits.of(engine.limits)
         self.created = int(time.time())
-        self._told: deque[tuple[asyncio.Queue[list[Event]], list[Event]]] = deque()
+        self._undelivered: deque[tuple[asyncio.Queue[list[Event]], list[Event]]] = deque()
         self._key = None if key is None else key.encode()
 
     def check_key(self, request: Request) -> None:
-        """Compared in a time that tells nothing about the key.
+        """Check the key of a request, in a time that does not depend on the key.
 
         Raises:
-            RequestError: 401, it is missing or another one.
+            RequestError: 401, the key is missing or wrong.
         """
         if self._key is None:
             return
@@ -89,12 +91,12 @@ class Service:
         """The body of a request.
 
         Raises:
-            RequestError: 415, it is not said to be JSON; 413, it is too large; 408, it takes too long; 400, it ends
-                before it is complete, which nobody hears.
+            RequestError: 415, its content type is not JSON; 413, it is too large; 408, it takes too long; 400, the
+                client has closed the connection before the end, so no one gets the answer.
         """
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
-            # Also keeps pages of other origins out: a browser sends JSON across origins only where it is allowed.
+            # This also blocks pages of other origins: browsers send JSON across origins only where a server allows it.
             raise RequestError(415, f"content-type: must be application/json, got {kind[:80] or 'none'}")
         most, parts, size = self.limits.body_bytes, list[bytes](), 0
         try:
@@ -114,44 +116,47 @@ class Service:
             raise RequestError(413, f"body: must hold at most {most} bytes", headers={"Connection": "close"})
         return b"".join(parts)
 
-    def _hear(self) -> None:
-        """What the engine told meanwhile, to those who wait for it."""
-        while self._told:
-            events, some = self._told[0]
-            events.put_nowait(some)
-            self._told.popleft()
+    def _deliver(self) -> None:
+        """Put the events that the engine has sent meanwhile into the queues of their requests."""
+        while self._undelivered:
+            queue, events = self._undelivered[0]
+            queue.put_nowait(events)
+            self._undelivered.popleft()
 
-    def submit(self, request: CompletionRequest) -> tuple[Ticket, asyncio.Queue[list[Event]]]:
-        """Give a request to the engine; what it tells comes through the queue.
+    def submit(self, request: CompletionRequest) -> tuple[GenerationRequest, asyncio.Queue[list[Event]]]:
+        """Submit a request to the engine; its events come through the queue.
 
         Raises:
-            RequestError: 429 or 503, it is not taken on.
+            RequestError: 429 or 503, the engine does not accept it.
         """
         loop = asyncio.get_running_loop()
-        events: asyncio.Queue[list[Event]] = asyncio.Queue()  # never holds more than what the texts may be long
+        queue: asyncio.Queue[list[Event]] = asyncio.Queue()  # bounded by the limits of the request
 
-        def tell(some: list[Event]) -> None:
-            self._told.append((events, some))
-            if len(self._told) == 1:  # the loop is woken once for all that it has not heard of yet
-                with contextlib.suppress(RuntimeError):  # it is closed: nobody listens any more
-                    loop.call_soon_threadsafe(self._hear)
+        def on_events(events: list[Event]) -> None:
+            self._undelivered.append((queue, events))
+            if len(self._undelivered) == 1:  # one wake-up of the loop delivers everything that is there by then
+                with contextlib.suppress(RuntimeError):  # the loop is closed, and the connection with it
+                    loop.call_soon_threadsafe(self._deliver)
 
-        ticket = Ticket(request.wish(), request.samplings(), tell)
-        self.engine.submit(ticket)
-        return ticket, events
+        submitted = GenerationRequest(request.options(), request.samplings(), on_events)
+        try:
+            self.engine.submit(submitted)
+        except (EngineFull, EngineStopped) as error:
+            raise refusal(error) from error
+        return submitted, queue
 
 
 class BoundedHeads:
     """Refuses requests whose head is too large.
 
-    Uvicorn's own limit is for heads that are not complete yet, and one of some hundred kilobytes may arrive at once.
+    Uvicorn's own limit is for incomplete heads, and a head of some hundred kilobytes may arrive at once.
     """
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self._app, self._most = app, most
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The request goes on if its head is small enough."""
+        """Pass the request on if its head is small enough."""
         if scope["type"] == "http":
             size = len(scope.get("raw_path", b"")) + len(scope["query_string"])
             size += sum(len(name) + len(value) for name, value in scope["headers"])
@@ -168,21 +173,21 @@ async def disconnected(receive: Receive) -> None:
         pass
 
 
-class Answer(Response):
+class CompletionResponse(Response):
     """A completion, whole or as a stream of server-sent events.
 
-    A client that goes away takes its request with it, and one that does not take its answer in time loses it.
+    When the client disconnects, or does not read its answer in time, the request is cancelled.
     """
 
     def __init__(self, service: Service, request: CompletionRequest) -> None:
         self.status_code, self.background = 200, None
         self._service, self._request = service, request
         self._completion = Completion(request, service.model)
-        self._ticket, self._events = service.submit(request)
+        self._submitted, self._events = service.submit(request)
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, unless the client goes."""
+        """Answer, unless the client disconnects."""
         work = asyncio.create_task(self._answer(scope, receive, send))
         gone = asyncio.create_task(disconnected(receive))
         try:
@@ -190,9 +195,9 @@ class Answer(Response):
             if work.done():
                 work.result()
             elif not gone.done():
-                await self._too_late(work, scope, receive, send)
+                await self._time_out(work, scope, receive, send)
         finally:
-            self._service.engine.cancel(self._ticket)
+            self._service.engine.cancel(self._submitted)
             for task in (work, gone):
                 task.cancel()
 
@@ -210,63 +215,67 @@ class Answer(Response):
     async def _stream(self, send: Send) -> None:
         while not self._completion.finished:
             rounds = [await self._events.get()]
-            while not self._events.empty():  # the loop had other things to do: they go out in one write
+            while not self._events.empty():  # events of several rounds go out in one write
                 rounds.append(self._events.get_nowait())
-            pieces: list[dict[str, Any]] = []
+            chunks: list[dict[str, Any]] = []
             try:
                 for events in rounds:
                     self._completion.feed(events)
-                    pieces += self._completion.pieces()
+                    chunks += self._completion.chunks()
             finally:
-                if pieces:
-                    await self._send(send, *pieces)
-        if self._completion.tells_usage:
-            await self._send(send, self._completion.closing())
+                if chunks:
+                    await self._send(send, *chunks)
+        if self._completion.has_usage:
+            await self._send(send, self._completion.usage_chunk())
         await self._end(send)
 
     async def _send(self, send: Send, *contents: object) -> None:
-        """Events, in one write."""
+        """Send events in one write."""
         if not self._started:
             self._started = True
             headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
-            headers.append((b"x-accel-buffering", b"no"))  # proxies should not collect it
+            headers.append((b"x-accel-buffering", b"no"))  # proxies should not buffer it
             await send({"type": "http.response.start", "status": 200, "headers": headers})
-        texts = [json.dumps(content, separators=(",", ":"), allow_nan=False) for content in contents]
-        body = "".join(f"data: {text}\n\n" for text in texts).encode()
+        lines = [json.dumps(content, separators=(",", ":"), allow_nan=False) for content in contents]
+        body = "".join(f"data: {line}\n\n" for line in lines).encode()
         await send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def _end(self, send: Send) -> None:
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
     async def _refuse(self, error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
-        """An error in place of the answer, or as the last event of a stream that has begun."""
+        """Send an error in place of the answer, or as the last event of a stream that has begun."""
         if not self._started:
             await JSONResponse(error.content(), error.status, error.headers)(scope, receive, send)
             return
         await self._send(send, error.content())
         await self._end(send)
 
-    async def _too_late(self, work: asyncio.Task[None], scope: Scope, receive: Receive, send: Send) -> None:
+    async def _time_out(self, work: asyncio.Task[None], scope: Scope, receive: Receive, send: Send) -> None:
         work.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await work
-        error = RequestError(504, f"the answer took longer than {self._service.limits.seconds} s", code="timeout")
+        error = RequestError(
+            504,
+            f"request: must be answered within {self._service.limits.seconds} s; ask for fewer tokens",
+            code="timeout",
+        )
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1.0):  # a client that reads nothing does not read this either
+            async with asyncio.timeout(1.0):  # a client that reads nothing does not read the error either
                 await self._refuse(error, scope, receive, send)
 
 
 def make_app(service: Service) -> FastAPI:
-    """The application; its life is that of the engine."""
+    """The application. It starts and stops the engine."""
 
     @contextlib.asynccontextmanager
-    async def life(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.engine.start()
         yield
         await asyncio.to_thread(service.engine.stop)
 
-    # Its pages of documentation load scripts from elsewhere.
-    app = FastAPI(title="sma serve", docs_url=None, redoc_url=None, lifespan=life)
+    # FastAPI's pages of documentation load scripts from other servers.
+    app = FastAPI(title="sma serve", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_middleware(BoundedHeads, most=service.limits.head_bytes)
     _add_errors(app)
     _add_page(app)
@@ -275,7 +284,7 @@ def make_app(service: Service) -> FastAPI:
     @app.post("/v1/completions", response_model=None, openapi_extra={"requestBody": body})
     async def completions(request: Request) -> Response:
         service.check_key(request)
-        return Answer(service, parse(await service.body(request), service.limits, service.model))
+        return CompletionResponse(service, parse(await service.body(request), service.limits, service.model))
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
@@ -316,9 +325,9 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse(error.content(), error.status, error.headers)
 
     @app.exception_handler(HTTPException)
-    async def not_there(request: Request, error: HTTPException) -> Response:
+    async def not_found(request: Request, error: HTTPException) -> Response:
         place = f"{request.method[:16]} {json.dumps(request.url.path[:80])}"
-        message = {404: f"{place}: there is no such path", 405: f"{place}: this path has other methods"}
+        message = {404: f"{place}: no such path", 405: f"{place}: the path does not take this method"}
         return JSONResponse(
             error_content(error.status_code, message.get(error.status_code, str(error.detail))),
             error.status_code,
@@ -327,8 +336,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
-        # The error goes on to uvicorn, which logs it and ends the connection.
-        content = error_content(500, "the server made a mistake; its log says which")
+        # Uvicorn gets the error too, logs it and closes the connection.
+        content = error_content(500, "internal error; the log of the server says which")
         return JSONResponse(content, 500, {"Connection": "close"})
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from sma.errors import SMAError
+from sma_models.inference.messages import EngineFull, EngineStopped
 
 _TYPES = {401: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable_error", 504: "timeout_error"}
 
 
 class RequestError(SMAError):
-    """A request that is answered with an error.
+    """A request is answered with an error.
 
     Args:
         status: of HTTP.
         message: for people.
-        param: the field of the request that is at fault.
+        param: the field of the request that is wrong.
         code: for programs.
         headers: of the response.
     """
@@ -49,11 +50,8 @@ def error_content(status: int, message: str, param: str | None = None, code: str
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def full(message: str) -> RequestError:
-    """There is no room now."""
-    return RequestError(429, message, code="queue_full", headers={"Retry-After": "1"})
-
-
-def unavailable(message: str) -> RequestError:
-    """There will be no room here."""
-    return RequestError(503, message, code="unavailable", headers={"Retry-After": "5"})
+def refusal(error: EngineFull | EngineStopped) -> RequestError:
+    """The answer to a request that the engine does not accept: 429 if it is full, 503 if it has stopped."""
+    if isinstance(error, EngineFull):
+        return RequestError(429, str(error), code="queue_full", headers={"Retry-After": "1"})
+    return RequestError(503, str(error), code="unavailable", headers={"Retry-After": "5"})

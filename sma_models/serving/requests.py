@@ -1,4 +1,4 @@
-"""A request for completions: from the bytes of a body to what the engine works on. Nothing is guessed."""
+"""A request for completions, from the bytes of a body to the message for the engine. Nothing is guessed."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Annotated, Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator
 
+from sma_models.inference.messages import RequestOptions
 from sma_models.inference.sampling import Sampling
-from sma_models.inference.sequences import Wish
 from sma_models.serving.errors import RequestError
 from sma_models.serving.limits import Limits
 
 _ACTIVATION_TOKENS = 16_384
-"""Most tokens of a request that tells activations: each of them is some hundred bytes of JSON for every text."""
+"""Most tokens of a request with activations: each token is some hundred bytes of JSON for every sequence."""
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 _TEXT_OR_TOKENS = {
     "oneOf": [
@@ -28,7 +28,7 @@ _TEXT_OR_TOKENS = {
         },
     ]
 }
-_ONE_OR_MORE_TEXTS = {
+_ONE_OR_MORE_STRINGS = {
     "oneOf": [
         {"type": "string", "minLength": 1},
         {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 4},
@@ -37,7 +37,7 @@ _ONE_OR_MORE_TEXTS = {
 
 
 class StreamOptions(BaseModel):
-    """What a stream tells besides the text."""
+    """What a stream contains besides the text."""
 
     model_config = _STRICT
 
@@ -49,24 +49,24 @@ class CompletionRequest(BaseModel):
 
     Attributes:
         prompt: a text, token numbers, or several of either; here as bytes. A token is a byte.
-        model: name of the model that is served.
-        max_tokens: to write.
+        model: name of the served model.
+        max_tokens: the most tokens to generate.
         temperature: 0 always takes the most likely token.
         top_p: draw among the fewest tokens that hold this much probability.
-        n: texts for each prompt.
-        stop: up to four strings at which a text ends; they are not part of it.
-        seed: the same request with the same seed gives the same texts.
-        echo: the prompt is part of the text.
-        logprobs: log-probabilities of the tokens, with so many of the most likely in their place.
-        stream: tell the text as it comes, as server-sent events.
-        stream_options: see there.
-        user: is not looked at.
-        activations: beyond OpenAI's: which modules each token activated.
-        best_of: only n itself.
-        presence_penalty: only 0.
-        frequency_penalty: only 0.
-        logit_bias: only an empty one.
-        suffix: only an empty one.
+        n: sequences for each prompt.
+        stop: up to four strings that end a sequence; they are not part of its text.
+        seed: the same request with the same seed gives the same sequences.
+        echo: return the prompt in front of the generated text.
+        logprobs: return log-probabilities of the tokens, and so many of the most likely tokens with theirs.
+        stream: send the text as it is generated, as server-sent events.
+        stream_options: see :class:`StreamOptions`.
+        user: ignored.
+        activations: return which modules each token activated; not part of OpenAI's API.
+        best_of: must equal n.
+        presence_penalty: must be 0.
+        frequency_penalty: must be 0.
+        logit_bias: must be empty.
+        suffix: must be empty.
     """
 
     model_config = _STRICT
@@ -77,7 +77,7 @@ class CompletionRequest(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1)
-    stop: Annotated[Any, WithJsonSchema(_ONE_OR_MORE_TEXTS)] = None
+    stop: Annotated[Any, WithJsonSchema(_ONE_OR_MORE_STRINGS)] = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=5)
@@ -114,21 +114,21 @@ class CompletionRequest(BaseModel):
 
     @property
     def tokens(self) -> int:
-        """The most tokens to write for each sequence; 16 is OpenAI's default."""
+        """The most tokens to generate for each sequence; 16 is OpenAI's default."""
         return 16 if self.max_tokens is None else self.max_tokens
 
-    def wish(self) -> Wish:
-        """What the engine has to know of every sequence."""
-        return Wish(
+    def options(self) -> RequestOptions:
+        """What the engine needs to know of every sequence."""
+        return RequestOptions(
             max_tokens=self.tokens,
             stops=self.stop or (),
             likelihoods=self.logprobs,
-            of_prompt=bool(self.echo),
+            prompt_likelihoods=bool(self.echo),
             activations=bool(self.activations),
         )
 
     def samplings(self) -> list[tuple[bytes, list[Sampling]]]:
-        """The prompts, each with the ways in which its sequences are drawn."""
+        """The prompts, each with the sampling of its sequences."""
         temperature = 1.0 if self.temperature is None else self.temperature
         top_p = 1.0 if self.top_p is None else self.top_p
         return [
@@ -154,15 +154,17 @@ def _encoded(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"must be text that UTF-8 can write, got half of a surrogate pair at {error.start}") from error
+        raise ValueError(
+            f"must be text that UTF-8 can encode, got half of a surrogate pair at {error.start}"
+        ) from error
 
 
 def parse(body: bytes, limits: Limits, model: str) -> CompletionRequest:
     """The request in a body.
 
     Raises:
-        RequestError: with 400, it is no JSON, has fields that are unknown or out of range, or asks for more than there
-            may be; with 404, it is for another model.
+        RequestError: 400, the body is not JSON, has fields that are unknown or out of range, or exceeds a limit; 404,
+            the request is for another model.
     """
     content = _json(body)
     if not isinstance(content, dict):
@@ -181,27 +183,29 @@ def parse(body: bytes, limits: Limits, model: str) -> CompletionRequest:
 
 
 def _json(body: bytes) -> object:
-    def no_number(name: str) -> NoReturn:
-        raise ValueError(f"{name} is no number of JSON")
+    def refuse_constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not a number in JSON")
 
     try:
-        return json.loads(body.decode("utf-8"), parse_constant=no_number)
+        return json.loads(body.decode("utf-8"), parse_constant=refuse_constant)
     except UnicodeDecodeError as error:
         raise RequestError(400, f"body: must be UTF-8, got byte {body[error.start]:#04x} at {error.start}") from error
     except RecursionError as error:
-        raise RequestError(400, "body: must not be nested so deeply") from error
+        raise RequestError(400, "body: is nested too deeply for the JSON parser; nest it less") from error
     except ValueError as error:
         raise RequestError(400, f"body: must be JSON, got {_cut(str(error))}") from error
 
 
 def _refuse(error: ValidationError) -> NoReturn:
-    """The first thing that is wrong, in the words of this API."""
+    """Raise the first error, in the words of this API."""
     first = error.errors(include_url=False, include_context=False)[0]
-    # Names may hold anything, also what UTF-8 cannot write.
+    # Names may hold characters that UTF-8 cannot encode.
     names = [_cut(json.dumps(str(part))[1:-1], 40) for part in first["loc"]] or ["body"]
     place, top = ".".join(names), names[0]
     if first["type"] == "extra_forbidden":
-        raise RequestError(400, f"{place}: is not known", param=top, code="unknown_parameter") from error
+        raise RequestError(
+            400, f"{place}: is not a field of this request; leave it out", param=top, code="unknown_parameter"
+        ) from error
     if first["type"] == "missing":
         raise RequestError(400, f"{place}: must be given", param=top, code="missing_required_parameter") from error
     message = first["msg"].removeprefix("Value error, ")
@@ -225,26 +229,26 @@ def _check_supported(request: CompletionRequest) -> None:
                 code="unsupported_parameter",
             )
     if request.stream_options is not None and not request.stream:
-        raise RequestError(400, "stream_options: must only be given with stream", param="stream_options")
+        raise RequestError(400, "stream_options: must be given with stream only; leave it out", param="stream_options")
 
 
 def _check_size(request: CompletionRequest, limits: Limits) -> None:
-    read = sum(len(prompt) for prompt in request.prompt)
+    prompt_tokens = sum(len(prompt) for prompt in request.prompt)
     sequences = len(request.prompt) * request.count
     most = min(limits.sequences, limits.capacity)
-    activated = (read + len(request.prompt) * request.tokens) * request.count if request.activations else 0
-    told = (read if request.echo else 0) * request.count if request.logprobs is not None else 0
+    activated = (prompt_tokens + len(request.prompt) * request.tokens) * request.count if request.activations else 0
+    echoed = (prompt_tokens if request.echo else 0) * request.count if request.logprobs is not None else 0
     for param, name, value, bound in (
-        ("prompt", "prompt: tokens", read, limits.prompt_tokens),
+        ("prompt", "prompt: tokens", prompt_tokens, limits.prompt_tokens),
         ("max_tokens", "max_tokens", request.tokens, limits.max_tokens),
         ("n", "n times the number of prompts", sequences, most),
         (
             "activations",
-            "activations: tokens, max_tokens of all texts included,",
+            "activations: tokens, max_tokens of all sequences included,",
             activated,
             _ACTIVATION_TOKENS,
         ),
-        ("logprobs", "logprobs: tokens of the echoed prompts of all texts", told, _ACTIVATION_TOKENS),
+        ("logprobs", "logprobs: tokens of the echoed prompts of all sequences", echoed, _ACTIVATION_TOKENS),
     ):
         if value > bound:
             raise RequestError(400, f"{name} must be at most {bound}, got {value}", param=param, code="too_large")
@@ -255,7 +259,7 @@ def _kind(value: object) -> str:
 
 
 def _short(value: object) -> str:
-    """A value as JSON, without what makes it long."""
+    """A value as JSON, abbreviated."""
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else f"an array of {len(value)}"
     return _cut(json.dumps(value[:80] if isinstance(value, str) else value))

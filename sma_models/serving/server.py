@@ -1,4 +1,4 @@
-"""Running the application on a port, from the first connection to the last answer."""
+"""The application on a port, from the first connection to the last answer."""
 
 from __future__ import annotations
 
@@ -17,60 +17,65 @@ from sma_models.serving.app import Service, make_app
 from sma_models.serving.errors import error_content
 
 _LINGER = 1.0
-"""Seconds in which a client that was turned away may finish sending, to nobody, or hears that its answer is cut off."""
+"""Seconds for a refused client to finish sending (what it sends is discarded), or to receive a last error."""
 _TICK = 0.05
-"""Seconds between looks at whether a second signal came."""
+"""Seconds between checks for a second signal."""
 
 
-class Protocol(H11Protocol):
-    """Connections that are refused, too slow or no HTTP hear so in the format of all other errors."""
+class BoundedProtocol(H11Protocol):
+    """HTTP with bounds: connections that are too many, too slow or not HTTP get an error in the usual format.
 
-    most: int
+    Attributes:
+        max_connections: at a time.
+        head_seconds: time for the head of a request.
+    """
+
+    max_connections: int
     head_seconds: float
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._patience: asyncio.TimerHandle | None = None
-        self._turned_away = False
+        self._timeout: asyncio.TimerHandle | None = None
+        self._refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > self.most:
-            self._turn_away(503, f"the server has {self.most} connections already; try again later")
+        if len(self.connections) > self.max_connections:
+            self._refuse(503, f"connections: must be at most {self.max_connections}; try again later")
         else:
-            self._wait()
+            self._start_timeout()
 
     def data_received(self, data: bytes) -> None:
-        if self._turned_away:
+        if self._refused:
             return
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
-            self._wait_no_more()  # the head is complete; what follows has its own limits
-        elif self._patience is None and not self._turned_away and not self.transport.is_closing():
-            self._wait()
+            self._cancel_timeout()  # the head is complete; the body has its own limits
+        elif self._timeout is None and not self._refused and not self.transport.is_closing():
+            self._start_timeout()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._wait_no_more()
+        self._cancel_timeout()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        self._turn_away(400, f"head: must be that of an HTTP/1.1 request of bounded size ({msg})")
+        self._refuse(400, f"head: must be that of an HTTP/1.1 request of bounded size ({msg})")
 
-    def _wait(self) -> None:
-        self._patience = self.loop.call_later(self.head_seconds, self._lose_patience)
+    def _start_timeout(self) -> None:
+        self._timeout = self.loop.call_later(self.head_seconds, self._time_out)
 
-    def _wait_no_more(self) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
-            self._patience = None
+    def _cancel_timeout(self) -> None:
+        if self._timeout is not None:
+            self._timeout.cancel()
+            self._timeout = None
 
-    def _lose_patience(self) -> None:
-        self._patience = None
+    def _time_out(self) -> None:
+        self._timeout = None
         busy = self.cycle is not None and not self.cycle.response_complete
         if not busy and not self.transport.is_closing():
-            self._turn_away(408, f"head: must arrive within {self.head_seconds} s")
+            self._refuse(408, f"head: must arrive within {self.head_seconds} s")
 
-    def _turn_away(self, status: int, message: str) -> None:
+    def _refuse(self, status: int, message: str) -> None:
         body = json.dumps(error_content(status, message)).encode()
         headers = [
             ("content-type", "application/json"),
@@ -81,22 +86,22 @@ class Protocol(H11Protocol):
         try:
             for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
-        except h11.LocalProtocolError:  # in the middle of another answer: nothing can be said any more
+        except h11.LocalProtocolError:  # in the middle of another answer: no error can be sent any more
             self.transport.close()
             return
-        # Closing now would reset the connection if the client still sends, and it might not hear what was said.
-        self._turned_away = True
+        # Closing now would reset the connection if the client still sends, and it might not receive the error.
+        self._refused = True
         self.transport.write_eof()
-        self._wait_no_more()
-        self._patience = self.loop.call_later(_LINGER, self.transport.abort)
+        self._cancel_timeout()
+        self._timeout = self.loop.call_later(_LINGER, self.transport.abort)
 
 
 class Server(uvicorn.Server):
-    """Ends as it should after a signal: everything that was there is answered first, or is told why not.
+    """After a signal, answers all requests that it has accepted, or sends an error, before it ends.
 
     Attributes:
         signalled: the last signal that came, None if none did.
-        cut_off: answers that the end of the server broke off.
+        cut_off: answers that were unfinished at the end.
     """
 
     signalled: int | None = None
@@ -109,21 +114,21 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.signalled = sig
-        self._hurried = self.should_exit  # a second signal, of either kind, is meant
+        self._hurried = self.should_exit  # a second signal, of either kind, ends it at once
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        breaking_off = asyncio.create_task(self._break_off())
+        ending = asyncio.create_task(self._end_unfinished())
         try:
-            await super().shutdown(sockets)  # waits until every answer has come to its end
+            await super().shutdown(sockets)  # waits for the end of every answer
         finally:
-            breaking_off.cancel()
+            ending.cancel()
 
-    async def _break_off(self) -> None:
-        """End the answers that are left when the time is over or a second signal comes.
+    async def _end_unfinished(self) -> None:
+        """End unfinished answers when the time is over or a second signal comes.
 
-        None of them is cancelled, which would be logged as a failure of the application: the engine stops, which they
-        hear, and connections that are still there are closed.
+        They are not cancelled, which would be logged as a failure of the application. The engine stops, so their
+        requests fail, and open connections are closed.
         """
         loop = asyncio.get_running_loop()
         end = loop.time() + self._service.limits.drain_seconds
@@ -142,7 +147,7 @@ def bind(host: str, port: int) -> socket.socket:
     """A socket that listens.
 
     Raises:
-        ConfigError: it cannot be had, for instance because the port is in use.
+        ConfigError: the address is not of this machine, or the port is in use.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -160,7 +165,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def address_of(listening: socket.socket) -> str:
-    """Where clients find it, as a URL."""
+    """The URL of a listening socket."""
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -168,10 +173,10 @@ def address_of(listening: socket.socket) -> str:
 def make_server(service: Service) -> Server:
     """A server that is not running yet; ``server.run(sockets=[...])`` runs it until a signal or ``should_exit``."""
     limits = service.limits
-    bounded = type("Protocol", (Protocol,), {"most": limits.connections, "head_seconds": limits.head_seconds})
+    bounds = {"max_connections": limits.connections, "head_seconds": limits.head_seconds}
     config = uvicorn.Config(
         make_app(service),
-        http=bounded,
+        http=type("BoundedProtocol", (BoundedProtocol,), bounds),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -186,14 +191,14 @@ def make_server(service: Service) -> Server:
 
 
 def serve(service: Service, listening: socket.socket) -> int:
-    """Serve until SIGTERM or SIGINT, and answer what was asked before that.
+    """Serve until SIGTERM or SIGINT, and answer the requests that came before it.
 
     Returns:
-        0 when everything was answered, 128 + n when signal n cut answers off.
+        0 when all were answered, 128 + n when signal n cut answers off.
     """
     server = make_server(service)
     try:
         server.run(sockets=[listening])
     finally:
-        service.engine.stop()  # where the server failed; no thread may outlive this one
+        service.engine.stop()  # where the server failed: the engine's thread must not outlive it
     return 128 + server.signalled if server.cut_off and server.signalled is not None else 0

@@ -10,9 +10,9 @@ import torch
 import torch.nn.attention.varlen
 from torch import Tensor
 
-from benchmarks.batching import TORCH_FLASH, Setting, batching
+from benchmarks.batching import TORCH_FLASH, BatchingSetting, batching
 
-SETTING = Setting((2, 32, 2, 48), torch.device("cpu"), torch.float32, slots=3, step=64, longest=160)
+SETTING = BatchingSetting((2, 32, 2, 48), torch.device("cpu"), torch.float32, slots=3, step=64, longest=160)
 
 
 @pytest.fixture

@@ -195,7 +195,7 @@ def test_tokens_without_room_are_reported() -> None:
     model_subject(ours, BYTES, setting, ours.settle)
     assert ours.overflow == 2 * (128 - 13)  # in each layer as many as are not among the first 13 of the batch
     row = {"model": "ours", "overflow": ours.overflow}
-    assert remarks([row, {"model": "other", "overflow": 0}]) == ["ours: 230 tokens found no room"]
+    assert remarks([row, {"model": "other", "overflow": 0}]) == ["ours: 230 tokens dropped for lack of capacity"]
 
 
 def test_rows_are_chosen_by_words(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A tiny language model of bytes, engines whose rounds a test runs by hand, and a server in a thread."""
+"""A server of a tiny language model in a thread, and what clients send and receive."""
 
 from __future__ import annotations
 
@@ -6,99 +6,26 @@ import contextlib
 import json
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from random import Random
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import pytest
-import torch
-from torch import Tensor
 
 from sma_models.inference.engine import Engine
-from sma_models.inference.generation import generate
-from sma_models.inference.sampling import Sampling
-from sma_models.inference.sequences import Event, Failed, Finished, Ticket, Wish, Written
 from sma_models.language_model import LanguageModel
 from sma_models.serving.app import Service
 from sma_models.serving.limits import Limits
 from sma_models.serving.server import Server, address_of, bind, make_server
-from tests.models.tiny import tiny
+from tests.inference.engines import byte_model, until
 
 SMALL = Limits(slots=4, queue=60, quantum=5, prefill_chunk=16, max_tokens=5000, sequences=8)
-
-
-def byte_model(name: str = "seqboat_small_lm") -> LanguageModel:
-    """A tiny model that activates some tokens and not others, in double precision: rounding decides nothing.
-
-    Its head is one of its own: with the embedding as its head, an untrained model repeats itself.
-    """
-    model: LanguageModel = tiny(name, vocab_size=256, tie_embeddings=False).double()
-    return model
 
 
 @pytest.fixture(scope="session")
 def model() -> LanguageModel:
     return byte_model()
-
-
-def continued(model: LanguageModel, prompt: bytes, count: int, chunk: int = SMALL.prefill_chunk) -> bytes:
-    """What the library itself writes after a prompt, taking the most likely byte."""
-    tokens = generate(model, torch.tensor([list(prompt)]), count, temperature=0, prefill_chunk=chunk)
-    return bytes(tokens[0].tolist())
-
-
-@dataclass
-class Asked:
-    """A request at an engine, and what was told of it."""
-
-    ticket: Ticket
-    events: list[Event] = field(default_factory=list)
-
-    def written(self, number: int = 0) -> bytes:
-        return bytes(e.token for e in self.events if isinstance(e, Written) and e.sequence == number)
-
-    @property
-    def finished(self) -> int:
-        return sum(isinstance(e, Finished) for e in self.events)
-
-    @property
-    def failed(self) -> str | None:
-        return next((e.message for e in self.events if isinstance(e, Failed)), None)
-
-
-def ask(
-    engine: Engine,
-    prompt: bytes,
-    max_tokens: int = 8,
-    *,
-    n: int = 1,
-    temperature: float = 0.0,
-    others: Sequence[bytes] = (),
-    **wish: Any,
-) -> Asked:
-    """Submit a request for ``n`` texts after a prompt, and as many after each of the ``others``."""
-    asked: list[Asked] = []
-    drawn = [Sampling(temperature, 1.0, Random(f"{prompt!r}/{i}")) for i in range(n)]
-    ticket = Ticket(
-        Wish(max_tokens=max_tokens, **wish),
-        [(each, drawn) for each in (prompt, *others)],
-        lambda events: asked[0].events.extend(events),
-    )
-    asked.append(Asked(ticket))
-    engine.submit(ticket)
-    return asked[0]
-
-
-def rounds(engine: Engine, most: int = 5000) -> int:
-    """Work until nothing is left."""
-    for count in range(most):
-        if not engine.in_flight:
-            return count
-        engine.round()
-    raise AssertionError(f"not done after {most} rounds")
 
 
 @dataclass
@@ -116,16 +43,6 @@ class Running:
         """Whether everything is forgotten and every slot free, soon."""
         engine = self.service.engine
         return until(lambda: not engine.in_flight and not engine.running, seconds)
-
-
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-    """Whether something becomes true."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.005)
-    return True
 
 
 @contextlib.contextmanager
@@ -151,10 +68,6 @@ def served(model: LanguageModel) -> Iterator[Running]:
     """A server that the tests of a file share."""
     with running(model) as one:
         yield one
-
-
-def tokens_of(*texts: bytes) -> Tensor:
-    return torch.tensor([list(text) for text in texts])
 
 
 @pytest.fixture(scope="module")

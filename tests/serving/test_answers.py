@@ -13,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sma_models.inference.generation import sample
+from sma_models.inference.messages import Event, RequestFailed, SequenceFinished, TokenGenerated
 from sma_models.inference.sampling import Likelihood, Sampling, draw, likelihoods
-from sma_models.inference.sequences import Event, Failed, Finished, Written
+from sma_models.inference.stop_strings import possible_stop_length, stop_length
 from sma_models.serving.errors import RequestError
 from sma_models.serving.limits import Limits
 from sma_models.serving.requests import CompletionRequest, parse
 from sma_models.serving.responses import Completion
-from sma_models.serving.text import ends_with_stop, held_back, token_name
+from sma_models.serving.text import token_name
 
 LIMITS = Limits(slots=4, queue=9, prompt_tokens=50, max_tokens=20, sequences=6)
 
@@ -83,19 +84,27 @@ def refused(body: bytes) -> RequestError:
         ({"prompt": "a", "stream": "yes"}, "stream", 'stream: Input should be a valid boolean, got "yes"'),
         ({"prompt": "a", "logprobs": 6}, "logprobs", "logprobs: Input should be less than or equal to 5, got 6"),
         ({"prompt": "a", "logprobs": True}, "logprobs", "logprobs: Input should be a valid integer, got true"),
-        ({"prompt": "a", "stream_options": {}}, "stream_options", "stream_options: must only be given with stream"),
-        ({"prompt": "a", "stream_options": {"x": 1}}, "stream_options", "stream_options.x: is not known"),
+        (
+            {"prompt": "a", "stream_options": {}},
+            "stream_options",
+            "stream_options: must be given with stream only; leave it out",
+        ),
+        (
+            {"prompt": "a", "stream_options": {"x": 1}},
+            "stream_options",
+            "stream_options.x: is not a field of this request; leave it out",
+        ),
         ({"prompt": "a", "best_of": 2}, "best_of", "best_of: is not supported, leave it out; got 2"),
         ({"prompt": "a", "presence_penalty": 0.5}, "presence_penalty", "presence_penalty: is not supported"),
         ({"prompt": "a", "frequency_penalty": -1}, "frequency_penalty", "frequency_penalty: is not supported"),
         ({"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias", "logit_bias: is not supported"),
         ({"prompt": "a", "suffix": "b"}, "suffix", 'suffix: is not supported, leave it out; got "b"'),
-        ({"prompt": "a", "max_token": 5}, "max_token", "max_token: is not known"),
-        ({"prompt": "a", "x" * 5000: 5}, "x" * 37 + "...", "is not known"),
+        ({"prompt": "a", "max_token": 5}, "max_token", "max_token: is not a field of this request; leave it out"),
+        ({"prompt": "a", "x" * 5000: 5}, "x" * 37 + "...", "is not a field of this request"),
         (
             {"prompt": "\ud800"},
             "prompt",
-            "prompt: must be text that UTF-8 can write, got half",
+            "prompt: must be text that UTF-8 can encode, got half",
         ),
         ({"prompt": "a", "stop": "a\udfff"}, "stop", "half of a surrogate pair at 1"),
         ({"prompt": "a", "suffix": "\ud800"}, "suffix", "suffix: is not supported"),
@@ -121,12 +130,12 @@ def test_fields_that_are_refused(content: dict[str, Any], param: str | None, mes
         (b'"a"', "body: must be a JSON object, got a string"),
         (b"3", "body: must be a JSON object, got a number"),
         (b'{"prompt": "\xff"}', "body: must be UTF-8, got byte 0xff at 12"),
-        (b'{"prompt": "a", "temperature": NaN}', "NaN is no number of JSON"),
-        (b'{"prompt": "a", "temperature": -Infinity}', "-Infinity is no number of JSON"),
+        (b'{"prompt": "a", "temperature": NaN}', "NaN is not a number in JSON"),
+        (b'{"prompt": "a", "temperature": -Infinity}', "-Infinity is not a number in JSON"),
         (b'{"prompt": "a", "temperature": 1e999}', "temperature: Input should be a finite number"),
         (b'{"prompt": "a", "seed": 1' + b"0" * 5000 + b"}", "body: must be JSON, got Exceeds the limit"),
-        (b"[" * 200_000, "body: must not be nested so deeply"),
-        (b'{"prompt":' * 100_000, "body: must not be nested so deeply"),
+        (b"[" * 200_000, "body: is nested too deeply for the JSON parser; nest it less"),
+        (b'{"prompt":' * 100_000, "body: is nested too deeply for the JSON parser; nest it less"),
         (b'{"prompt": ' + b"[" * 500 + b"]" * 500 + b"}", "prompt: must "),
         ('{"prompt": "a"}'.encode("utf-16"), "body: must be UTF-8"),
     ],
@@ -160,7 +169,7 @@ def test_whatever_the_fields_hold(content: dict[str, Any]) -> None:
             json.dumps(error.content(), allow_nan=False, ensure_ascii=False).encode()
         else:
             assert request.prompt
-            assert request.wish().max_tokens <= LIMITS.max_tokens
+            assert request.options().max_tokens <= LIMITS.max_tokens
 
 
 @given(st.binary(max_size=40))
@@ -181,8 +190,8 @@ def test_every_form_of_a_prompt() -> None:
 def test_defaults_and_nulls_are_the_same() -> None:
     fields = {name: None for name in CompletionRequest.model_fields if name != "prompt"}
     nulls, nothing = parsed(prompt="a", **fields), parsed(prompt="a")
-    assert nulls.wish() == nothing.wish()
-    assert nothing.wish().max_tokens == 16
+    assert nulls.options() == nothing.options()
+    assert nothing.options().max_tokens == 16
     [(prompt, [sampling])] = nothing.samplings()
     assert (prompt, sampling.temperature, sampling.top_p) == (b"a", 1.0, 1.0)
     assert parsed(prompt="a", best_of=2, n=2, logit_bias={}, presence_penalty=0, suffix="", user="me").count == 2
@@ -241,16 +250,16 @@ def test_likelihoods_that_json_cannot_hold() -> None:
 
 
 def written(data: bytes) -> list[Event]:
-    return [Written(0, token, Likelihood(-1.0, ((token, -1.0),))) for token in data]
+    return [TokenGenerated(0, token, Likelihood(-1.0, ((token, -1.0),))) for token in data]
 
 
 def engine_events(data: bytes, stops: tuple[bytes, ...]) -> list[Event]:
     """What the engine would tell of a text that goes on with ``data``."""
     for end in range(1, len(data) + 1):
-        cut = ends_with_stop(data[:end], stops)
+        cut = stop_length(data[:end], stops)
         if cut:
-            return [*written(data[:end]), Finished(0, "stop", cut)]
-    return [*written(data), Finished(0, "length")]
+            return [*written(data[:end]), SequenceFinished(0, "stop", cut)]
+    return [*written(data), SequenceFinished(0, "length")]
 
 
 ALPHABET = st.lists(st.sampled_from([b"a", b"b", "é".encode(), "日".encode(), b"\xff", b"\xc3", b"\n"]), max_size=14)
@@ -267,14 +276,14 @@ def test_pieces_are_the_whole(data: bytes, stops: list[str], echo: bool) -> None
     for event in events:
         assert not stream.finished
         stream.feed([event])
-        texts += [piece["choices"][0]["text"] for piece in stream.pieces()]
+        texts += [piece["choices"][0]["text"] for piece in stream.chunks()]
     assert stream.finished
     assert "".join(texts) == said["text"]
     # By the definition: up to the first place where a stop string is complete, without it.
-    kept = bytes(e.token for e in events if isinstance(e, Written))
+    kept = bytes(e.token for e in events if isinstance(e, TokenGenerated))
     last = events[-1]
-    assert isinstance(last, Finished)
-    kept = kept[: len(kept) - last.cut]
+    assert isinstance(last, SequenceFinished)
+    kept = kept[: len(kept) - last.stop_bytes]
     assert said["text"] == (("é:".encode() if echo else b"") + kept).decode("utf-8", "replace")
     assert said["finish_reason"] == last.reason
     assert not any(stop in said["text"][2 * echo :] for stop in stops)
@@ -285,16 +294,16 @@ def test_nothing_is_told_that_may_be_a_stop() -> None:
     told = []
     for event in written(b"an en\n\x41en") + written(b"d")[:1]:
         stream.feed([event])
-        told.append("".join(piece["choices"][0]["text"] for piece in stream.pieces()))
+        told.append("".join(piece["choices"][0]["text"] for piece in stream.chunks()))
     assert told == ["a", "n", " ", "", "", "en", "\nA", "", "", ""]
-    stream.feed([Finished(0, "stop", 3)])
-    [last] = stream.pieces()
+    stream.feed([SequenceFinished(0, "stop", 3)])
+    [last] = stream.chunks()
     assert (last["choices"][0]["text"], last["choices"][0]["finish_reason"]) == ("", "stop")
 
 
 def test_log_probabilities() -> None:
     completion = Completion(parsed(prompt="p", logprobs=1, stop="!"), "tiny")
-    completion.feed([*written("aé!".encode()), Finished(0, "stop", 1)])
+    completion.feed([*written("aé!".encode()), SequenceFinished(0, "stop", 1)])
     said = completion.whole()
     assert said["choices"][0]["text"] == "aé"
     assert said["choices"][0]["logprobs"] == {
@@ -309,7 +318,7 @@ def test_log_probabilities() -> None:
 def test_what_the_engine_gives_up() -> None:
     completion = Completion(parsed(prompt="p"), "tiny")
     with pytest.raises(RequestError, match="no more") as error:
-        completion.feed([Failed("no more")])
+        completion.feed([RequestFailed("no more")])
     assert error.value.status == 500
     assert error.value.content()["error"]["type"] == "server_error"
 
@@ -318,7 +327,7 @@ def test_what_the_engine_gives_up() -> None:
 def test_held_back_is_the_longest_beginning(text: str, stops: list[str]) -> None:
     given_stops = [stop.encode() for stop in stops]
     sizes = [n for stop in given_stops for n in range(1, len(stop) + 1) if text.encode().endswith(stop[:n])]
-    assert held_back(text.encode(), given_stops) == max(sizes, default=0)
+    assert possible_stop_length(text.encode(), given_stops) == max(sizes, default=0)
 
 
 def test_names_of_tokens_are_unique() -> None:

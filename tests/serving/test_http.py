@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from sma_models.language_model import LanguageModel
-from tests.serving.conftest import HEAD, SMALL, Running, complete, continued, raw, refused, running, stream, until
+from tests.inference.engines import continued, until
+from tests.serving.conftest import HEAD, SMALL, Running, complete, raw, refused, running, stream
 
 
 @pytest.fixture(autouse=True)
@@ -106,8 +107,8 @@ def test_what_is_not_there(client: httpx.Client) -> None:
     chat = client.post("/v1/chat/completions", json={"model": "tiny", "messages": []})
     assert refused(chat, 404, "there is no chat endpoint; use /v1/completions")["code"] == "no_chat"
     for path in ("/v1/embeddings", "/v1", "/docs", "/page", "/../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/%00"):
-        refused(client.get(path), 404, "there is no such path")
-    refused(client.get("/v1/completions"), 405, "this path has other methods")
+        refused(client.get(path), 404, "no such path")
+    refused(client.get("/v1/completions"), 405, "the path does not take this method")
     assert "requestBody" in client.get("/openapi.json").json()["paths"]["/v1/completions"]["post"]
 
 
@@ -210,7 +211,7 @@ def test_a_mistake_of_the_server(
 
     monkeypatch.setattr(served.service, "submit", broken)
     response = client.post("/v1/completions", json={"prompt": "a"})
-    error = refused(response, 500, "the server made a mistake; its log says which")
+    error = refused(response, 500, "internal error; the log of the server says which")
     assert error["type"] == "server_error"
     assert "inside" not in response.text
     assert until(lambda: "inside knowledge" in caplog.text)
@@ -221,9 +222,11 @@ def test_a_mistake_of_the_server(
 def test_a_prompt_that_cannot_be_read(
     client: httpx.Client, served: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(served.service.engine, "_read", broken)
-    refused(client.post("/v1/completions", json={"prompt": "a"}), 500, "the prompt could not be read")
-    refused(client.post("/v1/completions", json={"prompt": "a", "stream": True}), 500, "the prompt could not be read")
+    monkeypatch.setattr(served.service.engine._prefiller, "prefill", broken)
+    refused(client.post("/v1/completions", json={"prompt": "a"}), 500, "the prompt could not be prefilled")
+    refused(
+        client.post("/v1/completions", json={"prompt": "a", "stream": True}), 500, "the prompt could not be prefilled"
+    )

@@ -11,7 +11,8 @@ import httpx
 
 from sma_models.language_model import LanguageModel
 from sma_models.serving.limits import Limits
-from tests.serving.conftest import Running, continued, running
+from tests.inference.engines import continued
+from tests.serving.conftest import Running, running
 
 CLIENTS = 200
 TOKENS = 24

@@ -11,7 +11,8 @@ import torch
 from sma_models.language_model import LanguageModel
 from sma_models.serving.limits import Limits
 from tests.browser import browser  # noqa: F401  # a fixture, used by its name
-from tests.serving.conftest import Running, continued, running, tokens_of, until
+from tests.inference.engines import continued, tokens_of, until
+from tests.serving.conftest import Running, running
 
 pytestmark = pytest.mark.browser
 

@@ -13,7 +13,8 @@ import pytest
 
 from sma_models.language_model import LanguageModel
 from sma_models.serving.limits import Limits
-from tests.serving.conftest import HEAD, Running, complete, raw, refused, running, stream, until
+from tests.inference.engines import until
+from tests.serving.conftest import HEAD, Running, complete, raw, refused, running, stream
 
 
 @pytest.mark.parametrize("streamed", [True, False])
@@ -94,10 +95,10 @@ def test_bodies_that_take_too_long(impatient: Running) -> None:
 def test_answers_that_take_too_long(impatient: Running) -> None:
     with impatient.client() as client:
         body = {"prompt": "a", "max_tokens": 10**6}
-        error = refused(client.post("/v1/completions", json=body), 504, "the answer took longer than 2.0 s")
+        error = refused(client.post("/v1/completions", json=body), 504, "request: must be answered within 2.0 s")
         assert error["code"] == "timeout"
         pieces = stream(client, **body)
-        assert "the answer took longer" in pieces[-1]["error"]["message"]
+        assert "must be answered within" in pieces[-1]["error"]["message"]
         assert "choices" in pieces[0]
     assert impatient.idle()
 
@@ -122,7 +123,7 @@ def test_a_full_queue(impatient: Running) -> None:
             lines = first.iter_lines()  # kept: the stream is closed with it
             next(lines)
             response = other.post("/v1/completions", json={"prompt": "b"})
-        error = refused(response, 429, "the server is busy with 4 of 4 sequences")
+        error = refused(response, 429, "engine: must hold at most 4 sequences, holds 4, got 1 more")
         assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
         assert response.headers["retry-after"] == "1"
         refused(other.post("/v1/completions", json={"prompt": "b", "n": 5}), 400, "must be at most 4, got 5")
@@ -137,7 +138,7 @@ def test_too_many_connections(impatient: Running) -> None:
             stack.enter_context(socket.create_connection((host, int(port)), timeout=5))
         said = raw(impatient, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
     assert said.startswith(b"HTTP/1.1 503 ")
-    assert b"the server has 12 connections already" in said
+    assert b"connections: must be at most 12" in said
     assert until(lambda: not impatient.server.server_state.connections)
     with impatient.client() as client:
         assert client.get("/health").status_code == 200

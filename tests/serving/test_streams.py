@@ -10,15 +10,16 @@ import pytest
 
 from sma_models.inference.engine import Engine
 from sma_models.language_model import LanguageModel
-from sma_models.serving.app import Answer, Service
+from sma_models.serving.app import CompletionResponse, Service
 from sma_models.serving.requests import parse
-from tests.serving.conftest import SMALL, continued
+from tests.inference.engines import continued
+from tests.serving.conftest import SMALL
 
 
 async def bodies_of(service: Service, rounds: list[int], fail: bool = False, **content: Any) -> list[bytes]:
     """What a stream sends if the engine takes so many rounds before each time that the loop has time for it."""
     body = json.dumps({"prompt": "ab", "stream": True, "temperature": 0, **content}).encode()
-    answer = Answer(service, parse(body, service.limits, service.model))
+    answer = CompletionResponse(service, parse(body, service.limits, service.model))
     sent: list[bytes] = []
 
     async def send(message: dict[str, Any]) -> None:

@@ -80,8 +80,8 @@ def export_prefill(model: Model, batch: int = 1, chunk: int = 256, *, capacity: 
         model: a language model in evaluation mode. It is left as it is.
         batch: how many prompts B.
         chunk: how many tokens C.
-        capacity: share of the ``B * C`` tokens that each layer which decides has room for. The graph works on so many,
-            whoever is active; ``overflow`` counts the active tokens that found no room. 1 is exact.
+        capacity: of each layer that decides, as a share of the ``B * C`` tokens. The graph always computes so many
+            rows; ``overflow`` counts the active tokens that are dropped for lack of capacity. 1 is exact.
 
     Raises:
         ConfigError: an argument is out of range, the model is no language model, in training mode, or not in one such
@@ -239,7 +239,7 @@ def _copied(after: tuple[Tensor, ...] | list[Tensor], before: tuple[Tensor, ...]
 
 
 def _overflow(routings: Any, like: Tensor) -> Tensor:
-    """``()`` int64: active tokens of all layers that found no room."""
+    """``()`` int64: active tokens of all layers that were dropped for lack of capacity."""
     total = like.new_zeros((), dtype=torch.int64)
     for routing in routings.values():
         total = total + routing.overflow.sum()

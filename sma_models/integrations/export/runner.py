@@ -43,7 +43,7 @@ class Runner:
 
     Attributes:
         about: what ``export.json`` holds.
-        overflow: active tokens that have found no room so far. It stays 0 with a capacity of 1.
+        overflow: active tokens dropped for lack of capacity so far. It stays 0 with a capacity of 1.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -94,7 +94,7 @@ class Runner:
 
         Args:
             prompts: at least one token each.
-            state: of as many sequences, to go on from; None for the beginning.
+            state: of as many sequences, before the prompts; None for the beginning.
 
         Returns:
             Logits ``(n, V)`` of what follows each prompt, and the state after it.
@@ -186,7 +186,10 @@ class Runner:
     def _count(self, overflow: Array) -> None:
         if int(overflow):
             self.overflow += int(overflow)
-            warnings.warn(f"{int(overflow)} active tokens found no room; export with a larger capacity", stacklevel=4)
+            warnings.warn(
+                f"{int(overflow)} active tokens were dropped for lack of capacity; export with a larger one",
+                stacklevel=4,
+            )
 
 
 def _fits(shape: tuple[int, ...], rule: Sequence[int | None]) -> bool:

@@ -16,7 +16,7 @@ except ModuleNotFoundError as error:
 
 from sma_models.integrations.hf.cache import SMACache
 from sma_models.integrations.hf.configuration import SMAConfig
-from sma_models.integrations.hf.export import export, from_model
+from sma_models.integrations.hf.conversion import export, from_model
 from sma_models.integrations.hf.modeling import SMAForCausalLM, SMAForSequenceClassification
 from sma_models.integrations.hf.tokenization import SMAByteTokenizer
 

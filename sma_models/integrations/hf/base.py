@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from sma.errors import ConfigError, ShapeError
 from sma.interfaces import Model
 from sma.padding import Alignment
-from sma_models.integrations.hf.cache import Tokens
 from sma_models.integrations.hf.configuration import SMAConfig
 from sma_models.integrations.hf.loader import Loadable
+from sma_models.integrations.hf.token_batch import TokenBatch
 from sma_models.stack import Stack, StackConfig, StackState
 
 _OF_THE_LOSS = ("num_items_in_batch", "shift_labels")
@@ -120,7 +120,7 @@ class SMAPreTrainedModel(Loadable, PreTrainedModel):
         self.model.config = replace(self.model.config, vocab_size=embedding.num_embeddings)
         return embedding
 
-    def _columns(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tokens:
+    def _columns(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> TokenBatch:
         """The tokens and which of them are real.
 
         Raises:
@@ -139,16 +139,18 @@ class SMAPreTrainedModel(Loadable, PreTrainedModel):
         beyond = isinstance(pad, int) and self.config.vocab_size is not None and pad >= self.config.vocab_size
         real = input_ids.ne(pad) if beyond else None  # type: ignore[arg-type]
         if attention_mask is None:
-            return Tokens(input_ids, real)
+            return TokenBatch(input_ids, real)
         if attention_mask.dim() != 2 or input_ids.dim() != 2 or attention_mask.shape[1] < input_ids.shape[1]:
             raise ShapeError(
                 f"attention_mask: must be (B, L) for input_ids {tuple(input_ids.shape)}, or longer by what the cache "
                 f"has read, got {tuple(attention_mask.shape)}"
             )
         mask = attention_mask[:, attention_mask.shape[1] - input_ids.shape[1] :] != 0
-        return Tokens(input_ids, mask if real is None else mask & real)
+        return TokenBatch(input_ids, mask if real is None else mask & real)
 
-    def _call(self, tokens: Tokens, *state: StackState | None, hidden: bool) -> tuple[Any, tuple[Tensor, ...] | None]:
+    def _call(
+        self, tokens: TokenBatch, *state: StackState | None, hidden: bool
+    ) -> tuple[Any, tuple[Tensor, ...] | None]:
         """The output of the model; and ``(B, L, D)`` before every block and after the last norm, with 0 at padding."""
         if not hidden:
             return self.model(tokens.ids, *state, valid=tokens.valid), None

@@ -17,9 +17,10 @@ from sma.interfaces import Model
 from sma.routing import Routing
 from sma_models.classifier import Classifier
 from sma_models.integrations.hf.base import SMAPreTrainedModel, check_options, with_auxiliary
-from sma_models.integrations.hf.cache import SMACache, Tokens
+from sma_models.integrations.hf.cache import SMACache
 from sma_models.integrations.hf.configuration import SMAConfig
-from sma_models.integrations.hf.stepping import Stepping
+from sma_models.integrations.hf.shared_decoder import SharedDecoder
+from sma_models.integrations.hf.token_batch import TokenBatch
 from sma_models.language_model import LanguageModel
 
 PREFILL_CHUNK = 2048
@@ -84,12 +85,12 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: SMAConfig, model: Model | None = None) -> None:
         super().__init__(config, model)
-        self._stepping = Stepping(self.model)
+        self._shared_decoder = SharedDecoder(self.model)
 
     def train(self, mode: bool = True) -> Self:
         """As of every module. Before weights change, what decodes with them is let go."""
         if mode:
-            self._stepping.release()
+            self._shared_decoder.release()
         super().train(mode)
         return self
 
@@ -121,7 +122,7 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
             input_ids: ``(B, L)``; padding may lie anywhere and hold anything.
             attention_mask: ``(B, L)``, not 0 on real tokens; or longer, with the columns that the cache has read in
                 front.
-            cache: to go on from; it is changed.
+            cache: to continue from; it is changed.
             labels: ``(B, L)``, the same tokens, -100 where there is nothing to learn.
             use_cache: return a cache. Without one, whole sequences run in the way that is fastest.
             logits_to_keep: how many of the last columns to return logits of, 0 for all, or which ones. With a cache and
@@ -144,13 +145,13 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
             out, hidden = self._call(tokens, hidden=wants)
             logits = out.logits
         elif not (labels is not None or wants or output_routings) and self._steps(cache, tokens):
-            logits = cache.layer.step(self._stepping, tokens)
+            logits = cache.layer.step(self._shared_decoder, tokens)
             return SMACausalLMOutput(None, slice_logits_to_keep(logits, logits_to_keep), cache)
         else:
             cache = SMACache() if cache is None else cache
             some = isinstance(logits_to_keep, int) and logits_to_keep > 0 and not (output_routings or wants)
             keep = int(logits_to_keep) if some else None
-            out, logits, hidden = self._read(cache, tokens, keep, wants, plain=labels is None)
+            out, logits, hidden = self._extend(cache, tokens, keep, wants, plain=labels is None)
         logits = slice_logits_to_keep(logits, logits_to_keep)
         loss = None
         if labels is not None:
@@ -158,18 +159,17 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
             loss = with_auxiliary(loss, out.losses, labels, kwargs.get("num_items_in_batch"))
         return SMACausalLMOutput(loss, logits, cache, hidden, dict(out.routings) if output_routings else None)
 
-    def _steps(self, cache: Any, tokens: Tokens) -> TypeGuard[SMACache]:
+    def _steps(self, cache: Any, tokens: TokenBatch) -> TypeGuard[SMACache]:
         """Whether this call can be one step of decoding."""
-        return isinstance(cache, SMACache) and cache.layer.steps(tokens) and self._stepping.able()
+        return isinstance(cache, SMACache) and cache.layer.can_step(tokens) and self._shared_decoder.applies()
 
-    def _read(
-        self, cache: SMACache, tokens: Tokens, keep: int | None, hidden: bool, *, plain: bool
+    def _extend(
+        self, cache: SMACache, tokens: TokenBatch, keep: int | None, hidden: bool, *, plain: bool
     ) -> tuple[Any, Tensor, tuple[Tensor, ...] | None]:
-        """Go on from a cache: the output of the last call of the model, logits and hidden states.
+        """Continue from a cache: the output of the last call of the model, logits and hidden states.
 
-        With ``keep``, logits are those of the last columns, and the tokens are read in chunks; where they are all that
-        is wanted (``plain``), whole chunks, and what is left of a single prompt, as by the library's own ``generate``,
-        whose output nobody sees.
+        With ``keep``, only the logits of the last columns are returned, and the tokens are processed in chunks. If
+        nothing else is wanted (``plain``), the shared decoder prefills whole chunks, and the rest of a single prompt.
         """
         if not isinstance(cache, SMACache):
             raise StreamingError(f"cache: must be an SMACache, got {type(cache).__name__}")
@@ -179,16 +179,16 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
         before = state = self.model.initial_state(tokens.ids.shape[0]) if layer.state is None else layer.state
         logits: list[Tensor] = []
         out, features = None, None
-        apart = plain and keep is not None and self._stepping.able()
+        apart = plain and keep is not None and self._shared_decoder.applies()
         for chunk in tokens.split(max(tokens.length, 1) if keep is None else PREFILL_CHUNK):
             if apart and (chunk.length == PREFILL_CHUNK or (chunk.ids.shape[0] == 1 and chunk.length)):
-                last, state = self._stepping.read(chunk, state, length, PREFILL_CHUNK)
+                last, state = self._shared_decoder.prefill(chunk, state, length, PREFILL_CHUNK)
                 logits = [_last([*logits, last], length)]
                 continue
             out, features = self._call(chunk, state, hidden=hidden)
             state = out.state
             logits = [_last([*logits, _last([out.logits], length)], length)]
-        layer.read(before, tokens, state)
+        layer.record(before, tokens, state)
         return out, logits[0], None if features is None else tuple(_last([each], length) for each in features)
 
     def _prepare_cache_for_generation(

@@ -11,7 +11,7 @@ from sma_models.integrations.hf.loader import Loadable, write_loader
 
 N_BYTES = 256
 PAD = N_BYTES
-"""The padding of texts. A language model of 256 tokens never sees it."""
+"""The number of padding. A language model of 256 tokens never gets it."""
 
 
 class SMAByteTokenizer(Loadable, PreTrainedTokenizer):
@@ -19,7 +19,7 @@ class SMAByteTokenizer(Loadable, PreTrainedTokenizer):
 
     Every byte is its own number and padding is 256, as for ``sma train``. Nothing is added to a text, nothing in it is
     taken for a special token, and every text comes back as it was; bytes that are no UTF-8 are replaced. Batches are
-    padded on the left, so that texts can be gone on with. Padding also stands for the end of a text, for tools that ask
+    padded on the left, so that texts can be continued. Padding also stands for the end of a text, for tools that ask
     for such a token; a language model of 256 tokens never writes it.
 
     Args:
