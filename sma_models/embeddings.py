@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 
 from sma.ops.embedding import embedding
+from sma.runtime.onednn import linear
+from sma.runtime.plain import unwrapped
 
 
 class TokenEmbedding(nn.Embedding):
     """``nn.Embedding`` by :func:`sma.ops.embedding.embedding`."""
 
     def forward(self, input: Tensor, scale: float = 1.0, rounded: bool = True) -> Tensor:
-        """``(B, L)`` to ``(B, L, D)``, times ``scale``; unless ``rounded`` is False, in the dtype of autocast."""
+        """``(B, L)`` to ``(B, L, D)``, times ``scale``; unless ``rounded`` is False, in the dtype of autocast.
+
+        Of features ``(..., D)`` it gives logits ``(..., V)``, for a head that is tied to a weight which is there only
+        while the embedding is called.
+        """
+        if input.is_floating_point():
+            return linear(input, self.weight)
         device = input.device.type
         narrow = rounded and torch.is_autocast_enabled(device)
         return embedding(input, self.weight, scale=scale, dtype=torch.get_autocast_dtype(device) if narrow else None)
@@ -32,10 +42,19 @@ class ValueEmbedding(nn.Module):
 
 
 def embedded(table: nn.Module, tokens: Tensor, scale: float = 1.0, rounded: bool = True) -> Tensor:
-    """Tokens by our table, or by one that somebody put in its place."""
-    if isinstance(table, TokenEmbedding):
+    """Tokens by our table, wrapped or not, or by one that was put in its place."""
+    if isinstance(unwrapped(table), TokenEmbedding):
         return table(tokens, scale, rounded)  # type: ignore[no-any-return]
     return table(tokens.long()) * scale  # type: ignore[no-any-return]
+
+
+def like_of(table: nn.Module) -> Tensor:
+    """``(0,)`` in the dtype and on the device of the features of an embedding, whatever its weight is."""
+    weight = getattr(table, "weight", None)
+    if not isinstance(weight, Tensor):
+        weight = next(chain(table.parameters(), table.buffers()), torch.empty(0))
+    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+    return torch.empty(0, dtype=dtype, device=weight.device)
 
 
 class SinusoidalPositions(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import chain
 from typing import cast
 
@@ -114,9 +113,9 @@ class CapturedChunk:
         own = cast("StackState", out.state)
         (state,) = copied_states(own, [own.tensors()])
         if length == out.x.shape[1]:
-            return replace(out, state=state)
+            return out._replace(state=state)
         routings = {name: routing.map(lambda each: each[:, :length]) for name, routing in out.routings.items()}
-        return replace(out, x=out.x[:, :length], state=state, routings=routings)
+        return out._replace(x=out.x[:, :length], state=state, routings=routings)
 
 
 def copied_states(form: StackState, states: Sequence[list[Tensor]]) -> list[StackState]:

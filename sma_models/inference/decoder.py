@@ -10,6 +10,7 @@ from torch import Tensor
 from sma.errors import ConfigError, ShapeError, StreamingError
 from sma.runtime.captured_function import CapturedFunction
 from sma.steppers import Decision, SlotSpec, StepContext
+from sma_models.embeddings import like_of
 from sma_models.inference.captured_slot_write import CapturedSlotWrite
 from sma_models.inference.prefiller import Prefiller
 from sma_models.language_model import LanguageModel, ModelStepper
@@ -73,9 +74,9 @@ class Decoder:
             raise ConfigError("model: must be in evaluation mode to decode, call model.eval() first")
         self.model, self.slots, self.rollback = model, slots, rollback
         self.prefiller = Prefiller(model, prefill_chunk, capture=capture)
-        weight = model.embedding.weight
+        weight = like_of(model.embedding)
         with torch.no_grad():
-            self._stepper = ModelStepper(model, SlotSpec(slots, rollback, weight.detach()))
+            self._stepper = ModelStepper(model, SlotSpec(slots, rollback, weight))
         self._position = torch.zeros(slots, dtype=torch.int64, device=weight.device)
         self._live = torch.zeros(slots, dtype=torch.bool, device=weight.device)
         self._tokens = torch.zeros(slots, dtype=torch.int64, device=weight.device)
@@ -83,10 +84,8 @@ class Decoder:
         self._decisions: dict[str, Decision] = {}
         self._tokens_since_write: list[int | None] = [None] * slots  # None where the slot is free
         self._live_on_host: list[bool] = [False] * slots  # empty where only the device knows
-        able = capture and weight.is_cuda and not self._stepper.why_uncaptured()
-        self._graph: CapturedFunction[dict[str, Decision]] | None = CapturedFunction(weight.device) if able else None
-        many = slots >= _MIN_SLOTS_TO_CAPTURE_WRITES
-        self._slot_write = CapturedSlotWrite(model, self.logits) if able and many else None
+        self._capture = capture
+        self._prepare_capture()
 
     @property
     def uncaptured(self) -> dict[str, str]:
@@ -212,6 +211,8 @@ class Decoder:
         """
         if live is not None:
             self._check_live(live)
+        if self._stepper.outdated():
+            self._rebuild()
         slots = self._put_tokens(tokens, live)
         if not slots:
             return self.logits
@@ -273,9 +274,34 @@ class Decoder:
         self._tokens_since_write[slot] = reach - tokens
 
     def refresh(self) -> None:
-        """Compute again what was derived from weights, which changed in place."""
+        """Compute again what was derived from weights, which changed in place.
+
+        Parts that were replaced, wrapped or hooked are noticed by the next step as well.
+        """
+        if self._stepper.outdated():
+            self._rebuild()
         with torch.no_grad():
             self._stepper.refresh()
+
+    @torch.no_grad()
+    def _rebuild(self) -> None:
+        """Choose the steppers of the model anew. The sequences go on, but take back no token of before."""
+        slots = self.occupied
+        index = torch.tensor(slots, dtype=torch.int64, device=self._position.device)
+        state = self._stepper.read(index, self._position[index]) if slots else None
+        self._stepper = ModelStepper(self.model, SlotSpec(self.slots, self.rollback, like_of(self.model.embedding)))
+        self._prepare_capture()
+        if state is not None:
+            self._stepper.write(index, state, self._position[index])
+        for slot in slots:
+            self._tokens_since_write[slot] = 0
+
+    def _prepare_capture(self) -> None:
+        """What steps and writes are captured in, where the device and the parts of the model allow it."""
+        device, able = self.logits.device, self._capture and self.logits.is_cuda and not self._stepper.why_uncaptured()
+        self._graph: CapturedFunction[dict[str, Decision]] | None = CapturedFunction(device) if able else None
+        many = self.slots >= _MIN_SLOTS_TO_CAPTURE_WRITES
+        self._slot_write = CapturedSlotWrite(self.model, self.logits) if able and many else None
 
     def _position_of(self, state: StackState) -> Tensor:
         """The positions of the sequences of a state, which must be one of the model."""
