@@ -17,6 +17,7 @@ from sma.ops.backend import without_autocast
 from sma.routing import Routing
 from sma.runtime.captured_function import WARMUP, CapturedFunction, copy_all
 from sma.state import State
+from sma_models.embeddings import like_of
 from sma_models.inference.captured_chunks import MAX_TOKENS, ChunkBuffers, captured_columns, copied_states
 from sma_models.inference.fixed_capacity import with_fixed_rows
 from sma_models.inference.prefiller import Prefiller
@@ -72,7 +73,11 @@ class BatchPrefiller:
         if rows < 1:
             raise ConfigError(f"rows: must be at least 1, got {rows}")
         self.model, self.chunk = model, chunk
-        self._single = Prefiller(model, chunk, capture=capture)
+        self._single, self._most_rows = Prefiller(model, chunk, capture=capture), rows
+        self._prepare_capture()
+
+    def _prepare_capture(self) -> None:
+        chunk, rows = self.chunk, self._most_rows
         self.rows = 1 if self._single.uncaptured or rows * chunk > MAX_TOKENS else rows
         # A quarter of the columns, twice the rows: half the tokens, and not too many states to keep and to copy.
         columns = captured_columns(chunk) if self.rows > 1 else [chunk]
@@ -102,7 +107,7 @@ class BatchPrefiller:
             self._single.warm_up()
             return
         for shape in self.shapes:
-            tokens = torch.zeros(1, shape.columns, dtype=torch.int64, device=self.model.embedding.weight.device)
+            tokens = torch.zeros(1, shape.columns, dtype=torch.int64, device=like_of(self.model.embedding).device)
             for _ in range(WARMUP + 1):
                 self.prefill([tokens], [self.initial_state()])
 
@@ -128,6 +133,8 @@ class BatchPrefiller:
             ConfigError: there are more chunks of a shape than it has rows.
             StreamingError: a state is of another model, or of several sequences.
         """
+        if self._single.notice_changes():
+            self._prepare_capture()
         of_shape: dict[BatchShape, list[int]] = {}
         for i, chunk in enumerate(chunks):
             of_shape.setdefault(self.shape_of(chunk.shape[1]), []).append(i)
@@ -145,7 +152,7 @@ class BatchPrefiller:
         return [found[i] for i in range(len(chunks))]
 
     def _alone(self, chunk: Tensor, state: StackState) -> PrefilledChunk:
-        out = self._single.forward_chunk(chunk.to(self.model.embedding.weight.device), state)
+        out = self._single.forward_chunk(chunk.to(like_of(self.model.embedding).device), state)
         logits = self.model.logits(out.x[:, -1])
         return PrefilledChunk(out.x, cast("StackState", out.state), logits, out.routings)
 

@@ -13,7 +13,9 @@ from sma.errors import StreamingError
 from sma.interfaces import BlockOutput
 from sma.ops.backend import without_autocast
 from sma.runtime.captured_function import CapturedFunction, copy_all
+from sma.runtime.plain import watched_parts
 from sma.state import misfit
+from sma_models.embeddings import like_of
 from sma_models.inference.fixed_capacity import why_not_fixed
 from sma_models.language_model import LanguageModel
 from sma_models.stack import StackState
@@ -42,14 +44,15 @@ def captured_columns(chunk: int) -> list[int]:
 
 def why_uncaptured(model: LanguageModel, capture: bool) -> dict[str, str]:
     """Why chunks of the model cannot be captured, by the name of the part, ``""`` for the whole; empty if they can."""
-    device = model.embedding.weight.device
+    device = like_of(model.embedding).device
     if not capture:
         return {"": "capture is False"}
     if device.type != "cuda":
         return {"": f"a CUDA graph needs a CUDA device, the model is on {device}"}
     if model.training:
         return {"": "the model is in training mode"}
-    return why_not_fixed(model)
+    watched = {name: f"{reason}: a CUDA graph would not run them" for name, reason in watched_parts(model).items()}
+    return watched | why_not_fixed(model)
 
 
 class ChunkBuffers:
@@ -65,7 +68,7 @@ class ChunkBuffers:
     def __init__(self, model: LanguageModel, columns: int, state: StackState, *, partial: bool) -> None:
         self.model, self._state = model, state
         self._form, self.tensors = state.form(), state.tensors()
-        device, batch = model.embedding.weight.device, self.tensors[0].shape[0]
+        device, batch = like_of(model.embedding).device, self.tensors[0].shape[0]
         self.tokens = torch.zeros(batch, columns, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device) if partial else None
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from sma.errors import ConfigError
 from sma.interfaces import BlockOutput
 from sma.runtime.captured_function import WARMUP, CapturedFunction
+from sma.runtime.plain import PartsWatch
+from sma_models.embeddings import like_of
 from sma_models.inference.captured_chunks import MAX_TOKENS, CapturedChunk, captured_columns, why_uncaptured
 from sma_models.inference.fixed_capacity import with_fixed_rows
 from sma_models.language_model import LanguageModel
@@ -36,7 +38,7 @@ def check_prompt(model: LanguageModel, prompt: Tensor, valid: Tensor | None, chu
     """
     if chunk < 1:
         raise ConfigError(f"prefill_chunk: must be at least 1, got {chunk}")
-    prompt = without_padding("prompt", prompt, valid, model.embedding.weight)
+    prompt = without_padding("prompt", prompt, valid, like_of(model.embedding))
     check_tokens("prompt", prompt, model.vocab_size)
     if prompt.shape[1] == 0 or (valid is not None and not bool(valid.any(1).all())):
         raise ConfigError(f"prompt: every row needs at least one real token, got shape {tuple(prompt.shape)}")
@@ -65,13 +67,25 @@ class Prefiller:
     def __init__(self, model: LanguageModel, chunk: int = 2048, *, capture: bool = True) -> None:
         if chunk < 1:
             raise ConfigError(f"prefill_chunk: must be at least 1, got {chunk}")
-        self.model, self.chunk = model, chunk
-        self._why_not = why_uncaptured(model, capture)
-        self._fixed: LanguageModel | None = None
+        self.model, self.chunk, self._capture = model, chunk, capture
         self._initial: StackState | None = None
+        self._prepare_capture()
+
+    def _prepare_capture(self) -> None:
+        """Decide whether chunks are captured, for the parts of the model as they are now."""
+        self._why_not = why_uncaptured(self.model, self._capture)
+        self._watch = None if self._why_not else PartsWatch(self.model)
+        self._fixed: LanguageModel | None = None
         self._state_buffers: dict[int, StackState] = {}  # by batch size
         self._wholes: dict[int, CapturedChunk] = {}  # by batch size
         self._partials: dict[int, CapturedChunk] = {}  # by columns, of a single prompt
+
+    def notice_changes(self) -> bool:
+        """Forget what was captured if parts of the model were replaced, wrapped or hooked since; whether they were."""
+        if self._watch is None or not self._watch.changed():
+            return False
+        self._prepare_capture()
+        return True
 
     @property
     def uncaptured(self) -> dict[str, str]:
@@ -102,7 +116,7 @@ class Prefiller:
             return
         partial = {min(size, self.chunk - 1) for size in captured_columns(self.chunk)} - {0}
         for length in [*sorted(partial), self.chunk]:
-            tokens = torch.zeros(1, length, dtype=torch.int64, device=self.model.embedding.weight.device)
+            tokens = torch.zeros(1, length, dtype=torch.int64, device=like_of(self.model.embedding).device)
             for _ in range(WARMUP + 1):
                 self.forward_chunk(tokens, self.initial_state())
 
@@ -110,7 +124,7 @@ class Prefiller:
     def prefill(self, prompt: Tensor, state: StackState | None = None, *, valid: Tensor | None = None) -> Prefilled:
         """Prefill prompts; arguments and errors as for :func:`prefill`."""
         prompt = check_prompt(self.model, prompt, valid, self.chunk)
-        weight = self.model.embedding.weight
+        weight = like_of(self.model.embedding)
         if state is None:
             state = self.initial_state() if prompt.shape[0] == 1 else self.model.initial_state(prompt.shape[0])
         last = torch.zeros(prompt.shape[0], self.model.stack.d_model, dtype=weight.dtype, device=prompt.device)
@@ -133,6 +147,7 @@ class Prefiller:
         Returns:
             The output of the stack. The next chunk overwrites its features and routings; its state is a value.
         """
+        self.notice_changes()
         padded = valid is not None and not bool(valid.all())
         if self._why_not or padded or tokens.numel() > MAX_TOKENS:
             return self.model.stack(self.model.embed(tokens), state, valid=valid)  # type: ignore[no-any-return]
