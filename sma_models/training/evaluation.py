@@ -41,7 +41,7 @@ class Evaluation:
 
 
 class RateMeter:
-    """Counts active and real tokens per layer and module over batches, on the device, until it is asked."""
+    """Counts active and real tokens per layer and module, on the device; :meth:`rates` synchronises with it."""
 
     def __init__(self) -> None:
         self._counts: dict[str, Tensor] = {}

@@ -52,7 +52,7 @@ def read_png(path: Pathlike, resolution: int) -> NDArray[np.uint8]:
 
 
 class PathImages(ValueDataset):
-    """Images read when they are asked for: ``values (resolution^2,)`` float32, (pixel / 255 - mean) / std.
+    """Images read one by one on access: ``values (resolution^2,)`` float32, (pixel / 255 - mean) / std.
 
     Args:
         root: the folder that the files are relative to.

@@ -81,7 +81,7 @@ def fit(samples: NDArray[np.int16], length: int) -> NDArray[np.int16]:
 
 
 class Recordings(ValueDataset):
-    """Recordings read when they are asked for: ``values (length,)`` float32 in [-1, 1).
+    """Recordings read one by one on access: ``values (length,)`` float32 in [-1, 1).
 
     Args:
         root: the folder of the class folders.
