@@ -15,7 +15,7 @@ from sma.ops.pack import pack
 from sma.ops.router import Compressor, Gate, routed_compress
 from sma.padding import valid_of
 from sma.routing import Packed, Routing
-from sma.runtime.checkpointing import inside_checkpoint, mark_decision
+from sma.runtime.checkpointing import DEPTH, mark_decision
 from sma.runtime.plain import call_router, is_plain
 
 Weights = tuple[Tensor, Tensor]
@@ -168,7 +168,7 @@ def route_tokens(
     else:
         if active is None:
             active = configurator.decide(scored.score.detach(), scored.position, valid) & valid[..., None]
-        if (inside_checkpoint() or torch.compiler.is_compiling()) and not torch.compiler.is_exporting():
+        if (DEPTH.value or torch.compiler.is_compiling()) and not torch.compiler.is_exporting():
             # The decision of the first run is what counts, whatever the second one made of it.
             active, counts = mark_decision(active), None
     overflow: Tensor | None = None
@@ -181,7 +181,8 @@ def route_tokens(
     if scored.compress is not None:
         tokens, x, score = scored.compress(packed[0])
         scored = scored._replace(x=x, score=score, compress=None, tokens=tokens)
-    confidence = configurator.weigh(scored.score, active)
+    # Where a gate stood for the three steps, the score is the confidence.
+    confidence = scored.score if scored.active is not None else configurator.weigh(scored.score, active)
     routing = Routing(active, confidence, valid, scored.position, overflow)
     routing.__dict__["packed"] = packed  # the cached property would search again, and knows no capacity
     return routing, scored

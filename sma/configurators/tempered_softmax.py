@@ -36,14 +36,12 @@ class TemperedSoftmax(Configurator):
     def reset(self, d_model: int) -> None:
         nn.init.constant_(self.temp, math.log(self.init_temp * math.sqrt(d_model)))
 
-    def gate(self) -> Gate | None:
-        return self._gate()
-
-    def _gate(self) -> Gate:
+    def gate(self) -> Gate:
         return Gate(self.balance, self.temp)
 
+    # A subclass that replaces one of the steps has no gate of its own.
     def score(self, logits: Tensor, position: Tensor) -> Tensor:
-        return self._gate().score(at_least_float32(logits))
+        return TemperedSoftmax.gate(self).score(at_least_float32(logits))
 
     def decide(self, score: Tensor, position: Tensor, valid: Tensor) -> Tensor:
-        return self._gate().decide(score)
+        return TemperedSoftmax.gate(self).decide(score)

@@ -61,24 +61,24 @@ def _copies_of_buffers(modules: list[nn.Module]) -> Iterator[None]:
             part._buffers.update(buffers)
 
 
-_depth = threading.local()
+class _Depth(threading.local):
+    value: int = 0
 
 
-def inside_checkpoint() -> bool:
-    """True inside a function that :func:`checkpoint` runs, for the first or the second time."""
-    return getattr(_depth, "value", 0) > 0
+DEPTH = _Depth()
+"""``DEPTH.value`` is how many calls of :func:`checkpoint` this thread is in, in the first or the second run."""
 
 
 @contextmanager
 def _inside(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
-    _depth.value = getattr(_depth, "value", 0) + 1
+    DEPTH.value += 1
     try:
         with ExitStack() as stack:
             for context in contexts:
                 stack.enter_context(context)
             yield
     finally:
-        _depth.value -= 1
+        DEPTH.value -= 1
 
 
 def _contexts(modules: list[nn.Module]) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

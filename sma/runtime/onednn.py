@@ -43,7 +43,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> linear(torch.ones(2, 3), torch.ones(1, 3)).tolist()
         [[3.0], [3.0]]
     """
-    if not _pays(x, weight):
+    # The compiler is asked first: a graph would hold for the sizes that were compared.
+    if (
+        torch.compiler.is_compiling()
+        or x.device.type != "cpu"
+        or x.numel() * weight.shape[0] < _SMALLEST
+        or not _pays(x, weight)
+    ):
         return F.linear(x, weight, bias)
     out: Tensor = _Convolution.apply(x.reshape(-1, x.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], weight.shape[0])
@@ -58,12 +64,10 @@ class Linear(nn.Linear):
 
 
 def _pays(x: Tensor, weight: Tensor) -> bool:
+    """Whether a large product on a CPU is faster as a convolution."""
     return (
-        x.device.type == "cpu"
-        and not torch.compiler.is_compiling()  # first of all: a graph would hold for the sizes that were compared
-        and x.dtype == weight.dtype == torch.float32
+        x.dtype == weight.dtype == torch.float32
         and type(weight) in PLAIN_WEIGHTS
-        and x.numel() * weight.shape[0] >= _SMALLEST
         and x.numel() >= _FEWEST * x.shape[-1]
         and not weight.shape[0] % 16
         and not weight.shape[1] % 16

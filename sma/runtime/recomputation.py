@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sma.runtime.checkpointing import inside_checkpoint
+from sma.runtime.checkpointing import DEPTH
 
 
 class _Recomputed:
@@ -38,20 +38,14 @@ def recomputed(compute: Callable[[], Sequence[Tensor]], outputs: Sequence[Tensor
     """What runs inside keeps none of ``outputs`` for its backward pass.
 
     Meant for tensors that are cheap to compute from something that is kept anyway. On a GPU in training only:
-    elsewhere, under activation checkpointing and in a compiled graph, where this is somebody else's business, it does
-    nothing.
+    elsewhere it does nothing, nor under activation checkpointing and in a compiled graph, which recompute themselves.
 
     Args:
         compute: gives contiguous tensors equal to ``outputs`` once more; it must hold on to nothing else of theirs.
         outputs: contiguous tensors; what runs inside may save them, or views of all their numbers.
     """
-    useful = (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not inside_checkpoint()
-        and all(out.is_cuda and out.is_contiguous() for out in outputs)
-    )
-    if not useful:
+    off = not torch.is_grad_enabled() or torch.compiler.is_compiling() or DEPTH.value
+    if off or not outputs[0].is_cuda or not all(out.is_contiguous() for out in outputs):
         return nullcontext()
     hooks = _Recomputed(compute, outputs)
     return torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack)

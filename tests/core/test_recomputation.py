@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sma import checkpoint
-from sma.runtime.checkpointing import inside_checkpoint
+from sma.runtime.checkpointing import DEPTH
 from sma.runtime.recomputation import _Recomputed, recomputed
 
 
@@ -49,13 +49,13 @@ def test_packed_tensors_are_let_go() -> None:
 
 def test_only_on_a_gpu_and_outside_checkpoints() -> None:
     def run(x: Tensor) -> Tensor:
-        assert inside_checkpoint()
+        assert DEPTH.value
         return x.exp()
 
-    assert not inside_checkpoint()
+    assert not DEPTH.value
     x = torch.randn(3, requires_grad=True)
     checkpoint(run, x).sum().backward()
-    assert not inside_checkpoint()
+    assert not DEPTH.value
     never: Callable[[], Sequence[Tensor]] = lambda: pytest.fail("not on a CPU")  # noqa: E731
     with recomputed(never, (x,)):
         y = x.exp() * x

@@ -42,7 +42,7 @@ def powers(log_q: Tensor, count: int) -> tuple[Tensor, Tensor]:
     rows = -(-count // width)
     fine = torch.arange(width, device=log_q.device, dtype=log_q.dtype)
     coarse = torch.arange(rows, device=log_q.device, dtype=log_q.dtype) * width
-    return tuple(torch.exp(log_q[:, None] * steps[:, None]) for steps in (coarse, fine))  # type: ignore[return-value]
+    return torch.exp(log_q[:, None] * coarse[:, None]), torch.exp(log_q[:, None] * fine[:, None])
 
 
 def kernel(decay: Decay, taps: int) -> Tensor:

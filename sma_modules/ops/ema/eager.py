@@ -54,6 +54,5 @@ def _whole(x: Tensor, inner: Tensor, decay: Decay, omega: Tensor, options: EMAOp
     if on_cpu and taps == length and not options.bidirectional:
         y = chunked(inner, decay.log_q, decay.read * decay.drive, omega if inner is x else None)
         return y if inner is x else torch.addcmul(y, omega, x)
-    rows = range(0, 2 * dim if options.bidirectional else dim, dim)
-    kernels = [kernel(Decay(*(value[first : first + dim] for value in decay)), taps) for first in rows]
+    kernels = torch.split(kernel(decay, taps), dim)  # of one direction, or of both
     return torch.addcmul(convolve(inner, *kernels), omega, x)
