@@ -23,7 +23,7 @@ from tests.devices import DEVICE, needs_triton
 
 BACKENDS = ("reference", "eager")
 NAMES = ("delta", "alpha", "beta", "gamma", "omega")
-GOLDEN = Path(os.environ.get("SMA_GOLDEN", Path(__file__).resolve().parents[3] / "shared" / "golden"))
+GOLDEN = Path(os.environ.get("SMA_GOLDEN", Path(__file__).resolve().parents[4] / "shared" / "golden"))
 
 
 def parameters(
