@@ -8,7 +8,7 @@ the nested ``Config``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from sma.errors import ConfigError, StreamingError
 from sma.ops.router import Gate
 from sma.ops.row_norm import RowNorm
 from sma.routing import Routing
+from sma.runtime.plain import DROPOUTS, is_plain
 from sma.state import State
 from sma.steppers import BlockStepper, MixerStepper, ModuleStepper, SlotSpec
 
@@ -41,14 +42,16 @@ class ModuleOutput(NamedTuple):
     losses: Mapping[str, Tensor] = {}
 
 
-@dataclass(frozen=True)
-class BlockOutput:
-    """What a block returns: ``x (B, L, D)``, its streaming state, its routings and auxiliary losses by name."""
+class BlockOutput(NamedTuple):
+    """What a block returns: ``x (B, L, D)``, its streaming state, its routings and auxiliary losses by name.
+
+    A tuple, as backward hooks and ``fully_shard`` look for tensors in tuples only.
+    """
 
     x: Tensor
     state: State | None = None
-    routings: Mapping[str, Routing] = field(default_factory=dict)
-    losses: Mapping[str, Tensor] = field(default_factory=dict)
+    routings: Mapping[str, Routing] = {}
+    losses: Mapping[str, Tensor] = {}
 
 
 class Plugin(Configurable):
@@ -63,20 +66,36 @@ class Plugin(Configurable):
 
 
 class Part(Plugin, nn.Module):
-    """Base of the kinds that are parts of a network."""
+    """Base of the kinds that are parts of a network. A part is run by calling it.
+
+    Attributes:
+        instead_of_forward: methods of the kind that do the work of ``forward`` in another way. A class with a new
+            ``forward`` that does not define one of them as well has that of the kind.
+    """
+
+    instead_of_forward: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls) and "instead_of_forward" not in vars(cls):
+            kind = next(base for base in cls.__mro__ if "instead_of_forward" in vars(base))
+            for name in cls.instead_of_forward:
+                if name not in vars(cls):
+                    setattr(cls, name, vars(kind)[name])
 
 
 class Configurator(Part):
     """Latent configurator: turns logits into a decision and a confidence, per token and module (paper, section 3).
 
     The three steps are separate so that a decision can be recorded and replayed: ``score`` is differentiable,
-    ``decide`` is not, ``weigh`` turns scores into the confidence of a given decision, whoever took it.
+    ``decide`` is not, ``weigh`` turns scores into the confidence of a given decision, recorded or not. Calling a
+    configurator runs ``score``.
 
     Attributes:
         logits_per_module: how many numbers per token and module the router has to supply; 0 when none is needed.
         causal: True when the decision at t depends on positions up to t only. An instance may set it.
         adjustable: False when the rate is fixed, so that neither a loss nor a controller can move it.
-        everywhere: True when every real token is active, so that nobody has to look.
+        everywhere: True when every real token is active, so that the decision need not be looked at.
         balance: ``(M,)`` buffer added to the logits in favour of activation; moved by a rate controller, never by a
             gradient.
     """
@@ -109,6 +128,10 @@ class Configurator(Part):
     def reset(self, d_model: int) -> None:
         """Initialise what depends on the width of the tokens; called once the width is known."""
 
+    def forward(self, logits: Tensor, position: Tensor) -> Tensor:
+        """:meth:`score`."""
+        return self.score(logits, position)
+
     def score(self, logits: Tensor, position: Tensor) -> Tensor:
         """Differentiable scores ``(B, L, M)``, in float32 or wider, from logits ``(B, L, M, logits_per_module)``.
 
@@ -119,7 +142,7 @@ class Configurator(Part):
         raise NotImplementedError
 
     def decide(self, score: Tensor, position: Tensor, valid: Tensor) -> Tensor:
-        """Who is active, bool ``(B, L, M)``, from scores ``(B, L, M)``; the caller switches padding off afterwards."""
+        """The decision, bool ``(B, L, M)``, from scores ``(B, L, M)``; the caller masks padding afterwards."""
         raise NotImplementedError
 
     def weigh(self, score: Tensor, active: Tensor) -> Tensor:
@@ -144,6 +167,7 @@ class Module(Part):
     """
 
     kind: ClassVar[str] = "module"
+    instead_of_forward = ("stepper",)
     layout: ClassVar[Layout] = "tokens"
     streams: bool = True
     """False when the module cannot run chunk by chunk, for instance because it looks ahead."""
@@ -184,6 +208,7 @@ class Mixer(Part):
     """
 
     kind: ClassVar[str] = "mixer"
+    instead_of_forward = ("stepper", "activated")
     streams: bool = True
 
     @dataclass(kw_only=True, frozen=True)
@@ -220,6 +245,8 @@ class Mixer(Part):
     ) -> tuple[Tensor, Any]:
         """``dropout(SiLU(mixer(x)))`` and the state after it. A mixer that can do it in one pass overrides this.
 
+        It is used where the mixer is plain, see :func:`activated_by`.
+
         Args:
             x: as for ``forward``, like ``state`` and ``lengths``.
             state: streaming state.
@@ -230,10 +257,29 @@ class Mixer(Part):
         return F.dropout(F.silu(y), dropout, dropout > 0), after
 
 
+def activated_by(
+    mixer: nn.Module, x: Tensor, state: Any, lengths: Tensor | None, dropout: nn.Dropout
+) -> tuple[Tensor, Any]:
+    """``dropout(SiLU(mixer(x)))`` and the state after it: fused where both parts are plain, else by calling them.
+
+    Args:
+        mixer: a :class:`Mixer`, or what was put in its place or around it.
+        x: as the mixer takes it, like ``state`` and ``lengths``.
+        state: streaming state.
+        lengths: real tokens of each row.
+        dropout: behind the activation.
+    """
+    if isinstance(mixer, Mixer) and is_plain(mixer, Mixer) and is_plain(dropout, DROPOUTS):
+        return mixer.activated(x, state, lengths=lengths, dropout=dropout.p if dropout.training else 0.0)
+    y, after = mixer(x, state, lengths=lengths)
+    return dropout(F.silu(y)), after
+
+
 class Norm(Part):
     """Normalisation over the features: ``forward(x (B, L, D), *, lengths=None) -> (B, L, D)``."""
 
     kind: ClassVar[str] = "norm"
+    instead_of_forward = ("row_norm",)
 
     @dataclass(kw_only=True, frozen=True)
     class Config(BaseConfig):
@@ -256,6 +302,7 @@ class Block(Part):
     """
 
     kind: ClassVar[str] = "block"
+    instead_of_forward = ("stepper",)
 
     @dataclass(kw_only=True, frozen=True)
     class Config(BaseConfig):

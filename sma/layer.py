@@ -18,25 +18,22 @@ from sma.activated import Activated, ActivatedState
 from sma.configurable import BaseConfig
 from sma.configurators.budget import RateController, RateLoss
 from sma.configurators.tempered_softmax import TemperedSoftmax
-from sma.decision import Weights, route_tokens, score_tokens, weights_of
-from sma.decode.choice import module_stepper
-from sma.decode.fallback import WindowedModule
-from sma.decode.mixture import MixtureStepper
+from sma.decision import Source, route_tokens, score_tokens
 from sma.errors import ConfigError, ShapeError, StreamingError
 from sma.interfaces import Configurator, Layout, Module
 from sma.ops.combine import combine
 from sma.ops.compress import compress_through
 from sma.padding import check_lengths
 from sma.routing import Packed, Routing
+from sma.runtime.plain import unwrapped
 from sma.state import State
-from sma.steppers import ModuleStepper, SlotSpec
 from sma.working_memory import WorkingMemory
 from sma.wrap.layouts import check_supported, infer_layout, infer_width
 from sma.wrap.stock import call_module
 from sma.wrap.windows import call_windowed
 
 
-class Part(NamedTuple):
+class MemberOutput(NamedTuple):
     """What one module of a sparsely activated layer gave.
 
     Attributes:
@@ -50,7 +47,7 @@ class Part(NamedTuple):
     weight: Tensor
 
 
-class Parts(NamedTuple):
+class MemberOutputs(NamedTuple):
     """A sparsely activated layer before its outputs are put back, for blocks that fuse that into what follows.
 
     Attributes:
@@ -58,11 +55,11 @@ class Parts(NamedTuple):
         x: the tokens that came in, passed through: use these from here on, in one matrix product
             (:func:`~sma.ops.compress.compress_through` says why).
         state: streaming state after this chunk.
-        routing: who was active.
+        routing: the decision.
         losses: auxiliary losses by name.
     """
 
-    members: tuple[Part, ...]
+    members: tuple[MemberOutput, ...]
     x: Tensor
     state: ActivatedState | None
     routing: Routing
@@ -92,7 +89,7 @@ class SparseMixture(nn.Module):
     Args:
         modules: the modules to activate; any ``nn.Module`` that works token by token, any
             :class:`~sma.interfaces.Module`, and the stock sequence modules of torch.
-        configurator: who decides; by default the paper's tempered softmax.
+        configurator: takes the decision; by default the paper's tempered softmax.
         d_model: width of the tokens; inferred from the modules, or taken from the first input.
         layouts: layout of each module, where it should not be inferred.
         causal: the output at t may depend on positions up to t only; refuses what cannot keep that.
@@ -142,6 +139,7 @@ class SparseMixture(nn.Module):
         self._check_configurator(len(modules))
         self.d_model = d_model or next((width for width in map(infer_width, modules) if width), None)
         self._width_known = False
+        self._admitted: tuple[object, ...] | None = None  # signature of the last input that was checked
         self.capacity: float | None = None
         self.capacity_streams = False
         self.window: int | None = None
@@ -161,17 +159,18 @@ class SparseMixture(nn.Module):
             raise ConfigError(f"{given}: must not be given with {name}, whose rate is fixed")
 
     def with_capacity(self, share: float | None, *, streams: bool = False) -> Self:
-        """Fix how many tokens each module has room for: shapes are static then, and nothing is read back.
+        """Fix how many rows each module has: shapes are static then, and nothing synchronises with the device.
 
-        The results are the same as long as the spec suffices. If it does not, the first active tokens of the batch
-        get it, the others are not active, and :attr:`Routing.overflow` counts them. A replayed decision ignores it.
+        The results are the same as long as the capacity suffices. If it does not, the first active tokens of the batch
+        have rows, the others are dropped and not active, and :attr:`Routing.overflow` counts them. A replayed decision
+        ignores it.
 
         Args:
             share: of the tokens of a batch, padding included, in (0, 1]; None for as many as are active.
             streams: chunks of a stream obey it too. By default they ignore it, as chunks may be short.
 
         Raises:
-            ConfigError: the share is out of range, or a module would notice rows without a token.
+            ConfigError: the share is out of range, or rows without a token would change the result of a module.
 
         Example:
             >>> layer = SparselyActivated(nn.Linear(8, 8)).with_capacity(0.5)
@@ -214,21 +213,22 @@ class SparseMixture(nn.Module):
 
     def _why_no_capacity(self) -> str | None:
         """Why rows without a token would change the results, or None."""
-        for module, layout in zip(self._members, self.layouts, strict=True):
+        for module, layout in zip(self.activated_modules, self.layouts, strict=True):
             name = type(module).__name__
             if layout == "padded":
-                return f"{name} takes rows as long as the longest sequence"
+                return f"{name} takes rows as long as the longest sequence (layout 'padded')"
             if getattr(module, "counts_rows", False):
-                return f"{name} takes losses over all rows"
+                return f"{name} computes a loss over all rows; rows without a token would change it"
             if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
-                return f"{name} normalises over all rows"
+                return f"{name} normalises over all rows; rows without a token would change it"
         return None
 
     def _own(self, modules: Sequence[nn.Module]) -> None:
         self.members = nn.ModuleList(modules)
 
     @property
-    def _members(self) -> list[nn.Module]:
+    def activated_modules(self) -> list[nn.Module]:
+        """The modules that are activated, in their order."""
         return list(self.members)
 
     def _make_router(self) -> nn.Linear:
@@ -240,10 +240,9 @@ class SparseMixture(nn.Module):
         return router
 
     def _know_width(self, d_model: int) -> None:
-        if not self._width_known:
-            self.d_model = d_model
-            self._width_known = True
-            self.configurator.reset(d_model)
+        self.d_model = d_model
+        self._width_known = True
+        self.configurator.reset(d_model)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # What is loaded before the width is known must not be initialised again once it is.
@@ -256,14 +255,15 @@ class SparseMixture(nn.Module):
         """The reason why the layer cannot run chunk by chunk, or None when it can."""
         if not self.configurator.causal:
             return f"configurator {type(self.configurator).__name__} looks ahead"
-        for module, layout in zip(self._members, self.layouts, strict=True):
-            name = type(module).__name__
+        for module, layout in zip(self.activated_modules, self.layouts, strict=True):
+            inner = unwrapped(module)
+            name = type(inner).__name__
             if layout == "padded" and self.window is None:
                 return f"{name} keeps no bounded working memory (layout 'padded'; with_window gives it one)"
-            if layout == "packed" and not isinstance(module, Module):
+            if layout == "packed" and not isinstance(inner, Module):
                 return f"{name} keeps no bounded working memory (it is no sma.Module, layout {layout!r})"
-            if isinstance(module, Module) and layout == "packed" and not (module.causal and module.streams):
-                return f"{name} {'has no bounded memory' if module.causal else 'looks ahead'}"
+            if isinstance(inner, Module) and layout == "packed" and not (inner.causal and inner.streams):
+                return f"{name} {'has no bounded memory' if inner.causal else 'looks ahead'}"
         return None
 
     def initial_state(self, batch: int, like: Tensor) -> ActivatedState:
@@ -279,7 +279,9 @@ class SparseMixture(nn.Module):
         reason = self.why_not_streaming()
         if reason is not None:
             raise StreamingError(f"{type(self).__name__}: cannot stream: {reason}")
-        members = tuple(self._empty(*each, batch, like) for each in zip(self._members, self.layouts, strict=True))
+        members = tuple(
+            self._empty(*each, batch, like) for each in zip(self.activated_modules, self.layouts, strict=True)
+        )
         return ActivatedState(torch.zeros(batch, dtype=torch.int64, device=like.device), members)
 
     def _empty(self, module: nn.Module, layout: Layout, batch: int, like: Tensor) -> State | None:
@@ -288,24 +290,8 @@ class SparseMixture(nn.Module):
             if self.d_model is None:
                 raise StreamingError(f"{type(self).__name__}: cannot stream before the width of the tokens is known")
             return WorkingMemory.empty(batch, self.window, like.new_empty(0, self.d_model))
-        return module.initial_state(batch, like) if isinstance(module, Module) else None
-
-    def stepper(self, spec: SlotSpec) -> MixtureStepper:
-        """What decodes with this layer's weights.
-
-        Raises:
-            StreamingError: the layer cannot stream; the message says why.
-        """
-        reason = self.why_not_streaming()
-        if reason is not None:
-            raise StreamingError(f"{type(self).__name__}: cannot stream: {reason}")
-        members = tuple(self._stepper(*each, spec) for each in zip(self._members, self.layouts, strict=True))
-        return MixtureStepper(self.configurator, self.router, members, spec)
-
-    def _stepper(self, module: nn.Module, layout: Layout, spec: SlotSpec) -> ModuleStepper:
-        if layout == "padded" and self.window is not None:
-            return WindowedModule(module, self.window, self._empty(module, layout, spec.slots, spec.like), spec)
-        return module_stepper(module, layout, spec)
+        inner = unwrapped(module)
+        return inner.initial_state(batch, like) if isinstance(inner, Module) else None
 
     def forward(
         self,
@@ -313,6 +299,7 @@ class SparseMixture(nn.Module):
         state: ActivatedState | None = None,
         *,
         valid: Tensor | None = None,
+        lengths: Tensor | None = None,
         logits: Tensor | None = None,
         replay: Routing | None = None,
     ) -> Activated:
@@ -322,79 +309,120 @@ class SparseMixture(nn.Module):
             x: ``(B, L, D)`` floating point.
             state: from :meth:`initial_state` or the previous chunk; None runs whole sequences and returns no state.
             valid: ``(B, L)`` bool, True on real tokens; None means all.
+            lengths: ``(B,)`` int64 real tokens of each row, instead of ``valid`` where all padding is on the right.
             logits: ``(B, L, M * logits_per_module)``, instead of the layer's own router.
             replay: a routing whose decision is taken over; the confidence is computed anew.
 
         Raises:
-            ShapeError: ``x``, ``valid`` or ``logits`` have the wrong shape or dtype, or are not finite.
+            ShapeError: ``x``, ``valid``, ``lengths`` or ``logits`` have the wrong shape or dtype, or are not finite.
             StreamingError: a state was passed and the layer cannot stream, or the state is of another batch.
             RoutingError: ``replay`` does not fit the input.
         """
-        parts = self.parts(x, state, valid=valid, logits=logits, replay=replay)
+        source = None if logits is None else Source(logits=logits)
+        out = self.run_members(x, state, valid=valid, lengths=lengths, source=source, replay=replay)
         total: Tensor | None = None
-        for output, packed, weight in parts.members:
+        for output, packed, weight in out.members:
             total = combine(output, packed, weight=weight, skip=total)
         assert total is not None
-        return Activated(total, parts.state, parts.routing, parts.losses)
+        return Activated(total, out.state, out.routing, out.losses)
 
-    def parts(
+    def run_members(
         self,
         x: Tensor,
         state: ActivatedState | None = None,
         *,
         valid: Tensor | None = None,
         lengths: Tensor | None = None,
-        logits: Tensor | None = None,
-        router: Weights | None = None,
+        source: Source | None = None,
         replay: Routing | None = None,
-    ) -> Parts:
+    ) -> MemberOutputs:
         """The same up to the modules' outputs, for a block that does the rest by :func:`~sma.ops.combine.combine`.
+
+        The layer is not called here, so that this is only for one that is :func:`plain <sma.runtime.plain.is_plain>`.
 
         Args:
             x: as for :meth:`forward`, like the others that are not listed here.
             state: see there.
             valid: see there.
-            lengths: ``(B,)`` int64 real tokens of each row, instead of ``valid`` where all padding is on the right.
-            logits: see :meth:`forward`.
-            router: weight ``(M * logits_per_module, D)`` and bias, instead of the layer's own router.
-            replay: see :meth:`forward`.
+            lengths: see there.
+            source: of the logits, instead of the layer's own router.
+            replay: see there.
         """
-        self._check(x, valid, lengths, state)
-        self._know_width(x.shape[-1])
+        self._admit(x, valid, lengths, state)
+        if source is None:
+            if isinstance(self.router, _LazyRouter):
+                self.router(x[:0])
+            source = Source(self.router)
         seen = None if state is None else state.seen
-        weights = router if router is not None or logits is not None else self._weights(x)
-        scored = score_tokens(type(self).__name__, self.configurator, x, weights, logits, valid, lengths, seen)
+        scored = score_tokens(type(self).__name__, self.configurator, x, source, valid, lengths, seen)
         capacity = self.capacity if replay is None and (state is None or self.capacity_streams) else None
         routing, scored = route_tokens(self.configurator, scored, replay=replay, capacity=capacity)
         losses = {} if self.rate_loss is None else {"rate": self.rate_loss(scored.score, routing.active, scored.valid)}
-        x, confidence = scored.x, weights_of(routing.confidence)
-        members: list[Part] = []
+        x, modules = scored.x, self.activated_modules
+        one = len(modules) == 1
+        confidence = (routing.confidence.squeeze(-1),) if one else routing.confidence.unbind(-1)
+        members: list[MemberOutput] = []
         states: list[State | None] = []
-        for m, (module, layout) in enumerate(zip(self._members, self.layouts, strict=True)):
-            before = state.members[m] if state is not None else None
+        for m, module in enumerate(modules):
+            packed, before = routing.packed[m], None if state is None else state.members[m]
             if m == 0 and scored.tokens is not None:
                 tokens = scored.tokens
             else:
-                tokens, x = compress_through(x, routing.packed[m])
-            if layout == "padded" and self.window is not None:
-                result = call_windowed(module, tokens, routing.packed[m], before, self.window)
+                tokens, x = compress_through(x, packed)
+            if self.window is not None and self.layouts[m] == "padded":
+                result = call_windowed(module, tokens, packed, before, self.window)
             else:
-                result = call_module(module, layout, tokens, routing.packed[m], before, self.causal)
-            members.append(Part(result.output, routing.packed[m], confidence[m]))
+                result = call_module(module, self.layouts[m], tokens, packed, before, self.causal)
+            members.append(MemberOutput(result.output, packed, confidence[m]))
             states.append(result.state)
-            prefix = f"{m}." if len(self._members) > 1 else ""
-            losses.update({prefix + name: loss for name, loss in result.losses.items()})
-        taken = scored.valid.sum(1) if scored.padded else x.shape[1]
-        after = None if state is None else ActivatedState(state.seen + taken, tuple(states))
-        return Parts(tuple(members), x, after, routing, losses)
+            for name, loss in result.losses.items():
+                losses[name if one else f"{m}.{name}"] = loss
+        after = None
+        if state is not None:
+            taken = scored.valid.sum(1) if scored.padded else x.shape[1]
+            after = ActivatedState(state.seen + taken, tuple(states))
+        return MemberOutputs(tuple(members), x, after, routing, losses)
 
-    def _check(self, x: Tensor, valid: Tensor | None, lengths: Tensor | None, state: ActivatedState | None) -> None:
+    def _admit(
+        self,
+        x: Tensor,
+        valid: Tensor | None,
+        lengths: Tensor | None,
+        state: ActivatedState | None,
+    ) -> None:
+        """Check the input, unless one of the same signature went through last time."""
+        weight = None if self.router is None else self.router._parameters.get("weight")
+        if valid is None and lengths is None and state is None and not torch.compiler.is_compiling():
+            narrow = torch.is_autocast_enabled(x.device.type)
+            signature = (x.shape, x.dtype, x.device, narrow, None if weight is None else (weight.dtype, weight.device))
+            if signature == self._admitted:
+                return
+            self._check(x, None, None, None, weight)
+            self._admitted = signature
+        else:
+            self._check(x, valid, lengths, state, weight)
+        if not self._width_known:
+            self._know_width(x.shape[-1])
+
+    def _check(
+        self,
+        x: Tensor,
+        valid: Tensor | None,
+        lengths: Tensor | None,
+        state: ActivatedState | None,
+        weight: Tensor | None,
+    ) -> None:
         name = type(self).__name__
         if x.dim() != 3 or not x.is_floating_point():
             raise ShapeError(f"{name}: x must be floating point with shape (B, L, D), got {x.dtype} {tuple(x.shape)}")
         if self.d_model is not None and x.shape[-1] != self.d_model:
             raise ShapeError(f"{name}: x must have d_model = {self.d_model} features, got {tuple(x.shape)}")
-        self._check_weights(x)
+        # The router stands for all weights; modules may mix dtypes, and may run in several.
+        if weight is not None and not is_lazy(weight):
+            if x.device != weight.device:
+                raise ShapeError(f"{name}: x must be on the device of the layer, {weight.device}, got {x.device}")
+            if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+                raise ShapeError(f"{name}: x must be {weight.dtype} like the layer, got {x.dtype}")
         if valid is not None and (valid.dtype != torch.bool or valid.shape != x.shape[:2]):
             raise ShapeError(
                 f"{name}: valid must be bool of shape {tuple(x.shape[:2])}, got {valid.dtype} {tuple(valid.shape)}"
@@ -409,24 +437,6 @@ class SparseMixture(nn.Module):
             if state.seen.shape[0] != x.shape[0]:
                 raise StreamingError(f"{name}: the state is of a batch of {state.seen.shape[0]}, x of {x.shape[0]}")
 
-    def _check_weights(self, x: Tensor) -> None:
-        """The router stands for all weights; modules may mix dtypes, and may run in several."""
-        name, weight = type(self).__name__, self.router.weight if self.router is not None else None
-        if weight is None or isinstance(self.router, _LazyRouter):
-            return
-        if x.device != weight.device:
-            raise ShapeError(f"{name}: x must be on the device of the layer, {weight.device}, got {x.device}")
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ShapeError(f"{name}: x must be {weight.dtype} like the layer, got {x.dtype}")
-
-    def _weights(self, x: Tensor) -> Weights | None:
-        """Those of the layer's own router, if it has one."""
-        if self.router is None:
-            return None
-        if isinstance(self.router, _LazyRouter):
-            self.router(x[:0])
-        return self.router.weight, self.router.bias
-
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, layouts={self.layouts}, causal={self.causal}"
 
@@ -436,7 +446,7 @@ class SparselyActivated(SparseMixture):
 
     Args:
         module: the module.
-        configurator: who decides; by default the paper's tempered softmax.
+        configurator: takes the decision; by default the paper's tempered softmax.
         layout: where it should not be inferred: ``tokens``, ``packed`` or ``padded``.
         **options: as for :class:`SparseMixture`.
 
@@ -460,7 +470,7 @@ class SparselyActivated(SparseMixture):
         self.module = modules[0]
 
     @property
-    def _members(self) -> list[nn.Module]:
+    def activated_modules(self) -> list[nn.Module]:
         return [self.module]
 
 
@@ -470,11 +480,11 @@ class ActivatedConfig(BaseConfig):
 
     Attributes:
         module: what to activate.
-        configurator: who decides.
+        configurator: takes the decision.
         rate_loss: optional loss towards a target rate.
         controller: optional controller of the rate, applied by the training loop.
-        capacity: share of the tokens that there is room for, see :meth:`SparseMixture.with_capacity`; None for as many
-            as are active.
+        capacity: share of the tokens that each module has rows for, see :meth:`SparseMixture.with_capacity`; None for
+            as many as are active.
     """
 
     module: Module.Config

@@ -1,13 +1,13 @@
 """Decoding: one token of every sequence at a time, with fixed shapes, in memory that stays where it is.
 
 ``forward(x, state)`` of the library is a function: states are values, chunks are of any length, and the number of rows
-that a sparse module works on is read back from the device. That is right for prompts and costs too much for single
-tokens. A *stepper* is a part of a model with room for S sequences ("slots"): :meth:`~MixerStepper.step` takes one token
-of each and changes the stepper's own memory in place. It waits for no device and allocates nothing that is kept, so a
-CUDA graph can hold it. States remain the format of exchange: :meth:`Stepper.write` puts one into slots,
-:meth:`Stepper.read` gives it back.
+that a sparse module works on is read back from the device. That is right for a prefill and costs too much for single
+tokens. A *stepper* is a part of a model with memory for S sequences ("slots"): :meth:`~MixerStepper.step` takes one
+token of each and changes the stepper's own memory in place. It does not synchronise with the device and allocates
+nothing that is kept, so a CUDA graph can hold it. States remain the format of exchange: :meth:`Stepper.write` puts one
+into slots, :meth:`Stepper.read` gives it back.
 
-Every part has a stepper. Where a class brings none of its own, its ordinary ``forward`` runs behind the same door, and
+Every part has a stepper, chosen by :mod:`sma.decode.choice`. The fallback calls the part, with a state that is a value;
 :attr:`Stepper.uncaptured` says why no graph can hold that.
 """
 
@@ -39,7 +39,7 @@ class SlotSpec(NamedTuple):
 
 
 class StepContext(NamedTuple):
-    """Where every sequence stands when a step begins.
+    """The position of every sequence when a step begins.
 
     Attributes:
         live: ``(S,)`` bool: the slots that take a token. Nothing is changed in the others, and what comes out is
@@ -53,7 +53,7 @@ class StepContext(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """Who was active in a step, ``(S, M)`` bool, and with which confidence ``(S, M)``."""
+    """Which modules were active in a step, ``(S, M)`` bool, and with which confidence ``(S, M)``."""
 
     active: Tensor
     confidence: Tensor
@@ -132,6 +132,23 @@ class ModuleStepper(Stepper):
 
     def idle(self, context: StepContext) -> None:
         """Instead of ``step`` where no slot is known to be active: for what is kept by position."""
+
+
+class ActivatedStepper(Stepper):
+    """A sparsely activated layer that decodes."""
+
+    def step(self, x: Tensor, context: StepContext, logits: Tensor | None = None) -> tuple[Tensor, Decision]:
+        """The layer on ``x (S, D)``.
+
+        Args:
+            x: a token of every slot.
+            context: the position of the slots.
+            logits: ``(S, M * logits_per_module)``, instead of the layer's own router.
+
+        Returns:
+            ``sum_m confidence * f_m(x)`` over the active modules ``(S, D)``, and the decision.
+        """
+        raise NotImplementedError
 
 
 class Stepped(NamedTuple):

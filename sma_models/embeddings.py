@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 
 from sma.ops.embedding import embedding
+from sma.runtime.plain import unwrapped
 
 
 class TokenEmbedding(nn.Embedding):
@@ -32,10 +35,19 @@ class ValueEmbedding(nn.Module):
 
 
 def embedded(table: nn.Module, tokens: Tensor, scale: float = 1.0, rounded: bool = True) -> Tensor:
-    """Tokens by our table, or by one that somebody put in its place."""
-    if isinstance(table, TokenEmbedding):
+    """Tokens by our table, wrapped or not, or by one that was put in its place."""
+    if isinstance(unwrapped(table), TokenEmbedding):
         return table(tokens, scale, rounded)  # type: ignore[no-any-return]
     return table(tokens.long()) * scale  # type: ignore[no-any-return]
+
+
+def like_of(table: nn.Module) -> Tensor:
+    """``(0,)`` in the dtype and on the device of the features of an embedding, whatever its weight is."""
+    weight = getattr(table, "weight", None)
+    if not isinstance(weight, Tensor):
+        weight = next(chain(table.parameters(), table.buffers()), torch.empty(0))
+    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+    return torch.empty(0, dtype=dtype, device=weight.device)
 
 
 class SinusoidalPositions(nn.Module):

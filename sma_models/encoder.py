@@ -14,7 +14,7 @@ from sma.dropout import Dropout
 from sma.errors import ShapeError
 from sma.interfaces import Model
 from sma.routing import Routing
-from sma_models.embeddings import SinusoidalPositions, TokenEmbedding, ValueEmbedding, embedded
+from sma_models.embeddings import SinusoidalPositions, TokenEmbedding, ValueEmbedding, embedded, like_of
 from sma_models.model_io import check_tokens, without_padding
 from sma_models.stack import Stack, StackConfig
 
@@ -80,9 +80,7 @@ class Encoder(Model):
         self, inputs: Tensor, valid: Tensor | None, lengths: Tensor | None, replay: Mapping[str, Routing] | None
     ) -> tuple[Tensor, dict[str, Routing], dict[str, Tensor]]:
         """Pooled features ``(B, D)``, routings and losses."""
-        weight = self.embedding.weight
-        assert isinstance(weight, Tensor)
-        inputs = without_padding(type(self).__name__, inputs, valid, weight, lengths)
+        inputs = without_padding(type(self).__name__, inputs, valid, like_of(self.embedding), lengths)
         self._check(inputs)
         if self.vocab_size is None:
             x = self.embedding(inputs)

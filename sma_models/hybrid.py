@@ -10,15 +10,13 @@ from torch import Tensor, nn
 
 from sma.configurable import BaseConfig
 from sma.configurators import Always
-from sma.decode.choice import mixer_stepper
-from sma.decode.mixture import MixtureStepper
+from sma.decode.choice import activated_stepper, block_stepper, mixer_stepper
 from sma.dropout import Dropout
 from sma.interfaces import Block, BlockOutput, Mixer, Module, Norm
-from sma.layer import ActivatedConfig, MixtureConfig, SparselyActivated, SparseMixture
-from sma.padding import valid_of
+from sma.layer import ActivatedConfig, MixtureConfig, SparselyActivated
 from sma.routing import Routing
 from sma.state import State
-from sma.steppers import BlockStepper, Decision, SlotSpec, StepContext, Stepped, Stepper, normalised
+from sma.steppers import ActivatedStepper, BlockStepper, Decision, SlotSpec, StepContext, Stepped, Stepper, normalised
 from sma_modules.norms import LayerNorm
 
 ROLES = ("mixer", "module", "activate", "mixture")
@@ -96,19 +94,20 @@ class Sublayer(nn.Module):
         """What decodes with this sublayer's weights."""
         return SublayerStepper(self, spec)
 
-    def forward(self, x: Tensor, state: Any, lengths: Tensor | None, replay: Routing | None) -> BlockOutput:
+    def forward(
+        self, x: Tensor, state: Any = None, *, lengths: Tensor | None = None, replay: Routing | None = None
+    ) -> BlockOutput:
         """``x (B, L, D)``, right-padded; the routing is named by the role."""
         y = self.norm(x, lengths=lengths) if self.norm is not None and self.prenorm else x
         routings: dict[str, Routing] = {}
         losses: dict[str, Tensor] = {}
         inner = getattr(self, self.role)
-        if isinstance(inner, SparseMixture):
-            valid = None if lengths is None else valid_of(lengths, y)
-            y, state, routing, losses = inner(y, state, valid=valid, replay=replay)
+        if self.role == "mixer":
+            y, state = inner(y, state, lengths=lengths)
+        else:
+            y, state, routing, losses = inner(y, state, lengths=lengths, replay=replay)
             if self.role != "module":
                 routings[self.role] = routing
-        else:
-            y, state = inner(y, state, lengths=lengths)
         y = self.dropout(y)
         y = x + y if self.residual else y
         if self.norm is not None and not self.prenorm:
@@ -122,7 +121,7 @@ class SublayerStepper(BlockStepper):
     def __init__(self, sublayer: Sublayer, spec: SlotSpec) -> None:
         self.sublayer = sublayer
         inner = getattr(sublayer, sublayer.role)
-        self.inner = mixer_stepper(inner, spec) if sublayer.role == "mixer" else inner.stepper(spec)
+        self.inner = mixer_stepper(inner, spec) if sublayer.role == "mixer" else activated_stepper(inner, spec)
 
     def parts(self) -> dict[str, Stepper]:
         return {self.sublayer.role: self.inner}
@@ -138,12 +137,13 @@ class SublayerStepper(BlockStepper):
         sublayer = self.sublayer
         y = normalised(sublayer.norm, x) if sublayer.prenorm else x
         decisions: dict[str, Decision] = {}
-        if isinstance(self.inner, MixtureStepper):
+        if isinstance(self.inner, ActivatedStepper):
             y, decision = self.inner.step(y, context)
             if sublayer.role != "module":
                 decisions[sublayer.role] = decision
         else:
             y = self.inner.step(y, context)
+        y = sublayer.dropout(y)
         y = x + y if sublayer.residual else y
         return Stepped(y if sublayer.prenorm else normalised(sublayer.norm, y), decisions)
 
@@ -196,7 +196,8 @@ class Hybrid(Block):
         losses: dict[str, Tensor] = {}
         for i, sublayer in enumerate(self.sublayers):
             name = f"sublayers.{i}.{sublayer.role}"
-            out = sublayer(x, state.sublayers[i] if state else None, lengths, replay.get(name) if replay else None)
+            before, own = state.sublayers[i] if state else None, replay.get(name) if replay else None
+            out = sublayer(x, before, lengths=lengths, replay=own)
             x = out.x
             states.append(out.state)
             routings.update({f"sublayers.{i}.{key}": routing for key, routing in out.routings.items()})
@@ -208,7 +209,7 @@ class HybridStepper(BlockStepper):
     """A block that decodes: its sublayers, one after the other."""
 
     def __init__(self, block: Hybrid, spec: SlotSpec) -> None:
-        self.sublayers = [SublayerStepper(sublayer, spec) for sublayer in block.sublayers]  # type: ignore[arg-type]
+        self.sublayers = [block_stepper(sublayer, spec, Sublayer) for sublayer in block.sublayers]
 
     def parts(self) -> dict[str, Stepper]:
         return {f"sublayers.{i}": sublayer for i, sublayer in enumerate(self.sublayers)}

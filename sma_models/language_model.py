@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from sma.decode.choice import block_stepper
+from sma.decode.fallback import FallbackStepper
 from sma.errors import StreamingError
 from sma.interfaces import Model
 from sma.routing import Routing
 from sma.runtime.onednn import Linear, linear
+from sma.runtime.plain import DROPOUTS, PartsWatch, watched_parts, why_called
 from sma.state import State, misfit
 from sma.steppers import Decision, SlotSpec, StepContext, Stepper, normalised
-from sma_models.embeddings import TokenEmbedding, embedded
+from sma_models.embeddings import TokenEmbedding, embedded, like_of
 from sma_models.model_io import ModelOutput, check_tokens, without_padding
 from sma_models.stack import Stack, StackConfig, StackState
 
@@ -52,7 +56,7 @@ class LanguageModel(Model):
         Raises:
             StreamingError: a part of the model cannot stream; the message says why.
         """
-        return self.stack.initial_state(batch, self.embedding.weight)
+        return self.stack.initial_state(batch, like_of(self.embedding))
 
     def forward(
         self,
@@ -77,7 +81,7 @@ class LanguageModel(Model):
             StreamingError: the state is of another model or batch.
             RoutingError: ``replay`` does not fit the model or the tokens.
         """
-        tokens = without_padding("language_model", tokens, valid, self.embedding.weight, lengths)
+        tokens = without_padding("language_model", tokens, valid, like_of(self.embedding), lengths)
         check_tokens("language_model", tokens, self.vocab_size)
         out = self.stack(self.embed(tokens), state, valid=valid, lengths=lengths, replay=replay)
         return ModelOutput(self.logits(out.x), out.state, out.routings, out.losses)
@@ -91,28 +95,52 @@ class LanguageModel(Model):
         if self.head is not None:
             out: Tensor = self.head(features)
             return out
-        return linear(features.to(self.embedding.weight.device), self.embedding.weight)  # the stack may lie elsewhere
+        weight = self.embedding.weight  # of a parametrised embedding computed here
+        return linear(features.to(weight.device), weight)  # the stack may lie elsewhere
 
 
 class ModelStepper(Stepper):
-    """A language model that decodes."""
+    """A language model that decodes.
+
+    A model whose stack is plain decodes layer by layer; another one is called, with its state as a value. The choice
+    holds for the parts as they were when the stepper was built: :meth:`outdated` says when to build another.
+    """
 
     def __init__(self, model: LanguageModel, spec: SlotSpec) -> None:
         self.model = model
         self._empty = model.stack.initial_state(1, spec.like.to("meta"))  # shapes, without memory
         self._form = self._empty.form()
-        self.layers = [block_stepper(layer, spec) for layer in model.stack.layers]
+        self._watch = None if torch.compiler.is_compiling() else PartsWatch(model)
+        reason = why_called(model, LanguageModel) or why_called(model.stack, Stack)
+        reason = reason or why_called(model.stack.dropout, DROPOUTS)
+        initial = model.stack.initial_state(spec.slots, spec.like) if reason is not None else None
+        self.whole = None if reason is None else FallbackStepper(model, spec, reason, initial)
+        self.layers = [] if self.whole is not None else [block_stepper(layer, spec) for layer in model.stack.layers]
+
+    def outdated(self) -> bool:
+        """Whether a part of the model was replaced, wrapped or hooked since, so that the choice may be another."""
+        return self._watch is not None and self._watch.changed()
+
+    def why_uncaptured(self) -> dict[str, str]:
+        watched = watched_parts(self.model).items()
+        hooks = {name.removeprefix("stack."): f"{reason}: a CUDA graph would not run them" for name, reason in watched}
+        return super().why_uncaptured() | hooks
 
     def parts(self) -> dict[str, Stepper]:
-        return {f"layers.{i}": layer for i, layer in enumerate(self.layers)}
+        whole: dict[str, Stepper] = {} if self.whole is None else {"model": self.whole}
+        return whole | {f"layers.{i}": layer for i, layer in enumerate(self.layers)}
 
     def read(self, slots: Tensor, position: Tensor) -> StackState:
+        if self.whole is not None:
+            return cast("StackState", self.whole.read(slots, position))
         return StackState(tuple(layer.read(slots, position) for layer in self.layers))
 
     def write(self, slots: Tensor, state: State | None, position: Tensor) -> None:
         self.check(state)
         assert isinstance(state, StackState)
-        for layer, own in zip(self.layers, state.layers, strict=True):
+        if self.whole is not None:
+            self.whole.write(slots, state, position)
+        for layer, own in zip(self.layers, state.layers, strict=self.whole is None):
             layer.write(slots, own, position)
 
     def check(self, state: object) -> None:
@@ -128,10 +156,20 @@ class ModelStepper(Stepper):
             raise StreamingError(f"state: does not fit the model: {problem}")
 
     def step(self, tokens: Tensor, context: StepContext) -> tuple[Tensor, dict[str, Decision]]:
-        """Logits ``(S, V)`` for ``tokens (S,)``, and who was active, by the name of the layer."""
+        """Logits ``(S, V)`` for ``tokens (S,)``, and the decisions by the name of the layer."""
+        if self.whole is not None:
+            return self._called(self.whole, tokens, context)
         x = self.model.embed(tokens[:, None]).squeeze(1)
         decisions: dict[str, Decision] = {}
         for i, layer in enumerate(self.layers):
             x, own = layer.step(x, context)
             decisions.update({f"layers.{i}.{name}": decision for name, decision in own.items()})
         return self.model.logits(normalised(self.model.stack.final_norm, x)), decisions
+
+    def _called(
+        self, whole: FallbackStepper, tokens: Tensor, context: StepContext
+    ) -> tuple[Tensor, dict[str, Decision]]:
+        out = self.model(tokens[:, None], whole.state, lengths=context.live.long())
+        whole.push(out.state, context.live)
+        decisions = {name: Decision(each.active[:, 0], each.confidence[:, 0]) for name, each in out.routings.items()}
+        return out.logits.squeeze(1), decisions

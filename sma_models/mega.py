@@ -11,16 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sma.activated import ActivatedState
-from sma.decode.choice import mixer_stepper
+from sma.decode.choice import activated_stepper, block_stepper, mixer_stepper
 from sma.dropout import Dropout
-from sma.interfaces import Block, BlockOutput, Mixer, Module, ModuleOutput, Norm
+from sma.interfaces import Block, BlockOutput, Mixer, Module, ModuleOutput, Norm, activated_by
 from sma.layer import SparselyActivated
-from sma.padding import valid_of
 from sma.routing import Packed, Routing
 from sma.runtime.onednn import Linear
 from sma.state import State
 from sma.steppers import BlockStepper, SlotSpec, StepContext, Stepped, Stepper, normalised
-from sma_models.hybrid import SublayerConfig, always_on
+from sma_models.hybrid import Sublayer, SublayerConfig, always_on
 from sma_modules.mixers.ema import EMA
 from sma_modules.modules.gau import SingleHead, SingleHeadStepper
 from sma_modules.modules.local_attention import initialise
@@ -127,17 +126,15 @@ class Mega(Block):
         residual = x
         if self.prenorm:
             x = self.norm(x, lengths=lengths)
-        dropout = self.dropout.p if self.training else 0.0
-        m, mixer_state = self.mixer.activated(x, state.mixer if state else None, lengths=lengths, dropout=dropout)
+        m, mixer_state = activated_by(self.mixer, x, state.mixer if state else None, lengths, self.dropout)
         tokens, gates = self.inputs(m, x)
-        valid = None if lengths is None else valid_of(lengths, x)
-        attended = self.attention(tokens, state.attention if state else None, valid=valid)
+        attended = self.attention(tokens, state.attention if state else None, lengths=lengths)
         y = self.updated(residual, attended.output, gates)
         if not self.prenorm:
             y = self.norm(y, lengths=lengths)
         out = BlockOutput(y)
         if self.ffn is not None:
-            out = self.ffn(y, state.ffn if state else None, lengths, None)
+            out = self.ffn(y, state.ffn if state else None, lengths=lengths)
         after = None if attended.state is None else MegaState(mixer_state, attended.state, out.state)
         return BlockOutput(
             out.x, after, {}, {name.replace("module", "ffn", 1): loss for name, loss in out.losses.items()}
@@ -162,8 +159,8 @@ class MegaStepper(BlockStepper):
     def __init__(self, block: Mega, spec: SlotSpec) -> None:
         self.block = block
         self.mixer = mixer_stepper(block.mixer, spec)
-        self.attention = block.attention.stepper(spec)
-        self.ffn = None if block.ffn is None else block.ffn.stepper(spec)
+        self.attention = activated_stepper(block.attention, spec)
+        self.ffn = None if block.ffn is None else block_stepper(block.ffn, spec, Sublayer)
 
     def parts(self) -> dict[str, Stepper]:
         ffn: dict[str, Stepper] = {} if self.ffn is None else {"ffn": self.ffn}
@@ -171,7 +168,8 @@ class MegaStepper(BlockStepper):
 
     def read(self, slots: Tensor, position: Tensor) -> MegaState:
         ffn = None if self.ffn is None else self.ffn.read(slots, position)
-        return MegaState(self.mixer.read(slots, position), self.attention.read(slots, position), ffn)
+        attention: Any = self.attention.read(slots, position)
+        return MegaState(self.mixer.read(slots, position), attention, ffn)
 
     def write(self, slots: Tensor, state: Any, position: Tensor) -> None:
         self.mixer.write(slots, state.mixer, position)
@@ -182,7 +180,7 @@ class MegaStepper(BlockStepper):
     def step(self, x: Tensor, context: StepContext) -> Stepped:
         block = self.block
         n = normalised(block.norm, x) if block.prenorm else x
-        tokens, gates = block.inputs(self.mixer.activated(n, context), n)
+        tokens, gates = block.inputs(block.dropout(self.mixer.activated(n, context)), n)
         y = block.updated(x, self.attention.step(tokens, context)[0], gates)
         y = y if block.prenorm else normalised(block.norm, y)
         return Stepped(y if self.ffn is None else self.ffn.step(y, context).x, {})

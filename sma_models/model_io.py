@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,21 +14,20 @@ from sma.routing import Routing
 from sma_models.stack import StackState
 
 
-@dataclass(frozen=True)
-class ModelOutput:
-    """What every model returns.
+class ModelOutput(NamedTuple):
+    """What every model returns. A tuple, as backward hooks and ``fully_shard`` look for tensors in tuples only.
 
     Attributes:
         logits: ``(B, L, vocab_size)`` of a language model, ``(B, n_classes)`` of a classifier.
         state: streaming state, None unless one was passed in.
-        routings: who was active, by the name of the layer.
+        routings: the decisions, by the name of the layer.
         losses: auxiliary losses by name, scalars, already weighted; add them to the loss.
     """
 
     logits: Tensor
     state: StackState | None = None
-    routings: Mapping[str, Routing] = field(default_factory=dict)
-    losses: Mapping[str, Tensor] = field(default_factory=dict)
+    routings: Mapping[str, Routing] = {}
+    losses: Mapping[str, Tensor] = {}
 
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

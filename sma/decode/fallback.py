@@ -1,4 +1,4 @@
-"""Steppers of what brings none of its own: the ordinary ``forward``, with a state that is a value."""
+"""The fallback steppers: they call the part, a token at a time, with a state that is a value."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sma.ops.extract import extract
 from sma.routing import Packed
 from sma.state import State
 from sma.steppers import (
+    ActivatedStepper,
     BlockStepper,
     Decision,
     MixerStepper,
@@ -28,11 +29,24 @@ from sma.wrap.windows import call_windowed
 
 
 class FallbackStepper(Stepper):
-    """A state of all slots as a value, with those that came before it."""
+    """A state of all slots as a value, with those that came before it.
 
-    def __init__(self, module: nn.Module, spec: SlotSpec, initial: State | None = None) -> None:
+    Args:
+        module: the part, which is called.
+        spec: what the stepper is built for.
+        reason: why the part does not decode by a stepper of its own; None where its class brings none.
+        initial: the state of all slots; None for that of the part before the first token.
+    """
+
+    def __init__(
+        self, module: nn.Module, spec: SlotSpec, reason: str | None = None, initial: State | None = None
+    ) -> None:
         self.module = module
-        self.uncaptured = f"{type(module).__name__} has no step of its own and runs its ordinary forward"
+        self.uncaptured = (
+            f"{type(module).__name__} has no stepper of its own, and a CUDA graph cannot hold its forward"
+            if reason is None
+            else f"{reason}: it is called, and a CUDA graph cannot hold that"
+        )
         if initial is None:
             initial = module.initial_state(spec.slots, spec.like)  # type: ignore[operator]
         self._states: deque[State | None] = deque([initial] * (spec.rollback + 1), maxlen=spec.rollback + 1)
@@ -85,7 +99,7 @@ def _chosen(live: Tensor, new: State, old: State) -> State:
 
 
 class FallbackMixer(FallbackStepper, MixerStepper):
-    """A mixer's ``forward``, a token at a time."""
+    """A mixer, called with a token at a time."""
 
     def step(self, x: Tensor, context: StepContext) -> Tensor:
         y, state = self.module(x[:, None], self.state, lengths=context.live.long())
@@ -95,7 +109,7 @@ class FallbackMixer(FallbackStepper, MixerStepper):
 
 
 class FallbackModule(FallbackStepper, ModuleStepper):
-    """The ``forward`` of a module of layout "packed", on the tokens that are active."""
+    """A module of layout "packed", called with the tokens that are active."""
 
     def call(self, x: Tensor, packed: Packed) -> tuple[Tensor, State | None]:
         """Outputs ``(K, D)`` and the state after them."""
@@ -103,7 +117,7 @@ class FallbackModule(FallbackStepper, ModuleStepper):
         return result[0], result[1]
 
     def step(self, x: Tensor, active: Tensor, context: StepContext) -> Tensor:
-        # In an exported graph there is room for all, as shapes are fixed there.
+        # The capacity of an exported graph suffices for all tokens, as shapes are fixed there.
         capacity = x.shape[0] if torch.compiler.is_compiling() else None
         packed = Packed.from_mask(active[:, None], context.position[:, None], capacity=capacity)
         output, state = self.call(compress(x[:, None], packed), packed)
@@ -115,7 +129,7 @@ class WindowedModule(FallbackModule):
     """A module of layout "padded" over its working memory, see :mod:`sma.wrap.windows`."""
 
     def __init__(self, module: nn.Module, window: int, initial: State | None, spec: SlotSpec) -> None:
-        super().__init__(module, spec, initial)
+        super().__init__(module, spec, None, initial)
         self.window = window
 
     def call(self, x: Tensor, packed: Packed) -> tuple[Tensor, State | None]:
@@ -126,8 +140,8 @@ class WindowedModule(FallbackModule):
 class TokenModule(ModuleStepper):
     """A module that works token by token: it has no memory.
 
-    On an accelerator and in an exported graph it runs on every slot, as that needs no answer from the device, and its
-    weights are read for one row or for a few.
+    On an accelerator and in an exported graph it runs on every slot. That does not synchronise with the device, and the
+    weights are read once, for one row or for a few.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -152,8 +166,18 @@ def _first(result: Any) -> Tensor:
     return out
 
 
+class FallbackActivated(FallbackStepper, ActivatedStepper):
+    """A sparsely activated layer, called with a token at a time."""
+
+    def step(self, x: Tensor, context: StepContext, logits: Tensor | None = None) -> tuple[Tensor, Decision]:
+        options = {} if logits is None else {"logits": logits[:, None]}
+        output, state, routing, _ = self.module(x[:, None], self.state, valid=context.live[:, None], **options)
+        self.push(state, context.live)
+        return output.squeeze(1), Decision(routing.active[:, 0], routing.confidence[:, 0])
+
+
 class FallbackBlock(FallbackStepper, BlockStepper):
-    """A block's ``forward``, a token at a time."""
+    """A block, called with a token at a time."""
 
     def step(self, x: Tensor, context: StepContext) -> Stepped:
         out = self.module(x[:, None], self.state, lengths=context.live.long())

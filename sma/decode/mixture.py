@@ -5,31 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sma.activated import ActivatedState
 from sma.decision import Weights, gate_of
 from sma.errors import StreamingError
-from sma.interfaces import Configurator
+from sma.layer import SparseMixture
 from sma.ops.backend import concrete
 from sma.ops.narrow_linear import narrow_linear
 from sma.ops.router import router
 from sma.routing import Packed
-from sma.steppers import Decision, ModuleStepper, SlotSpec, StepContext, Stepper
+from sma.runtime.plain import call_router, is_plain
+from sma.steppers import ActivatedStepper, Decision, ModuleStepper, SlotSpec, StepContext, Stepper
 
 
-class MixtureStepper(Stepper):
+class MixtureStepper(ActivatedStepper):
     """Decides for every slot, and runs the modules for those that are active.
 
     Nothing is compressed: the number of slots is small, and each module sees to it that rows that are not active cost
     nothing that matters.
     """
 
-    def __init__(
-        self, configurator: Configurator, router: nn.Linear | None, members: tuple[ModuleStepper, ...], spec: SlotSpec
-    ) -> None:
-        self.configurator = configurator
-        self.router = router
+    def __init__(self, layer: SparseMixture, members: tuple[ModuleStepper, ...], spec: SlotSpec) -> None:
+        self.configurator = layer.configurator
+        self.router = layer.router
         self.members = members
         self._order = torch.arange(spec.slots, device=spec.like.device)
         self._bounds = torch.arange(spec.slots + 1, device=spec.like.device)
@@ -40,25 +39,39 @@ class MixtureStepper(Stepper):
             return {"module": self.members[0]}
         return {f"members.{m}": member for m, member in enumerate(self.members)}
 
-    def decide(self, x: Tensor, context: StepContext, weights: Weights | None = None) -> Decision:
-        """Who is active for ``x (S, D)``; ``weights`` of a router instead of those of the layer itself."""
+    def decide(
+        self, x: Tensor, context: StepContext, weights: Weights | None = None, logits: Tensor | None = None
+    ) -> Decision:
+        """The decision for ``x (S, D)``.
+
+        Args:
+            x: a token of every slot.
+            context: the position of the slots.
+            weights: of a router, instead of the layer's own.
+            logits: ``(S, M * logits_per_module)``, instead of any router.
+        """
         configurator, own = self.configurator, self.router
-        if weights is None and own is not None:
-            weights = own.weight, own.bias
+        if weights is None and logits is None and own is not None:
+            if is_plain(own):
+                weights = own.weight, own.bias
+            else:
+                logits = call_router(own, x[:, None])
         gate = None if weights is None else gate_of(configurator)
         if gate is not None and weights is not None:
             routed = router(x[:, None], *weights, gate, valid=context.live[:, None])
             confidence = configurator.weigh(routed.score, routed.active)
             return Decision(routed.active[:, 0], confidence[:, 0])
         shape = (x.shape[0], 1, configurator.n_modules, configurator.logits_per_module)
-        logits = x.new_empty(shape) if weights is None else narrow_linear(x[:, None], *weights)[0].reshape(shape)
+        if weights is not None:
+            logits = narrow_linear(x[:, None], *weights)[0]
+        logits = x.new_empty(shape) if logits is None else logits.reshape(shape)
         position = context.position[:, None]
-        score = configurator.score(logits, position)
+        score = configurator(logits, position)
         active = configurator.decide(score, position, context.live[:, None])[:, 0] & context.live[:, None]
         return Decision(active, configurator.weigh(score, active[:, None])[:, 0])
 
     def outputs(self, x: Tensor, decision: Decision, context: StepContext) -> list[Tensor | None]:
-        """``(S, D)`` of every module; None for one that was seen to have nothing to do."""
+        """``(S, D)`` of every module; None for one that is known to be active in no slot."""
         outputs: list[Tensor | None] = []
         for m, member in enumerate(self.members):
             active = decision.active[:, m]
@@ -69,9 +82,8 @@ class MixtureStepper(Stepper):
                 outputs.append(member.step(x, active, context))
         return outputs
 
-    def step(self, x: Tensor, context: StepContext) -> tuple[Tensor, Decision]:
-        """``sum_m confidence * f_m(x)`` over the active modules ``(S, D)``, and who was active."""
-        decision = self.decide(x, context)
+    def step(self, x: Tensor, context: StepContext, logits: Tensor | None = None) -> tuple[Tensor, Decision]:
+        decision = self.decide(x, context, logits=logits)
         total: Tensor | None = None
         for m, output in enumerate(self.outputs(x, decision, context)):
             if output is None:
@@ -79,7 +91,7 @@ class MixtureStepper(Stepper):
             weighted = output * decision.confidence[:, m, None].to(output.dtype)
             weighted = weighted.masked_fill(~decision.active[:, m, None], 0)
             total = weighted if total is None else total + weighted
-        if total is None:  # nobody had anything to do
+        if total is None:  # no module is active in any slot
             total = x.new_zeros(x.shape[0], self.members[0].d_out or x.shape[1])
         return total, decision
 

@@ -20,6 +20,8 @@ _FEWEST = _IMAGES * _PIXELS
 """Tokens."""
 _SMALLEST = 1 << 24
 """Multiplications that are worth it."""
+PLAIN_WEIGHTS = frozenset({nn.Parameter, Tensor})
+"""Weights that are what they seem; a subclass may be sharded or quantised, and says itself how it is multiplied."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -60,6 +62,7 @@ def _pays(x: Tensor, weight: Tensor) -> bool:
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()  # first of all: a graph would hold for the sizes that were compared
         and x.dtype == weight.dtype == torch.float32
+        and type(weight) in PLAIN_WEIGHTS
         and x.numel() * weight.shape[0] >= _SMALLEST
         and x.numel() >= _FEWEST * x.shape[-1]
         and not weight.shape[0] % 16

@@ -18,14 +18,15 @@ from sma.layer import SparselyActivated, SparseMixture
 from sma.routing import Packed, Routing
 from sma.state import State
 from sma.testing.base import Result, few, law, lengths_of_rows
+from sma.testing.called import CalledLaws
 from sma.testing.numerics import NumericLaws
 from sma.testing.routing import RoutingLaws
 from sma.testing.streaming import StreamingLaws
 from sma.testing.world import WorldLaws
-from sma.wrap.layouts import infer_layout
+from sma.wrap.layouts import infer_layout, is_chain
 
 
-class _LayerSuite(WorldLaws, StreamingLaws, RoutingLaws, NumericLaws):
+class _LayerSuite(WorldLaws, StreamingLaws, RoutingLaws, NumericLaws, CalledLaws):
     """Laws of one sparsely activated layer."""
 
     def call(
@@ -157,6 +158,17 @@ class StockSuite(ModuleSuite):
         ...         return module(x.transpose(1, 2)).transpose(1, 2)
     """
 
+    def parts_that_run(self, module: nn.Module) -> dict[str, nn.Module]:
+        """Not the parts of other people's modules, which may read each other's weights, nor chains of them."""
+        chain = {"module"} if is_chain(module.module) else set()  # type: ignore[arg-type]
+        parts = super().parts_that_run(module).items()
+        return {name: part for name, part in parts if not name.startswith("module.") and name not in chain}
+
+    def parts_with_gradients(self, module: nn.Module) -> dict[str, nn.Module]:
+        """Not recurrent nets, which return packed sequences, where PyTorch looks for no tensor."""
+        parts = super().parts_with_gradients(module).items()
+        return {name: part for name, part in parts if not isinstance(part, nn.RNNBase)}
+
     def native(self, module: nn.Module, x: Tensor) -> Tensor:
         """The module on one sequence ``(1, n, D)``, called as its own documentation says."""
         y: Tensor = module(x)
@@ -166,7 +178,7 @@ class StockSuite(ModuleSuite):
         return self.native(module, x[None])[0]
 
 
-class MixerSuite(WorldLaws, StreamingLaws, RoutingLaws, NumericLaws):
+class MixerSuite(WorldLaws, StreamingLaws, RoutingLaws, NumericLaws, CalledLaws):
     """The laws of an always-on sequence layer. Rows are right-padded, as everywhere inside a model.
 
     Example:
@@ -197,7 +209,7 @@ class MixerSuite(WorldLaws, StreamingLaws, RoutingLaws, NumericLaws):
         return Result(y, after)
 
 
-class NormSuite(WorldLaws, RoutingLaws, NumericLaws):
+class NormSuite(WorldLaws, RoutingLaws, NumericLaws, CalledLaws):
     """The laws of a normalisation: token by token in evaluation mode, and blind to padding in any mode."""
 
     config: ClassVar[Norm.Config]
@@ -233,7 +245,7 @@ class NormSuite(WorldLaws, RoutingLaws, NumericLaws):
             self.assert_close(other, one, f"more padding: {'output' if i == 0 else f'statistic {i}'}")
 
 
-class BlockSuite(WorldLaws, StreamingLaws, RoutingLaws, NumericLaws):
+class BlockSuite(WorldLaws, StreamingLaws, RoutingLaws, NumericLaws, CalledLaws):
     """The laws of one block of depth. Rows are right-padded, as everywhere inside a model.
 
     Example:
@@ -261,7 +273,7 @@ class BlockSuite(WorldLaws, StreamingLaws, RoutingLaws, NumericLaws):
         return Result(out.x, out.state, out.routings, out.losses)
 
 
-class ModelSuite(WorldLaws, StreamingLaws, RoutingLaws, NumericLaws):
+class ModelSuite(WorldLaws, StreamingLaws, RoutingLaws, NumericLaws, CalledLaws):
     """The laws of a whole model that reads token numbers ``(B, L)``; with ``vocab_size = None`` real numbers.
 
     Attributes:

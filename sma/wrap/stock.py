@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sma.errors import ShapeError
+from sma.errors import ConfigError, ShapeError
 from sma.interfaces import Layout, ModuleOutput
 from sma.routing import Packed
+from sma.runtime.plain import unwrapped, why_called
 from sma.state import State
 from sma.wrap.layouts import infer_layout, is_chain
 
@@ -42,12 +43,11 @@ def call_module(
     Raises:
         ShapeError: the module did not return one row per token.
     """
-    if layout == "packed":
-        result = _as_output(module, module(h, packed, state))
-    elif layout == "tokens":
-        result = _as_output(module, module(h))
-    else:
+    if layout == "padded":
         result = _call_padded(module, h, packed, causal, window)
+    else:
+        returned = module(h, packed, state) if layout == "packed" else module(h)
+        result = ModuleOutput(returned) if isinstance(returned, Tensor) else _as_output(module, returned)
     if result.output.dim() != 2 or result.output.shape[0] != h.shape[0]:
         raise ShapeError(
             f"{type(module).__name__}: must return one row for each of {h.shape[0]} active tokens, "
@@ -57,8 +57,6 @@ def call_module(
 
 
 def _as_output(module: nn.Module, result: Any) -> ModuleOutput:
-    if isinstance(result, Tensor):
-        return ModuleOutput(result)
     if isinstance(result, tuple) and 1 <= len(result) <= 3:
         output = ModuleOutput(*result)
         if isinstance(output.output, Tensor) and (output.state is None or isinstance(output.state, State)):
@@ -76,7 +74,8 @@ def _describe(result: Any) -> str:
 
 
 def _call_padded(module: nn.Module, h: Tensor, packed: Packed, causal: bool, window: int | None = None) -> ModuleOutput:
-    if is_chain(module):
+    if is_chain(unwrapped(module)):
+        _check_chain(module)
         # Part by part, so that a part that works token by token (a batch norm, say) sees tokens and never padding.
         losses: dict[str, Tensor] = {}
         for i, child in enumerate(module.children()):
@@ -102,11 +101,26 @@ def _call_padded(module: nn.Module, h: Tensor, packed: Packed, causal: bool, win
     return ModuleOutput(out.flatten(0, 1).index_select(0, flat))
 
 
+def _check_chain(module: nn.Module) -> None:
+    """Refuse a chain that has to be called: its parts are called one by one, on tokens or on padded rows.
+
+    Raises:
+        ConfigError: something is hung on the chain, or wrapped around it.
+    """
+    reason = why_called(module, frozenset({type(unwrapped(module))}))
+    if reason is not None:
+        raise ConfigError(
+            f"{type(unwrapped(module)).__name__}: layout 'padded' runs it part by part, so it must be plain, but it "
+            f"{reason}; do the same to its parts instead"
+        )
+
+
 def _call_rows(module: nn.Module, x: Tensor, lengths: Tensor, causal: bool, window: int | None = None) -> Tensor:
     """Run on right-padded rows ``(B', K', D)`` of which none is empty."""
     mask = _causal_mask(x, window) if causal else None
+    inner = unwrapped(module)
     for kind, call in _CALLS.items():
-        if isinstance(module, kind):
+        if isinstance(inner, kind):
             return call(module, x, lengths, mask)
     return _custom(module, x, lengths)
 
@@ -131,8 +145,8 @@ def _causal_mask(x: Tensor, window: int | None) -> _Mask:
 
 
 def _attention(module: nn.Module, x: Tensor, lengths: Tensor, mask: _Mask | None) -> Tensor:
-    assert isinstance(module, nn.MultiheadAttention)
-    seq = x if module.batch_first else x.transpose(0, 1)
+    batch_first = unwrapped(module).batch_first
+    seq = x if batch_first else x.transpose(0, 1)
     out: Tensor = module(
         seq,
         seq,
@@ -142,11 +156,12 @@ def _attention(module: nn.Module, x: Tensor, lengths: Tensor, mask: _Mask | None
         attn_mask=mask and mask.hidden,
         is_causal=mask is not None and mask.only_future,
     )[0]
-    return out if module.batch_first else out.transpose(0, 1)
+    return out if batch_first else out.transpose(0, 1)
 
 
 def _encoder(module: nn.Module, x: Tensor, lengths: Tensor, mask: _Mask | None) -> Tensor:
-    layer = module.layers[0] if isinstance(module, nn.TransformerEncoder) else module
+    inner = unwrapped(module)
+    layer = unwrapped(inner.layers[0]) if isinstance(inner, nn.TransformerEncoder) else inner
     batch_first = layer.self_attn.batch_first  # type: ignore[union-attr]
     seq = x if batch_first else x.transpose(0, 1)
     only_future = mask is not None and mask.only_future
@@ -157,7 +172,6 @@ def _encoder(module: nn.Module, x: Tensor, lengths: Tensor, mask: _Mask | None) 
 
 
 def _recurrent(module: nn.Module, x: Tensor, lengths: Tensor, mask: _Mask | None) -> Tensor:
-    assert isinstance(module, nn.RNNBase)
     sequences = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
     out, _ = nn.utils.rnn.pad_packed_sequence(module(sequences)[0], batch_first=True, total_length=x.shape[1])
     return out
@@ -171,7 +185,7 @@ def _convolution(module: nn.Module, x: Tensor, lengths: Tensor, mask: _Mask | No
 
 def _custom(module: nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
     """A user's own sequence module: with a padding mask (True on padding) if it takes one, else row by row."""
-    parameters = inspect.signature(module.forward).parameters
+    parameters = inspect.signature(unwrapped(module).forward).parameters
     name = next((name for name in MASK_ARGUMENTS if name in parameters), None)
     if name is not None:
         return _tensor(module, module(x, **{name: _padding_mask(x, lengths)}))

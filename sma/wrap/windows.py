@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sma.errors import StreamingError
 from sma.interfaces import ModuleOutput
 from sma.routing import Packed
+from sma.runtime.plain import unwrapped
 from sma.state import State
 from sma.working_memory import WorkingMemory
 from sma.wrap.stock import call_module
@@ -42,7 +43,7 @@ def call_windowed(module: nn.Module, h: Tensor, packed: Packed, state: State | N
         (rows,), bounds, _, after = state.append(packed, h)
         first = bounds[packed.sequence]
         at = bounds[1:][packed.sequence] - packed.lengths[packed.sequence] + packed.rank
-    if isinstance(module, BANDED):
+    if isinstance(unwrapped(module), BANDED):
         whole = call_module(module, "padded", rows, _rows_of(bounds), None, True, window=window)
         return ModuleOutput(whole.output.index_select(0, at), after, whole.losses)
     lengths = (at - first + 1).clamp(max=window + 1)

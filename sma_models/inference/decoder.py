@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sma.errors import ConfigError, ShapeError, StreamingError
 from sma.steppers import Decision, SlotSpec, StepContext
+from sma_models.embeddings import like_of
 from sma_models.inference.graphs import Graph, copy_all
 from sma_models.inference.prefill import Reader
 from sma_models.language_model import LanguageModel, ModelStepper
@@ -71,9 +72,9 @@ class Decoder:
             raise ConfigError("model: must be in evaluation mode to decode, call model.eval() first")
         self.model, self.slots, self.rollback = model, slots, rollback
         self.reader = Reader(model, prefill_chunk, capture=capture)
-        weight = model.embedding.weight
+        weight = like_of(model.embedding)
         with torch.no_grad():
-            self._stepper = ModelStepper(model, SlotSpec(slots, rollback, weight.detach()))
+            self._stepper = ModelStepper(model, SlotSpec(slots, rollback, weight))
         self._position = torch.zeros(slots, dtype=torch.int64, device=weight.device)
         self._live = torch.zeros(slots, dtype=torch.bool, device=weight.device)
         self._tokens = torch.zeros(slots, dtype=torch.int64, device=weight.device)
@@ -81,6 +82,7 @@ class Decoder:
         self._decisions: dict[str, Decision] = {}
         self._taken: list[int | None] = [None] * slots  # tokens since the slot was written, None where it is free
         self._set_live: list[bool] = [False] * slots
+        self._capture = capture
         able = capture and weight.is_cuda and not self._stepper.why_uncaptured()
         self._graph: Graph[dict[str, Decision]] | None = Graph(weight.device) if able else None
         self._seat = _Seat(self) if able and slots >= _SEAT_FROM else None
@@ -209,6 +211,8 @@ class Decoder:
         """
         if live is not None:
             self._check_live(live)
+        if self._stepper.outdated():
+            self._rebuild()
         slots = self._put_tokens(tokens, live)
         if not slots:
             return self.logits
@@ -270,9 +274,29 @@ class Decoder:
         self._taken[slot] = reach - tokens
 
     def refresh(self) -> None:
-        """Take notice of weights that changed in place."""
+        """Take notice of weights that changed in place.
+
+        Parts that were replaced, wrapped or hooked are noticed by the next step as well.
+        """
+        if self._stepper.outdated():
+            self._rebuild()
         with torch.no_grad():
             self._stepper.refresh()
+
+    @torch.no_grad()
+    def _rebuild(self) -> None:
+        """Choose the steppers of the model anew. The sequences go on, but take back no token of before."""
+        slots = self.occupied
+        index = torch.tensor(slots, dtype=torch.int64, device=self._position.device)
+        state = self._stepper.read(index, self._position[index]) if slots else None
+        self._stepper = ModelStepper(self.model, SlotSpec(self.slots, self.rollback, like_of(self.model.embedding)))
+        able = self._capture and self.logits.is_cuda and not self._stepper.why_uncaptured()
+        self._graph = Graph(self.logits.device) if able else None
+        self._seat = _Seat(self) if able and self.slots >= _SEAT_FROM else None
+        if state is not None:
+            self._stepper.write(index, state, self._position[index])
+        for slot in slots:
+            self._taken[slot] = 0
 
     def _position_of(self, state: StackState) -> Tensor:
         """Where the sequences of a state stand, if it is one of the model."""

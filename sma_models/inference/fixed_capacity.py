@@ -18,7 +18,7 @@ def why_not_fixed(model: Model) -> dict[str, str]:
         "which is not known beforehand"
         for name, layer in model.named_modules()
         if isinstance(layer, SparseMixture)
-        for module, layout in zip(layer._members, layer.layouts, strict=True)
+        for module, layout in zip(layer.activated_modules, layer.layouts, strict=True)
         if layout == "padded"
     }
 

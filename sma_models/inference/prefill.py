@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -340,9 +339,9 @@ class _Captured:
         own = cast("StackState", out.state)
         (state,) = _values(own, [own.tensors()])
         if length == out.x.shape[1]:
-            return replace(out, state=state)
+            return out._replace(state=state)
         routings = {name: routing.map(lambda each: each[:, :length]) for name, routing in out.routings.items()}
-        return replace(out, x=out.x[:, :length], state=state, routings=routings)
+        return out._replace(x=out.x[:, :length], state=state, routings=routings)
 
 
 class _CapturedPieces:

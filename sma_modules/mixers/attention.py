@@ -14,6 +14,7 @@ from sma.interfaces import Mixer
 from sma.ops.compress import compress
 from sma.ops.extract import extract
 from sma.routing import Packed
+from sma.runtime.plain import is_plain
 from sma.state import State
 from sma.steppers import MixerStepper, SlotSpec, StepContext, Stepper
 from sma.working_memory import WorkingMemory
@@ -79,8 +80,8 @@ class AttentionMixer(Mixer):
         super().initial_state(batch, like)
         return self.attention.initial_state(batch, like)
 
-    def stepper(self, spec: SlotSpec) -> AttentionMixerStepper:
-        return AttentionMixerStepper(self, spec)
+    def stepper(self, spec: SlotSpec) -> AttentionMixerStepper | None:
+        return AttentionMixerStepper(self, spec) if is_plain(self.attention, Attention) else None
 
     def forward(
         self, x: Tensor, state: State | None = None, *, lengths: Tensor | None = None
@@ -106,7 +107,7 @@ class AttentionMixer(Mixer):
         mask = torch.ones_like(column, dtype=torch.bool) if lengths is None else column < lengths[:, None]
         # Every token of the stream went into the memory, so what it has counted is the position of the next one.
         position = column + state.count[:, None] if _continues(state, batch) else column
-        # In a graph there is room for padding too, as shapes are fixed there.
+        # The capacity of a graph suffices for padding too, as shapes are fixed there.
         capacity = batch * length if torch.compiler.is_compiling() else None
         packed = Packed.from_mask(mask, position, capacity=capacity)
         output, memory, _ = self.attention(compress(x, packed), packed, state)

@@ -139,5 +139,5 @@ class AttentionStepper(RingStepper):
             window=module.window,
             chunk=module.chunk,
         )
-        projected: Tensor = module.out_proj(out.flatten(1))
+        projected: Tensor = module.dropout(module.out_proj(out.flatten(1)))
         return projected

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sma.dropout import Dropout
 from sma.interfaces import Module
-from sma.runtime.plain import is_plain
+from sma.runtime.plain import DROPOUTS, is_plain
 from sma_modules.ops.feed_forward import Activation, Linear, feed_forward
 from sma_modules.ops.feed_forward.eager import ACTIVATIONS
 
@@ -65,7 +65,9 @@ class FFN(Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x (K, D)``, or any leading shape, to the same shape."""
         up, gate, down = self.up, self.gate, self.down
-        plain = is_plain(up) and is_plain(down) and (gate is None or is_plain(gate))
+        plain = (
+            is_plain(up) and is_plain(down) and (gate is None or is_plain(gate)) and is_plain(self.dropout, DROPOUTS)
+        )
         if plain and not (self.training and self.dropout.p):
             dtype = compute_dtype(x)
             rows = x.to(dtype) if x.dim() == 2 else x.to(dtype).reshape(-1, x.shape[-1])

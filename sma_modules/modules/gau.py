@@ -15,7 +15,7 @@ from sma.interfaces import ModuleOutput
 from sma.ops.backend import concrete
 from sma.routing import Packed
 from sma.runtime.onednn import Linear
-from sma.runtime.plain import is_plain
+from sma.runtime.plain import DROPOUTS, is_plain
 from sma.runtime.recomputation import recomputed
 from sma.state import State
 from sma.steppers import Decision, SlotSpec, StepContext
@@ -218,14 +218,17 @@ class SingleHeadStepper(RingStepper):
 
 
 class GAUStepper(SingleHeadStepper):
-    """A gated attention unit."""
+    """A gated attention unit.
+
+    Attributes:
+        is_plain: whether the unit's parts were plain when the stepper was built, so that they need not be called.
+    """
 
     module: GAU
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the unit's projections are nothing but their weights."""
-        return is_plain(self.module.mx_proj) and is_plain(self.module.h_proj)
+    def __init__(self, module: GAU, spec: SlotSpec) -> None:
+        super().__init__(module, spec)
+        self.is_plain = is_plain(module.mx_proj) and is_plain(module.h_proj) and is_plain(module.dropout, DROPOUTS)
 
     def between(
         self, m: Tensor, skip: tuple[Tensor, Tensor], residual: Tensor, decision: Decision, context: StepContext
@@ -271,5 +274,5 @@ class GAUStepper(SingleHeadStepper):
             module.mx_proj(x), module.gamma, module.beta, position=position, theta=module.config.rotary_theta
         )
         q, k, v, r = inputs
-        out: Tensor = module.h_proj(self.attend(q, k, v, r, active, context))
+        out: Tensor = module.dropout(module.h_proj(self.attend(q, k, v, r, active, context)))
         return out

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sma.interfaces import Module, ModuleOutput
+from sma.runtime.plain import call_router, is_plain
 from sma_modules.modules.ffn import ACTIVATIONS, FFN, Activation, compute_dtype
 from sma_modules.ops.expert_matmul import expert_matmul
 from sma_modules.ops.expert_matmul.activated import OP as ACTIVATED
@@ -122,6 +123,8 @@ class MoE(Module):
     def _logits(self, x: Tensor) -> Tensor:
         """``(T, E)`` in float32, or float64 for float64 inputs: rounding decides who is chosen."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if not is_plain(self.router):
+            return call_router(self.router, x).to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(dtype), self.router.weight.to(dtype))
 

@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sma_modules.steppers import GAUStepper
 from torch import Tensor
 
 from sma.errors import ConfigError, ShapeError, StreamingError
 from sma.ops import using
 from sma_models.inference import Decoder, prefill
 from sma_models.language_model import LanguageModel
+from sma_modules.modules.gau import GAUStepper
 from tests.devices import DEVICE, needs_triton
 from tests.models.tiny import SPECS, VOCABULARY, inputs_of, tiny
 
