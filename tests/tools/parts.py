@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -69,7 +70,11 @@ class Part:
             dropout.p = 0.0
         return module
 
-    def inputs(self, module: nn.Module, seed: int = 1) -> Tensor:
+    def inputs(self, module: nn.Module) -> Tensor:
+        """``(BATCH, LENGTH)`` tokens, numbers or features, of which every layer activates some."""
+        return self.drawn(module, lively_seed(self))
+
+    def drawn(self, module: nn.Module, seed: int) -> Tensor:
         """``(BATCH, LENGTH)`` tokens, numbers or features."""
         if self.suite is None:
             x = inputs_of(module, BATCH, LENGTH, seed=seed)  # type: ignore[arg-type]
@@ -94,6 +99,18 @@ class Part:
             state: State | None = self.suite().start(module, batch, like)
             return state
         return module.initial_state(batch)  # type: ignore[no-any-return,operator]
+
+
+@cache
+def lively_seed(part: Part) -> int:
+    """The first seed with which every layer of a part activates a module: what nobody runs, nothing changes."""
+    module = part.build()
+    for seed in range(1, 20):
+        with torch.no_grad():
+            routings = part.call(module, part.drawn(module, seed)).routings.values()
+        if all(bool(routing.active[:, :-2].any((0, 1)).all()) for routing in routings):
+            return seed
+    return 1
 
 
 def of_type(module: nn.Module, kind: type[Any]) -> Iterator[Any]:

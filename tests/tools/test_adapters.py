@@ -15,6 +15,7 @@ from tests.models.tiny import VOCABULARY, inputs_of, loss_of, tiny
 from tests.tools.parts import PARTS, Part, trained, ways_of
 from tests.tools.tools import linears
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # read by peft
 WITH_LINEARS = [part for part in PARTS if linears(part.build())]
 
 

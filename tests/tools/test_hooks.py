@@ -84,7 +84,8 @@ def check_forward(counts: dict[str, Counter[str]], expected: dict[str, nn.Module
     wrong = [f"{way}: {name or 'the whole'}: never called" for name in expected if not counts["forward"][name]]
     for name in expected:
         pre, forward = counts["pre"][name], counts["forward"][name]
-        if pre != forward:
+        stopped = way == "training" and pre == 2 * forward  # a block is recomputed up to its last saved tensor
+        if pre != forward and not stopped:
             wrong.append(f"{way}: {name}: {pre} pre-hooks and {forward} hooks")
     return wrong
 
