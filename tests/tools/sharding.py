@@ -21,7 +21,15 @@ from sma_models.language_model import LanguageModel
 from tests.models.tiny import call, inputs_of, loss_of, tiny
 
 SHARDED = (Block, Mixer, Module, Norm, SparseMixture, Configurator, nn.Linear, nn.Embedding)
-MODELS = ("seqboat_small_lm", "mega_lm", "three_module_lm", "ema_moe_lm", "mixture_of_depths_lm", "seqboat_text", "seqboat_image")
+MODELS = (
+    "seqboat_small_lm",
+    "mega_lm",
+    "three_module_lm",
+    "ema_moe_lm",
+    "mixture_of_depths_lm",
+    "seqboat_text",
+    "seqboat_image",
+)
 """They hold a part of every registered class that has parameters."""
 WORLD = 2
 

@@ -15,7 +15,9 @@ from tests.models.tiny import VOCABULARY, inputs_of, loss_of, tiny
 from tests.tools.parts import PARTS, Part, trained, ways_of
 from tests.tools.tools import linears
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # read by peft
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # read by peft
 WITH_LINEARS = [part for part in PARTS if linears(part.build())]
 
 
@@ -50,7 +52,9 @@ def test_lora(part: Part) -> None:
 
 def without_gradient(module: nn.Module, merged: nn.Module) -> list[str]:
     """Adapters without a gradient, on projections whose weights have one."""
-    used = {name for name, linear in linears(merged).items() if linear.weight.grad is not None and linear.weight.grad.any()}
+    used = {
+        name for name, linear in linears(merged).items() if linear.weight.grad is not None and linear.weight.grad.any()
+    }
     return [
         name
         for name, parameter in module.named_parameters()

@@ -18,7 +18,6 @@ from tests.models.tiny import SPECS, call, inputs_of, tiny
 from tests.tools.parts import PARTS, Part
 from tests.tools.tools import linears
 
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions.* deprecated:UserWarning"),
@@ -88,7 +87,9 @@ def steps(model: LanguageModel, tokens: Tensor) -> None:
 
 
 @quantisers
-@pytest.mark.parametrize("part", [p for p in PARTS if p.suite is not None and p.kind != "model" and linears(p.build())], ids=str)
+@pytest.mark.parametrize(
+    "part", [p for p in PARTS if p.suite is not None and p.kind != "model" and linears(p.build())], ids=str
+)
 def test_quantised_parts(part: Part, quantise: Callable[[nn.Module], nn.Module]) -> None:
     module = part.build().float()
     x = part.inputs(module).float()

@@ -27,7 +27,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         for process in context.processes:
             if process.is_alive():
                 process.kill()
-    lines = [line for rank in range(sharding.WORLD) for line in (folder / f"{rank}.txt").read_text("utf-8").splitlines()]
+    lines = [
+        line for rank in range(sharding.WORLD) for line in (folder / f"{rank}.txt").read_text("utf-8").splitlines()
+    ]
     found: dict[str, str] = {}
     for line in lines:
         spec, name, outcome = line.split(": ", 2)

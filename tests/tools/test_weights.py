@@ -9,7 +9,6 @@ from torch import nn
 from tests.tools.parts import PARTS, Part, trained, ways_of
 from tests.tools.tools import TOOLS, Tool, linears
 
-
 WITH_LINEARS = [part for part in PARTS if linears(part.build())]
 CASES = [
     pytest.param(tool, part, id=f"{tool}-{part}")

@@ -53,7 +53,13 @@ def test_checkpoint_wrapper(part: Part) -> None:
     check(part, "checkpoint_wrapper", list(layers(part.build())))
 
 
-COMPILED = ("spec-seqboat_small_lm", "spec-mega_lm", "spec-three_module_lm", "spec-mixture_of_depths_lm", "spec-seqboat_text")
+COMPILED = (
+    "spec-seqboat_small_lm",
+    "spec-mega_lm",
+    "spec-three_module_lm",
+    "spec-mixture_of_depths_lm",
+    "spec-seqboat_text",
+)
 """Compiling takes seconds: these hold a layer of every class."""
 
 
@@ -85,7 +91,7 @@ def check(part: Part, wrapper: str, names: list[str]) -> None:
                 assert (one.grad is None) == (other.grad is None), f"gradient of {own}: {one.grad}"
                 if one.grad is not None:
                     torch.testing.assert_close(one.grad, other.grad, rtol=1e-8, atol=1e-9)
-            for way_name, way in ways_of(part, plain).items():  # noqa: B007
+            for way_name, way in ways_of(part, plain).items():
                 torch.testing.assert_close(way(part, module), expected[way_name], rtol=1e-9, atol=1e-9)
         except Exception as error:
             wrong.append(f"{wrapper} around {name}: {way_name}: {type(error).__name__}: {str(error).splitlines()[0]}")

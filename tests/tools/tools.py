@@ -207,7 +207,9 @@ TOOLS = (
     Tool("weight_norm", each_linear(weight_norm), trained=("weight_g", "weight_v")),
     Tool("spectral_norm", each_linear(spectral_norm), trained=("weight_orig",), in_training=False),
     Tool("weight_norm, parametrised", each_linear(weight_norm_parametrised), trained=("original0", "original1")),
-    Tool("spectral_norm, parametrised", each_linear(spectral_norm_parametrised), trained=("original",), in_training=False),
+    Tool(
+        "spectral_norm, parametrised", each_linear(spectral_norm_parametrised), trained=("original",), in_training=False
+    ),
     Tool("a parametrisation of every parameter", parametrise_everything, scaled, ("original",), everything=True),
     Tool("a Linear with weights of its own", each_linear(lambda it: Elsewhere(it.weight, it.bias)), trained=("own",)),
     Tool("a Linear that adds 1", each_linear(shift), one_more, ("weight",)),
