@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sma.routing import Routing
 from sma_models.inference import Decoder
 from sma_models.language_model import LanguageModel
-from sma_models.retrieval import Retrieval
 from tests.models.tiny import SPECS, call, inputs_of, tiny
 from tests.tools.parts import PARTS, Part
 from tests.tools.tools import linears
@@ -62,16 +60,11 @@ def test_quantised_models(name: str, quantise: Callable[[nn.Module], nn.Module])
     inputs = inputs_of(model)
     with torch.no_grad():
         plain = call(model, inputs)
-        out = call(quantised, inputs, replay=by_decisions(plain.routings))
+        out = call(quantised, inputs, replay=plain.routings)  # rounding decides nothing then
     error = (out.logits - plain.logits).norm() / plain.logits.norm()
     assert float(error) < 0.1, f"the logits are off by {float(error):.3f}"
     if isinstance(model, LanguageModel):
         steps(quantised, inputs[:1])
-
-
-def by_decisions(routings: Mapping[str, Routing]) -> Mapping[str, Routing]:
-    """To be replayed: rounding decides nothing then."""
-    return routings
 
 
 def steps(model: LanguageModel, tokens: Tensor) -> None:
@@ -100,7 +93,3 @@ def test_quantised_parts(part: Part, quantise: Callable[[nn.Module], nn.Module])
         out = part.suite().call(quantised, x, replay=plain.routings or None)
     error = (out.y - plain.y).norm() / plain.y.norm()
     assert float(error) < 0.1, f"off by {float(error):.3f}"
-
-
-def test_retrieval_is_among_them() -> None:
-    assert isinstance(tiny("seqboat_retrieval"), Retrieval)

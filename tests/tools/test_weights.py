@@ -39,7 +39,7 @@ def without_gradient(tool: Tool, module: nn.Module, plain: nn.Module) -> list[st
     used = {
         name.rpartition(".")[0]
         for name, parameter in plain.named_parameters()
-        if parameter.grad is not None and bool(parameter.grad.any())
+        if parameter.grad is not None and float(parameter.grad.abs().max()) > 1e-12
     }
     missing = []
     for name, parameter in module.named_parameters():
