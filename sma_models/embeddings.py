@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sma.ops.embedding import embedding
+from sma.runtime.onednn import linear
 from sma.runtime.plain import unwrapped
 
 
@@ -15,7 +16,13 @@ class TokenEmbedding(nn.Embedding):
     """``nn.Embedding`` by :func:`sma.ops.embedding.embedding`."""
 
     def forward(self, input: Tensor, scale: float = 1.0, rounded: bool = True) -> Tensor:
-        """``(B, L)`` to ``(B, L, D)``, times ``scale``; unless ``rounded`` is False, in the dtype of autocast."""
+        """``(B, L)`` to ``(B, L, D)``, times ``scale``; unless ``rounded`` is False, in the dtype of autocast.
+
+        Of features ``(..., D)`` it gives logits ``(..., V)``, for a head that is tied to a weight which is there only
+        while the embedding is called.
+        """
+        if input.is_floating_point():
+            return linear(input, self.weight)
         device = input.device.type
         narrow = rounded and torch.is_autocast_enabled(device)
         return embedding(input, self.weight, scale=scale, dtype=torch.get_autocast_dtype(device) if narrow else None)

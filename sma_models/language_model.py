@@ -15,8 +15,8 @@ from sma.decode.fallback import FallbackStepper
 from sma.errors import StreamingError
 from sma.interfaces import Model
 from sma.routing import Routing
-from sma.runtime.onednn import Linear, linear
-from sma.runtime.plain import DROPOUTS, PartsWatch, watched_parts, why_called
+from sma.runtime.onednn import PLAIN_WEIGHTS, Linear, linear
+from sma.runtime.plain import DROPOUTS, PartsWatch, unwrapped, watched_parts, why_called
 from sma.state import State, misfit
 from sma.steppers import Decision, SlotSpec, StepContext, Stepper, normalised
 from sma_models.embeddings import TokenEmbedding, embedded, like_of
@@ -96,7 +96,10 @@ class LanguageModel(Model):
             out: Tensor = self.head(features)
             return out
         weight = self.embedding.weight  # of a parametrised embedding computed here
-        return linear(features.to(weight.device), weight)  # the stack may lie elsewhere
+        features = features.to(weight.device)  # the stack may lie elsewhere
+        if type(weight) not in PLAIN_WEIGHTS and isinstance(unwrapped(self.embedding), TokenEmbedding):
+            return self.embedding(features)  # type: ignore[no-any-return]  # sharded: whole inside a call only
+        return linear(features, weight)
 
 
 class ModelStepper(Stepper):
@@ -127,7 +130,7 @@ class ModelStepper(Stepper):
         return super().why_uncaptured() | hooks
 
     def parts(self) -> dict[str, Stepper]:
-        whole: dict[str, Stepper] = {} if self.whole is None else {"model": self.whole}
+        whole: dict[str, Stepper] = {} if self.whole is None else {"": self.whole}
         return whole | {f"layers.{i}": layer for i, layer in enumerate(self.layers)}
 
     def read(self, slots: Tensor, position: Tensor) -> StackState:

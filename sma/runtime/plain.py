@@ -83,7 +83,7 @@ def why_called(part: nn.Module, kind: type | frozenset[type] = LINEARS) -> str |
     if isinstance(kind, frozenset) and type(part) in kind:
         return f"has a weight that is a {type(weight).__name__}"
     expected = kind.__name__ if isinstance(kind, type) else " or ".join(sorted({each.__name__ for each in kind}))
-    return f"is a {type(part).__name__}, not a {expected}"
+    return f"is of class {type(part).__name__}, not {expected}"
 
 
 def _why_watched(part: nn.Module) -> str | None:

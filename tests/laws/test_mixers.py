@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from sma.testing import MixerSuite
-from sma_modules.mixers.ema import EMA
 from sma_modules.mixers.attention import AttentionMixer
+from sma_modules.mixers.ema import EMA
 from tests.laws.table import covers
 
 
