@@ -21,6 +21,7 @@ from benchmarks.pages import PARTS as BENCHMARKS
 from sma_models.cli import app as command_line
 from sma_models.cli.installed import count_parameters
 from sma_models.training.recipe import load_recipe, recipe_names
+from tests.tools.table import markdown as tools_and_parts
 
 MARK = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 
@@ -211,5 +212,6 @@ PARTS: dict[str, Callable[[], str]] = {
     "recipe_models": recipe_models,
     "commands": commands,
     "names": names,
+    "tools_and_parts": tools_and_parts,
     **BENCHMARKS,
 }
