@@ -68,11 +68,13 @@ def lazy(module: str, name: str) -> Callable[..., Any]:
     """A function of a module that is imported at its first call, for instance because it imports Triton."""
     found: list[Callable[..., Any]] = []
 
-    # The compiler cannot trace an import by name, and runs this instead.
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def load() -> None:
         if not found:
             found.append(getattr(importlib.import_module(module), name))
+
+    # The compiler cannot trace an import by name, and runs this instead. torch.compiler.assume_constant_result sets the
+    # same, but imports the compiler, and with it Triton: seconds that a program without a compiler need not spend.
+    load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def run(*args: Any) -> Any:
         if torch.compiler.is_compiling() or not found:  # it must not look at the list before the import

@@ -5,7 +5,7 @@ The only package that imports pluggy.
 
 from sma.plugins.hookspecs import ENTRY_POINT_GROUP, Register, hookimpl
 from sma.plugins.manager import isolated_registry, load_plugins, register, registry
-from sma.plugins.registry import Entry, Failure, Provider, Registry
+from sma.plugins.registrations import Entry, Failure, Provider, Registry
 
 __all__ = [
     "ENTRY_POINT_GROUP",

@@ -23,7 +23,7 @@ import pluggy
 
 from sma.errors import PluginError
 from sma.plugins import hookspecs
-from sma.plugins.registry import Entry, Failure, Provider, Registry, did_you_mean, make_entry, registered_twice
+from sma.plugins.registrations import Entry, Failure, Provider, Registry, did_you_mean, make_entry, registered_twice
 
 BUILT_IN: Final = {"sma": "sma.plugin", "sma_modules": "sma_modules.plugin", "sma_models": "sma_models.plugin"}
 """Our own entry points. They are loaded by name where the distribution is not installed (a source tree)."""

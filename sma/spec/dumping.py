@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any
 
 from sma.errors import SpecError
-from sma.plugins.registry import Registry
+from sma.plugins.registrations import Registry
 from sma.spec.tree import escape
 from sma.spec.typed import hints_of, plugin_of
 

@@ -11,7 +11,7 @@ from importlib.resources.abc import Traversable
 from typing import Any
 
 from sma.errors import SpecError
-from sma.plugins.registry import SPEC, Registry
+from sma.plugins.registrations import SPEC, Registry
 from sma.spec.dumping import unload
 from sma.spec.text import MAX_BYTES, MAX_DEPTH, parse
 from sma.spec.tree import Budget, Path, is_leaf_object, merge, normalise, rebase, resolve, show

@@ -14,7 +14,7 @@ from typing import Any, Literal, Union
 from sma.configurable import BaseConfig
 from sma.errors import PluginError, SpecError
 from sma.interfaces import KINDS, Plugin
-from sma.plugins.registry import SPEC, Registry, did_you_mean, either
+from sma.plugins.registrations import SPEC, Registry, did_you_mean, either
 from sma.spec.tree import Path, show
 
 _SCALARS: tuple[type[Any], ...] = (bool, int, float, str)

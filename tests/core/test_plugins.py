@@ -16,7 +16,7 @@ import sma
 from sma.errors import PluginError, SpecError
 from sma.plugins import Provider, Registry, isolated_registry, load_plugins
 from sma.plugins import manager as plugin_manager
-from sma.plugins.registry import make_entry
+from sma.plugins.registrations import make_entry
 from tests.core import spec_parts as parts
 
 MODULE = """
