@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil, isfinite, prod
 from typing import NamedTuple
 
@@ -215,7 +216,12 @@ def _packed_within(
     ]
     packed = tuple(Packed.from_rows(each, shape) for each in rows)
     dropped = [each.overflow for each in packed if each.overflow is not None]
-    return packed, torch.stack([each.kept for each in rows], -1), torch.stack(dropped, -1)
+    return packed, _stacked([each.kept for each in rows]), _stacked(dropped)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Along a new last axis; one tensor is not copied, which would be a launch for every layer."""
+    return tensors[0].unsqueeze(-1) if len(tensors) == 1 else torch.stack(list(tensors), -1)
 
 
 def _replayed(configurator: Configurator, replay: Routing, valid: Tensor) -> Tensor:
