@@ -174,6 +174,9 @@ def route_tokens(
     overflow: Tensor | None = None
     if configurator.everywhere and replay is None and capacity is None and not scored.padded:
         packed = (Packed.of_all(scored.position),) * configurator.n_modules
+    elif capacity is None and active.shape[2] == 1:
+        rows = pack(active[..., 0], scored.position, counts=None if counts is None else counts[0])
+        packed = (Packed.from_rows(rows, (active.shape[0], active.shape[1])),)
     elif capacity is None:
         packed = _packed(active, scored.position, counts)
     else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,10 @@ class SparseMixture(nn.Module):
         >>> layer(torch.randn(2, 5, 8)).output.shape
         torch.Size([2, 5, 8])
     """
+
+    _single: ClassVar[bool] = False
+    module: nn.Module
+    members: nn.ModuleList
 
     def __init__(
         self,
@@ -218,9 +222,9 @@ class SparseMixture(nn.Module):
             if layout == "padded":
                 return f"{name} takes rows as long as the longest sequence (layout 'padded')"
             if getattr(module, "counts_rows", False):
-                return f"{name} computes a loss over all rows; rows without a token would change it"
+                return f"{name} computes a loss over all rows; padding rows would change it"
             if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
-                return f"{name} normalises over all rows; rows without a token would change it"
+                return f"{name} normalises over all rows; padding rows would change it"
         return None
 
     def _own(self, modules: Sequence[nn.Module]) -> None:
@@ -229,7 +233,7 @@ class SparseMixture(nn.Module):
     @property
     def activated_modules(self) -> list[nn.Module]:
         """The modules that are activated, in their order."""
-        return list(self.members)
+        return [self.module] if self._single else list(self.members)
 
     def _make_router(self) -> nn.Linear:
         out_features = self.configurator.n_modules * self.configurator.logits_per_module
@@ -358,7 +362,7 @@ class SparseMixture(nn.Module):
         capacity = self.capacity if replay is None and (state is None or self.capacity_streams) else None
         routing, scored = route_tokens(self.configurator, scored, replay=replay, capacity=capacity)
         losses = {} if self.rate_loss is None else {"rate": self.rate_loss(scored.score, routing.active, scored.valid)}
-        x, modules = scored.x, self.activated_modules
+        x, modules = scored.x, [self.module] if self._single else list(self.members)
         one = len(modules) == 1
         confidence = (routing.confidence.squeeze(-1),) if one else routing.confidence.unbind(-1)
         members: list[MemberOutput] = []
@@ -391,16 +395,18 @@ class SparseMixture(nn.Module):
         state: ActivatedState | None,
     ) -> None:
         """Check the input, unless one of the same signature went through last time."""
-        weight = None if self.router is None else self.router._parameters.get("weight")
-        if valid is None and lengths is None and state is None and not torch.compiler.is_compiling():
-            narrow = torch.is_autocast_enabled(x.device.type)
-            signature = (x.shape, x.dtype, x.device, narrow, None if weight is None else (weight.dtype, weight.device))
-            if signature == self._admitted:
+        router = self.router
+        lazy = router is None or isinstance(router, _LazyRouter)
+        weight = None if lazy or router is None else router._parameters.get("weight")
+        signature = None
+        # What differs from the weights goes through under autocast only, which may be off at the next call.
+        if valid is None and lengths is None and state is None and (weight is None or weight.dtype == x.dtype):
+            signature = x.shape, x.dtype, x.device, None if weight is None else weight.device
+            if signature == self._admitted and not torch.compiler.is_compiling():
                 return
-            self._check(x, None, None, None, weight)
+        self._check(x, valid, lengths, state, weight)
+        if not torch.compiler.is_compiling():
             self._admitted = signature
-        else:
-            self._check(x, valid, lengths, state, weight)
         if not self._width_known:
             self._know_width(x.shape[-1])
 
@@ -418,7 +424,7 @@ class SparseMixture(nn.Module):
         if self.d_model is not None and x.shape[-1] != self.d_model:
             raise ShapeError(f"{name}: x must have d_model = {self.d_model} features, got {tuple(x.shape)}")
         # The router stands for all weights; modules may mix dtypes, and may run in several.
-        if weight is not None and not is_lazy(weight):
+        if weight is not None:
             if x.device != weight.device:
                 raise ShapeError(f"{name}: x must be on the device of the layer, {weight.device}, got {x.device}")
             if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -456,6 +462,8 @@ class SparselyActivated(SparseMixture):
         >>> y = x + ffn(x).output
     """
 
+    _single = True
+
     def __init__(
         self,
         module: nn.Module,
@@ -468,10 +476,6 @@ class SparselyActivated(SparseMixture):
 
     def _own(self, modules: Sequence[nn.Module]) -> None:
         self.module = modules[0]
-
-    @property
-    def activated_modules(self) -> list[nn.Module]:
-        return [self.module]
 
 
 @dataclass(kw_only=True, frozen=True)

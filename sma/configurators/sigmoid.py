@@ -31,7 +31,7 @@ class Sigmoid(Configurator):
         self.threshold = config.threshold
 
     def gate(self) -> Gate | None:
-        return self._gate()
+        return Gate(self.balance, None, self.temperature, self.threshold)
 
     def _gate(self) -> Gate:
         return Gate(self.balance, None, self.temperature, self.threshold)

@@ -37,7 +37,7 @@ class TemperedSoftmax(Configurator):
         nn.init.constant_(self.temp, math.log(self.init_temp * math.sqrt(d_model)))
 
     def gate(self) -> Gate | None:
-        return self._gate()
+        return Gate(self.balance, self.temp)
 
     def _gate(self) -> Gate:
         return Gate(self.balance, self.temp)

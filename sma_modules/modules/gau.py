@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -179,8 +180,8 @@ class GAU(SingleHead):
         mx, theta, position = self.mx_proj(x), self.config.rotary_theta, self.rotated_by(packed)
         run = partial(gau_inputs, gamma=self.gamma, beta=self.beta, position=position, theta=theta)
         inputs = run(mx)
-        again = partial(run, mx.detach())
-        with recomputed(again, inputs):  # they are larger than mx, which is kept anyway, and cost one pass over it
+        # They are larger than mx, which is kept anyway, and cost one pass over it.
+        with recomputed(partial(run, mx.detach()), inputs) if mx.is_cuda else nullcontext():
             q, k, v, r = inputs
             out, memory = self.attend_single(q, k, v, packed, state, gate=r)
         del inputs, q, k, v, r

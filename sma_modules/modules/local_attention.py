@@ -56,8 +56,10 @@ class LocalAttention(Module):
 
     def attention_window(self) -> int | None:
         """How far a token sees in the compressed sequence: the window, or what a chunk leaves of it."""
-        bounds = [bound for bound in (self.window, self.chunk and self.chunk - 1) if bound is not None]
-        return min(bounds) if bounds else None
+        within = None if self.chunk is None else self.chunk - 1
+        if self.window is None or within is None:
+            return within if self.window is None else self.window
+        return min(self.window, within)
 
     def empty_memory(self, batch: int, key: Tensor, value: Tensor) -> WorkingMemory | None:
         """A memory of nothing for rows like ``key (0, H, z)`` and ``value (0, H, h)``; None if this does not stream."""

@@ -106,7 +106,7 @@ def test_a_share_is_a_share(share: float) -> None:
     [
         (nn.TransformerEncoderLayer(8, 2, batch_first=True), "takes rows as long as the longest sequence"),
         (nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), "normalises over all rows"),
-        (MoE.Config(n_experts=2).build(d_model=8), "MoE takes losses over all rows"),
+        (MoE.Config(n_experts=2).build(d_model=8), "MoE computes a loss over all rows; padding rows would change it"),
     ],
     ids=["padded", "batch norm", "experts"],
 )

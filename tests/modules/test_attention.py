@@ -13,7 +13,8 @@ from torch import nn
 from sma import Packed
 from sma.errors import ConfigError, ShapeError, StreamingError
 from sma.working_memory import WorkingMemory
-from sma_modules.modules.attention import Attention, AttentionMixer
+from sma_modules.mixers.attention import AttentionMixer
+from sma_modules.modules.attention import Attention
 from sma_modules.ops.rotary import rotary
 from tests.modules.streams import stream
 

@@ -276,7 +276,7 @@ def test_router_and_compress_share_a_backward(modules: int, capacity: float | No
         layer = layer_of(TemperedSoftmax.Config().build(n_modules=modules)).with_capacity(capacity)
         x = numbers(2, 40, 8).requires_grad_()
         with using(backend):
-            parts = layer.parts(x, valid=mask_of(2, 40, 0.8))
+            parts = layer.run_members(x, valid=mask_of(2, 40, 0.8))
             places = [
                 packed.index.clamp(max=79)[:, None] * (packed.index < 80)[:, None] for _, packed, _ in parts.members
             ]
