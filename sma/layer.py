@@ -398,15 +398,15 @@ class SparseMixture(nn.Module):
         router = self.router
         lazy = router is None or isinstance(router, _LazyRouter)
         weight = None if lazy or router is None else router._parameters.get("weight")
-        if valid is None and lengths is None and state is None and not torch.compiler.is_compiling():
-            narrow = torch.is_autocast_enabled(x.device.type)
-            signature = (x.shape, x.dtype, x.device, narrow, None if weight is None else (weight.dtype, weight.device))
-            if signature == self._admitted:
+        signature = None
+        # What differs from the weights goes through under autocast only, which may be off at the next call.
+        if valid is None and lengths is None and state is None and (weight is None or weight.dtype == x.dtype):
+            signature = x.shape, x.dtype, x.device, None if weight is None else weight.device
+            if signature == self._admitted and not torch.compiler.is_compiling():
                 return
-            self._check(x, None, None, None, weight)
+        self._check(x, valid, lengths, state, weight)
+        if not torch.compiler.is_compiling():
             self._admitted = signature
-        else:
-            self._check(x, valid, lengths, state, weight)
         if not self._width_known:
             self._know_width(x.shape[-1])
 

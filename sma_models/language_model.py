@@ -15,8 +15,8 @@ from sma.decode.fallback import FallbackStepper
 from sma.errors import StreamingError
 from sma.interfaces import Model
 from sma.routing import Routing
-from sma.runtime.onednn import PLAIN_WEIGHTS, Linear, linear
-from sma.runtime.plain import DROPOUTS, PartsWatch, unwrapped, watched_parts, why_called
+from sma.runtime.onednn import PLAIN_WEIGHTS, linear
+from sma.runtime.plain import DROPOUTS, PartsWatch, project, unwrapped, watched_parts, why_called
 from sma.state import State, misfit
 from sma.steppers import Decision, SlotSpec, StepContext, Stepper, normalised
 from sma_models.embeddings import TokenEmbedding, embedded, like_of
@@ -46,7 +46,7 @@ class LanguageModel(Model):
         self.embedding = TokenEmbedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, 0.0, config.d_model**-0.5)
         self.stack = Stack(config, causal=True)
-        self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         if self.head is not None:
             nn.init.normal_(self.head.weight, 0.0, config.d_model**-0.5)
 
@@ -93,7 +93,7 @@ class LanguageModel(Model):
     def logits(self, features: Tensor) -> Tensor:
         """Logits ``(..., vocab_size)`` of features ``(..., D)``, as the stack gives them."""
         if self.head is not None:
-            out: Tensor = self.head(features)
+            out: Tensor = project(self.head, features)
             return out
         weight = self.embedding.weight  # of a parametrised embedding computed here
         features = features.to(weight.device)  # the stack may lie elsewhere

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sma.activated import ActivatedState
 from sma.decode.choice import activated_stepper, block_stepper, mixer_stepper
@@ -16,7 +16,7 @@ from sma.dropout import Dropout
 from sma.interfaces import Block, BlockOutput, Mixer, Module, ModuleOutput, Norm, activated_by
 from sma.layer import SparselyActivated
 from sma.routing import Packed, Routing
-from sma.runtime.onednn import Linear
+from sma.runtime.plain import project
 from sma.state import State
 from sma.steppers import BlockStepper, SlotSpec, StepContext, Stepped, Stepper, normalised
 from sma_models.hybrid import Sublayer, SublayerConfig, always_on
@@ -98,9 +98,9 @@ class Mega(Block):
         self.d_qk, self.d_v = config.attention.d_qk, config.attention.d_v or 2 * d_model
         attention = replace(config.attention, d_v=self.d_v).build(d_model=self.d_qk + self.d_v, causal=causal)
         self.attention: SparselyActivated = always_on(attention, causal=causal)
-        self.v_proj = Linear(d_model, self.d_v)
-        self.mx_proj = Linear(d_model, 2 * d_model + self.d_qk + self.d_v)
-        self.h_proj = Linear(self.d_v, d_model)
+        self.v_proj = nn.Linear(d_model, self.d_v)
+        self.mx_proj = nn.Linear(d_model, 2 * d_model + self.d_qk + self.d_v)
+        self.h_proj = nn.Linear(self.d_v, d_model)
         initialise(self.v_proj, self.mx_proj, self.h_proj)
         self.dropout = Dropout(config.dropout)
         sublayer = SublayerConfig(module=config.ffn, norm=config.norm, dropout=config.dropout) if config.ffn else None
@@ -142,13 +142,15 @@ class Mega(Block):
 
     def inputs(self, m: Tensor, x: Tensor) -> tuple[Tensor, Gates]:
         """The tokens ``[Z | V]`` of the attention and the gates, from ``m`` and the normalised input ``(..., D)``."""
-        update, zr, h = self.mx_proj(m).split_with_sizes([self.d_model, self.d_qk + self.d_v, self.d_model], -1)
+        update, zr, h = project(self.mx_proj, m).split_with_sizes(
+            [self.d_model, self.d_qk + self.d_v, self.d_model], -1
+        )
         z, r = F.silu(zr).split_with_sizes([self.d_qk, self.d_v], -1)
-        return torch.cat([z, F.silu(self.v_proj(x))], -1), Gates(update, r, h)
+        return torch.cat([z, F.silu(project(self.v_proj, x))], -1), Gates(update, r, h)
 
     def updated(self, residual: Tensor, attended: Tensor, gates: Gates) -> Tensor:
         """``residual + u * (new - residual)``."""
-        new = self.dropout(F.silu(gates.h + self.h_proj(attended * gates.r)))
+        new = self.dropout(F.silu(gates.h + project(self.h_proj, attended * gates.r)))
         # Under autocast the residual keeps its dtype, and lerp takes no mixture.
         return torch.lerp(residual, new.to(residual.dtype), gates.update.sigmoid().to(residual.dtype))
 

@@ -1,4 +1,4 @@
-"""Linear layers that use the whole of a CPU."""
+"""Matrix products that use the whole of a CPU."""
 
 from __future__ import annotations
 
@@ -53,14 +53,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     out: Tensor = _Convolution.apply(x.reshape(-1, x.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], weight.shape[0])
-
-
-class Linear(nn.Linear):
-    """The module of :func:`linear`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``(..., in_features)`` to ``(..., out_features)``."""
-        return linear(input, self.weight, self.bias)
 
 
 def _pays(x: Tensor, weight: Tensor) -> bool:

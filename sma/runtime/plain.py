@@ -18,9 +18,9 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from sma.dropout import Dropout
-from sma.runtime.onednn import PLAIN_WEIGHTS, Linear
+from sma.runtime.onednn import PLAIN_WEIGHTS, linear
 
-LINEARS = frozenset({nn.Linear, Linear})
+LINEARS = frozenset({nn.Linear})
 """Projections whose weights may be read."""
 DROPOUTS = frozenset({nn.Dropout, Dropout})
 """Dropouts whose probability may be read."""
@@ -113,6 +113,19 @@ def unwrapped(part: nn.Module) -> nn.Module:
         if inside is None:
             return part
         part = inside
+
+
+def project(projection: nn.Module, x: Tensor) -> Tensor:
+    """``projection(x)``. A plain one runs as :func:`~sma.runtime.onednn.linear`, which is faster on some CPUs.
+
+    Args:
+        projection: an ``nn.Linear``, or what stands in its place.
+        x: ``(..., in_features)``.
+    """
+    if is_plain(projection):
+        return linear(x, projection.weight, projection.bias)  # type: ignore[arg-type]
+    out: Tensor = projection(x)
+    return out
 
 
 def call_router(router: nn.Module, x: Tensor) -> Tensor:

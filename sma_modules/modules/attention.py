@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sma.dropout import Dropout
 from sma.interfaces import ModuleOutput
 from sma.routing import Packed
-from sma.runtime.onednn import Linear
+from sma.runtime.plain import project
 from sma.state import State
 from sma.steppers import SlotSpec, StepContext
 from sma_modules.modules.local_attention import LocalAttention, RingStepper, initialise
@@ -70,8 +70,8 @@ class Attention(LocalAttention):
         )
         self.n_kv_heads = config.n_kv_heads or config.n_heads
         heads = config.n_heads + 2 * self.n_kv_heads
-        self.qkv_proj = Linear(d_model, heads * self.width, bias=config.qkv_bias)
-        self.out_proj = Linear(d_model, d_model)
+        self.qkv_proj = nn.Linear(d_model, heads * self.width, bias=config.qkv_bias)
+        self.out_proj = nn.Linear(d_model, d_model)
         initialise(self.qkv_proj, self.out_proj)
         self.dropout = Dropout(config.hidden_dropout)
 
@@ -100,13 +100,13 @@ class Attention(LocalAttention):
         """
         self.check(x, packed, state)
         n_heads, n_kv_heads = self.config.n_heads, self.n_kv_heads
-        qkv = self.qkv_proj(x).view(-1, n_heads + 2 * n_kv_heads, self.width)
-        qk, v = qkv.split([n_heads + n_kv_heads, n_kv_heads], dim=1)
+        qkv = project(self.qkv_proj, x).view(-1, n_heads + 2 * n_kv_heads, self.width)
+        qk, v = qkv.split_with_sizes([n_heads + n_kv_heads, n_kv_heads], dim=1)
         if self.config.positions == "rotary":
             qk = rotary(qk, packed.position, self.config.rotary_theta)
-        q, k = qk.split([n_heads, n_kv_heads], dim=1)
+        q, k = qk.split_with_sizes([n_heads, n_kv_heads], dim=1)
         out, memory = self.attend(q, k, v, packed, state)
-        return ModuleOutput(self.dropout(self.out_proj(out.flatten(1))), memory)
+        return ModuleOutput(self.dropout(project(self.out_proj, out.flatten(1))), memory)
 
 
 class AttentionStepper(RingStepper):
@@ -122,11 +122,11 @@ class AttentionStepper(RingStepper):
     def at(self, x: Tensor, active: Tensor, context: StepContext, position: Tensor) -> Tensor:
         """The same, with the original positions ``(S,)`` of the tokens."""
         module, heads, groups = self.module, self.module.config.n_heads, self.module.n_kv_heads
-        qkv = module.qkv_proj(x).view(-1, heads + 2 * groups, module.width)
-        qk, v = qkv.split([heads + groups, groups], dim=1)
+        qkv = project(module.qkv_proj, x).view(-1, heads + 2 * groups, module.width)
+        qk, v = qkv.split_with_sizes([heads + groups, groups], dim=1)
         if module.config.positions == "rotary":
             qk = rotary(qk, position, module.config.rotary_theta)
-        q, k = qk.split([heads, groups], dim=1)
+        q, k = qk.split_with_sizes([heads, groups], dim=1)
         out = ring_attention(
             q,
             k,
@@ -139,5 +139,5 @@ class AttentionStepper(RingStepper):
             window=module.window,
             chunk=module.chunk,
         )
-        projected: Tensor = module.dropout(module.out_proj(out.flatten(1)))
+        projected: Tensor = module.dropout(project(module.out_proj, out.flatten(1)))
         return projected

@@ -15,8 +15,7 @@ from sma.dropout import Dropout
 from sma.interfaces import ModuleOutput
 from sma.ops.backend import concrete
 from sma.routing import Packed
-from sma.runtime.onednn import Linear
-from sma.runtime.plain import DROPOUTS, is_plain
+from sma.runtime.plain import DROPOUTS, is_plain, project
 from sma.runtime.recomputation import recomputed
 from sma.state import State
 from sma.steppers import Decision, SlotSpec, StepContext
@@ -171,8 +170,8 @@ class GAU(SingleHead):
 
     def __init__(self, config: Config, *, d_model: int, causal: bool = False) -> None:
         super().__init__(config, d_model=d_model, causal=causal)
-        self.mx_proj = Linear(d_model, config.d_qk + 2 * self.d_v)
-        self.h_proj = Linear(self.d_v, d_model)
+        self.mx_proj = nn.Linear(d_model, config.d_qk + 2 * self.d_v)
+        self.h_proj = nn.Linear(self.d_v, d_model)
         initialise(self.mx_proj, self.h_proj)
         self.dropout = Dropout(config.hidden_dropout)
 
@@ -195,7 +194,7 @@ class GAU(SingleHead):
             StreamingError: a state is given to a unit that does not stream, or does not fit.
         """
         self.check(x, packed, state)
-        mx, theta, position = self.mx_proj(x), self.config.rotary_theta, self.rotated_by(packed)
+        mx, theta, position = project(self.mx_proj, x), self.config.rotary_theta, self.rotated_by(packed)
         run = partial(gau_inputs, gamma=self.gamma, beta=self.beta, position=position, theta=theta)
         inputs = run(mx)
         # They are larger than mx, which is kept anyway, and cost one pass over it.
@@ -203,7 +202,7 @@ class GAU(SingleHead):
             q, k, v, r = inputs
             out, memory = self.attend_single(q, k, v, packed, state, gate=r)
         del inputs, q, k, v, r
-        return ModuleOutput(self.dropout(self.h_proj(out)), memory)
+        return ModuleOutput(self.dropout(project(self.h_proj, out)), memory)
 
 
 class SingleHeadStepper(RingStepper):
@@ -290,8 +289,8 @@ class GAUStepper(SingleHeadStepper):
         module = self.module
         position = context.position if module.config.positions == "rotary" else None
         inputs = gau_inputs(
-            module.mx_proj(x), module.gamma, module.beta, position=position, theta=module.config.rotary_theta
+            project(module.mx_proj, x), module.gamma, module.beta, position=position, theta=module.config.rotary_theta
         )
         q, k, v, r = inputs
-        out: Tensor = module.dropout(module.h_proj(self.attend(q, k, v, r, active, context)))
+        out: Tensor = module.dropout(project(module.h_proj, self.attend(q, k, v, r, active, context)))
         return out

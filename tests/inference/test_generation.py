@@ -12,6 +12,7 @@ from torch import Tensor
 from sma.errors import ConfigError, ShapeError, StreamingError
 from sma_models.inference.generation import generate, sample, stream
 from sma_models.language_model import LanguageModel
+from sma_models.stack import Stack
 from tests.models.tiny import SPECS, inputs_of, tiny
 
 every_language_model = pytest.mark.parametrize("name", [name for name in SPECS if name.endswith("_lm")])
@@ -80,16 +81,16 @@ def test_a_seed_repeats_and_another_does_not(model: LanguageModel) -> None:
 
 def test_memory_does_not_grow(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    forward = model.stack.forward
+    forward = Stack.forward
 
-    def watched(*args: Any, **options: Any) -> Any:
-        out = forward(*args, **options)
+    def watched(stack: Stack, *args: Any, **options: Any) -> Any:
+        out = forward(stack, *args, **options)
         assert out.state is not None
         assert not out.x.requires_grad
         sizes.append(out.state.nbytes)
         return out
 
-    monkeypatch.setattr(model.stack, "forward", watched)
+    monkeypatch.setattr(Stack, "forward", watched)  # of the class: a stack with a forward of its own would be called
     drawn = list(islice(stream(model, inputs_of(model, length=40), prefill_chunk=8), 60))
     assert len(drawn) == 60
     assert len(sizes) == 40 // 8  # the prompt; the rest is decoded in memory that was there before

@@ -196,7 +196,7 @@ def stepped(part: Part, module: Any, prompt_was_read: Callable[[], None] = lambd
 def generated(part: Part, module: nn.Module) -> Tensor:
     """Tokens of ``generate``, the most likely ones."""
     assert isinstance(module, LanguageModel)
-    return generate(module, part.inputs(module)[:, :5], 4, temperature=0)
+    return generate(module, part.inputs(module)[:, :5], 4, temperature=0, prefill_chunk=4)
 
 
 Way = Callable[[Part, nn.Module], Tensor]

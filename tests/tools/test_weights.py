@@ -23,6 +23,8 @@ def test_weights_of_a_tool_count(tool: Tool, part: Part) -> None:
     plain = tool.plain(part, module)
     wrong = []
     for name, way in ways_of(part, plain).items():
+        if name == "generate" or (part.suite is None and name == "chunks"):
+            continue  # of the same steps; of the same blocks
         try:
             torch.testing.assert_close(way(part, module), way(part, plain), rtol=1e-9, atol=1e-9)
         except Exception as error:
@@ -35,16 +37,15 @@ def test_weights_of_a_tool_count(tool: Tool, part: Part) -> None:
 
 
 def without_gradient(tool: Tool, module: nn.Module, plain: nn.Module) -> list[str]:
-    """Parameters of the tool that should have a gradient and have none; what the plain part does not use, has none."""
-    used = {
-        name.rpartition(".")[0]
-        for name, parameter in plain.named_parameters()
-        if parameter.grad is not None and float(parameter.grad.abs().max()) > 1e-12
-    }
+    """Parameters of the tool without a gradient, where the plain part has one."""
+    gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
     missing = []
     for name, parameter in module.named_parameters():
         owner, _, last = name.rpartition(".")
-        owner = owner.split("parametrizations.")[0].rstrip(".")
-        if last in tool.trained and owner in used and (parameter.grad is None or not bool(parameter.grad.any())):
+        # "mixer.parametrizations.alpha.original" stands for "mixer.alpha", "up.weight_g" for "up.weight".
+        parametrised = "parametrizations." in owner
+        gradient = gradients.get(owner.replace("parametrizations.", "") if parametrised else f"{owner}.weight")
+        expected = last in tool.trained and gradient is not None and bool(gradient.any())
+        if expected and (parameter.grad is None or not bool(parameter.grad.any())):
             missing.append(name)
     return missing
