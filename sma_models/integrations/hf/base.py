@@ -199,17 +199,3 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     for option, value in options.items():
         if option not in _OF_THE_LOSS and value is not None and value is not False:
             raise ConfigError(f"{name}: has no {option}, got {type(value).__name__}")
-
-
-def with_auxiliary(
-    loss: Tensor, losses: Mapping[str, Tensor], labels: Tensor, num_items: Tensor | int | None
-) -> Tensor:
-    """The loss and the sum of the auxiliary losses, means over a batch like the loss itself.
-
-    The Trainer accumulates gradients over ``num_items`` labels in parts, and divides the loss of a part by all of them;
-    so an auxiliary loss counts by the share of the part.
-    """
-    if not losses:
-        return loss
-    total = torch.stack([each.to(loss.device) for each in losses.values()]).sum()
-    return loss + (total if num_items is None else total * (labels.ne(-100).sum() / num_items).to(loss.device))

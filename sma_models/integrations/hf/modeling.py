@@ -16,9 +16,10 @@ from sma.errors import ConfigError, StreamingError
 from sma.interfaces import Model
 from sma.routing import Routing
 from sma_models.classifier import Classifier
-from sma_models.integrations.hf.base import SMAPreTrainedModel, check_options, with_auxiliary
+from sma_models.integrations.hf.base import SMAPreTrainedModel, check_options
 from sma_models.integrations.hf.cache import SMACache
 from sma_models.integrations.hf.configuration import SMAConfig
+from sma_models.integrations.hf.loss import Targets, with_auxiliary
 from sma_models.integrations.hf.shared_decoder import SharedDecoder
 from sma_models.integrations.hf.token_batch import TokenBatch
 from sma_models.language_model import LanguageModel
@@ -123,7 +124,9 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
             attention_mask: ``(B, L)``, not 0 on real tokens; or longer, with the columns that the cache has read in
                 front.
             cache: to continue from; it is changed.
-            labels: ``(B, L)``, the same tokens, -100 where there is nothing to learn.
+            labels: ``(B, L)``, the same tokens, -100 where there is nothing to learn. A real token predicts the label
+                of the next real token of its row; padding predicts nothing. The loss is a mean over the labels as the
+                Trainer counts them: all but those of column 0.
             use_cache: return a cache. Without one, whole sequences run in the way that is fastest.
             logits_to_keep: how many of the last columns to return logits of, 0 for all, or which ones. With a cache and
                 a number, a long prompt is read in chunks, so that memory does not grow with it.
@@ -133,7 +136,7 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
             **kwargs: what the Trainer passes on to the loss.
 
         Raises:
-            ShapeError: tokens or mask of the wrong shape, dtype or range.
+            ShapeError: tokens, mask or labels of the wrong shape, dtype or range.
             StreamingError: a cache is asked for and the model cannot stream, with the reason; or the one given is of
                 another kind, model or batch.
             ConfigError: an argument that the model does not have.
@@ -155,9 +158,33 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
         logits = slice_logits_to_keep(logits, logits_to_keep)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
-            loss = with_auxiliary(loss, out.losses, labels, kwargs.get("num_items_in_batch"))
+            valid = tokens.valid
+            valid = None if valid is None else slice_logits_to_keep(valid[..., None], logits_to_keep).squeeze(-1)
+            loss = self._loss(out.losses, logits, labels, valid, kwargs)
         return SMACausalLMOutput(loss, logits, cache, hidden, dict(out.routings) if output_routings else None)
+
+    def _loss(
+        self,
+        auxiliary: Mapping[str, Tensor],
+        logits: Tensor,
+        labels: Tensor,
+        valid: Tensor | None,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """The loss of ``logits (B, L, V)``, auxiliary losses included.
+
+        Raises:
+            ShapeError: the labels are not those of the columns that have logits.
+        """
+        num_items = options.get("num_items_in_batch")
+        targets = Targets.of(labels, logits, valid, options.get("shift_labels"))
+        if valid is not None:  # without padding the loss shifts the labels itself
+            options = options | {
+                "shift_labels": targets.labels,
+                "num_items_in_batch": targets.count if num_items is None else num_items,
+            }
+        loss: Tensor = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **options)
+        return with_auxiliary(loss, auxiliary, targets.count, num_items)
 
     def _steps(self, cache: Any, tokens: TokenBatch) -> TypeGuard[SMACache]:
         """Whether this call can be one step of decoding."""
@@ -261,7 +288,7 @@ class SMAForSequenceClassification(SMAPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=out.logits, config=self.config, **kwargs)
-            loss = with_auxiliary(loss, out.losses, labels, kwargs.get("num_items_in_batch"))
+            loss = with_auxiliary(loss, out.losses, labels.ne(-100).sum(), kwargs.get("num_items_in_batch"))
         return SMASequenceClassifierOutput(loss, out.logits, hidden, dict(out.routings) if output_routings else None)
 
 

@@ -78,10 +78,39 @@ def test_the_loss_of_a_language_model() -> None:
     own = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     model = from_model(plain)
     torch.testing.assert_close(model(tokens, labels=labels).loss, own + auxiliary)
-    # A part of a batch of 1000 labels: each loss counts by its share.
-    share = labels.ne(-100).sum() / 1000
-    scaled = own * labels[:, 1:].ne(-100).sum() / 1000 + auxiliary * share
+    # A part of a batch of 1000 labels, which the Trainer counts after the shift: each loss counts by its share.
+    share = labels[:, 1:].ne(-100).sum() / 1000
+    scaled = (own + auxiliary) * share
     torch.testing.assert_close(model(tokens, labels=labels, num_items_in_batch=1000).loss, scaled)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right", "anywhere"])
+def test_the_loss_of_a_batch_is_that_of_its_rows(model: SMAForCausalLM, side: str) -> None:
+    rows = [torch.randint(256, (length,)) for length in (7, 12, 1, 20)]
+    total = sum(float(model(row[None], labels=row[None]).loss) * (len(row) - 1) for row in rows if len(row) > 1)
+    tokens, mask = torch.randint(256, (4, 20)), torch.zeros(4, 20, dtype=torch.int64)
+    labels = torch.randint(256, (4, 20)) if side == "anywhere" else torch.full((4, 20), -100)  # never those of padding
+    for i, row in enumerate(rows):
+        columns = {
+            "left": torch.arange(20 - len(row), 20),
+            "right": torch.arange(len(row)),
+            "anywhere": torch.randperm(20)[: len(row)].sort().values,
+        }[side]
+        tokens[i, columns], mask[i, columns], labels[i, columns] = row, 1, row
+    # As the Trainer counts them: all labels of real tokens but those of column 0.
+    count = int((labels.ne(-100) & mask.bool())[:, 1:].sum())
+    loss = model(tokens, attention_mask=mask, labels=labels).loss
+    assert float(loss) * count == pytest.approx(total, rel=1e-5)
+    part = model(tokens, attention_mask=mask, labels=labels, num_items_in_batch=torch.tensor(1000)).loss
+    assert float(part) * 1000 == pytest.approx(total, rel=1e-5)
+    if side != "anywhere":
+        shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+        assert torch.equal(model(tokens, attention_mask=mask, labels=labels, shift_labels=shifted).loss, loss)
+    tokens = tokens.masked_fill(mask == 0, 256)  # padding beyond the vocabulary needs no mask
+    torch.testing.assert_close(model(tokens, labels=labels).loss, loss)
+    with pytest.raises(ShapeError, match=r"labels: must be \(B, L\) = \(4, 20\) like the logits, got \(4, 19\)"):
+        model(tokens, labels=labels[:, 1:])
 
 
 def test_the_losses_of_a_classifier() -> None:
