@@ -33,6 +33,8 @@ class SMAPreTrainedModel(Loadable, PreTrainedModel):
     supports_gradient_checkpointing = True
     expects: ClassVar[type[Model]] = Model
     """The kind of model that the spec has to describe."""
+    listed_as: ClassVar[str]
+    """The name by which Transformers knows the class, also a subclass and one that ``fully_shard`` makes."""
     model: Any
 
     def __init__(self, config: SMAConfig, model: Model | None = None) -> None:
@@ -49,10 +51,15 @@ class SMAPreTrainedModel(Loadable, PreTrainedModel):
             with torch.device("cpu" if torch.get_default_device().type == "meta" else torch.get_default_device()):
                 model = _build(typed)
         self.model = model
+        self.loss_type = self.listed_as.removeprefix("SMA")
         self.gradient_checkpointing = bool(self.model.stack.checkpoint)
         # Within a block, weights are used by more than their own module.
         self._no_split_modules = sorted({type(layer).__name__ for layer in self.model.stack.layers})
         self.post_init()
+
+    def _get_name(self) -> str:
+        """By which the Trainer finds out whether labels are shifted."""
+        return self.listed_as
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

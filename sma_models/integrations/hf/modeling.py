@@ -83,6 +83,7 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
     """
 
     expects = LanguageModel
+    listed_as = "SMAForCausalLM"
 
     def __init__(self, config: SMAConfig, model: Model | None = None) -> None:
         super().__init__(config, model)
@@ -251,6 +252,7 @@ class SMAForSequenceClassification(SMAPreTrainedModel):
     """
 
     expects = Classifier
+    listed_as = "SMAForSequenceClassification"
 
     def __init__(self, config: SMAConfig, model: Model | None = None) -> None:
         super().__init__(config, model)
