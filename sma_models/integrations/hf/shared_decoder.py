@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sma_models.inference import Decoder, Prefiller
 from sma_models.integrations.hf.token_batch import TokenBatch
+from sma_models.integrations.hf.weights_watch import WeightsWatch
 from sma_models.language_model import LanguageModel
 from sma_models.model_io import check_tokens, without_padding
 from sma_models.stack import StackState
@@ -48,7 +49,7 @@ class SharedDecoder:
         self._parts = _parts(model)
         self._decoder: Decoder | None = None
         self._prefiller: Prefiller | None = None
-        self._weights: tuple[object, ...] = ()
+        self._watch: WeightsWatch | None = None
         self._owner: weakref.ref[StateOwner] | None = None
         self._last: weakref.ref[StateOwner] | None = None
         self._lock = threading.RLock()
@@ -100,7 +101,7 @@ class SharedDecoder:
         ids = without_padding("language_model", tokens.ids, tokens.valid, model.embedding.weight)
         check_tokens("language_model", ids, model.vocab_size)
         with self._lock:
-            self._check_weights()
+            self._notice_weights()
             if self._prefiller is None or self._prefiller.chunk != chunk:
                 self._prefiller = Prefiller(model, chunk)
             out = self._prefiller.forward_chunk(ids, state, valid=tokens.valid)
@@ -131,19 +132,19 @@ class SharedDecoder:
 
     def _borrow(self, owner: StateOwner) -> Decoder:
         """The decoder, with the state of the owner in it."""
+        self._notice_weights()
         if self._decoder is not None and self._holds_state_of(owner):
             return self._decoder
         state = owner.state
         assert state is not None
         self._evict()
-        self._check_weights()
         if self._decoder is None or self._decoder.slots != owner.batch_size:
             self._decoder = None  # frees its memory before the next one takes its own
             self._decoder = Decoder(self._model, owner.batch_size)
             self._decoder.resume(state)
         else:
             if self._last is None or self._last() is not owner:
-                self._decoder.refresh()  # weights may have changed in place
+                self._decoder.refresh()  # weights may have changed through `.data`
             self._decoder.write_all(range(owner.batch_size), state)
         self._owner = self._last = weakref.ref(owner)
         owner.lend(self)
@@ -154,12 +155,16 @@ class SharedDecoder:
         if other is not None:
             self.give_back(other)
 
-    def _check_weights(self) -> None:
-        """Free the graphs if weights have moved: graphs hold their addresses."""
-        weights = tuple((each.data_ptr(), each.dtype, each.device) for each in self._model.parameters())
-        if weights != self._weights:
+    def _notice_weights(self) -> None:
+        """Free the memory and the graphs if weights have moved, since graphs hold their addresses; and derive anew what
+        depends on values that have changed.
+        """
+        news = "moved" if self._watch is None else self._watch.look()
+        if news == "moved":
             self.release()
-            self._weights = weights
+            self._watch = WeightsWatch(self._model)
+        elif news == "changed" and self._decoder is not None:
+            self._decoder.refresh()
 
 
 def _parts(model: nn.Module) -> list[tuple[type, bool]]:

@@ -112,6 +112,7 @@ class Renamed(SMAForCausalLM):
 
 
 @pytest.mark.parametrize("kind", ["plain", "subclass", "fully_shard", "adapter"])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # which peft asks
 def test_smoothed_labels_are_shifted(kind: str, tmp_path: Path) -> None:
     model = language_model().eval()
     if kind == "subclass":
