@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol, cast
 
 import torch
@@ -81,7 +83,7 @@ class SharedDecoder:
     def step(self, owner: StateOwner, tokens: TokenBatch) -> Tensor:
         """Logits ``(B, 1, V)`` after one more column ``tokens``; the state of ``owner`` is then the one after it."""
         ids, valid = tokens.ids[:, 0], None if tokens.valid is None else tokens.valid[:, 0]
-        with self._lock:
+        with self._locked():
             decoder = self._borrow(owner)
             device = decoder.logits.device
             ids = ids.to(device) if valid is None else ids.masked_fill(~valid, 0).to(device)
@@ -100,7 +102,7 @@ class SharedDecoder:
         model = self._model
         ids = without_padding("language_model", tokens.ids, tokens.valid, model.embedding.weight)
         check_tokens("language_model", ids, model.vocab_size)
-        with self._lock:
+        with self._locked():
             self._notice_weights()
             if self._prefiller is None or self._prefiller.chunk != chunk:
                 self._prefiller = Prefiller(model, chunk)
@@ -110,7 +112,7 @@ class SharedDecoder:
 
     def give_back(self, owner: StateOwner) -> None:
         """Give an owner its state back; one that has its state keeps it."""
-        with self._lock:
+        with self._locked():
             if self._decoder is not None and self._holds_state_of(owner):
                 owner.take(self._decoder.read_all(range(self._decoder.slots)))
                 self._owner = None
@@ -123,9 +125,15 @@ class SharedDecoder:
 
     def release(self) -> None:
         """Free all memory; the owner of the state gets it back."""
-        with self._lock:
+        with self._locked():
             self._evict()
             self._decoder = self._prefiller = None
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One thread at a time, outside inference mode: later calls write to the memory that is allocated here."""
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            yield
 
     def _holds_state_of(self, owner: StateOwner) -> bool:
         return self._owner is not None and self._owner() is owner
