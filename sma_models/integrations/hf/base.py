@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -15,11 +14,10 @@ from transformers import PreTrainedModel
 
 from sma.errors import ConfigError, ShapeError
 from sma.interfaces import Model
-from sma.padding import Alignment
 from sma_models.integrations.hf.configuration import SMAConfig
 from sma_models.integrations.hf.loader import Loadable
 from sma_models.integrations.hf.token_batch import TokenBatch
-from sma_models.stack import Stack, StackConfig, StackState
+from sma_models.stack import HiddenStates, StackConfig, StackState
 
 _OF_THE_LOSS = ("num_items_in_batch", "shift_labels")
 """Arguments that the Trainer passes on to the loss."""
@@ -161,27 +159,9 @@ class SMAPreTrainedModel(Loadable, PreTrainedModel):
         """The output of the model; and ``(B, L, D)`` before every block and after the last norm, with 0 at padding."""
         if not hidden:
             return self.model(tokens.ids, *state, valid=tokens.valid), None
-        with _watched(self.model.stack) as seen:
-            out = self.model(tokens.ids, *state, valid=tokens.valid)
-        *before, last = seen
-        alignment = Alignment.of(tokens.valid, (tokens.ids.shape[0], tokens.ids.shape[1]))
-        before = [alignment.restore(each.to(tokens.ids.device)) for each in before]
-        if tokens.valid is not None:
-            before = [each.masked_fill(~tokens.valid[..., None], 0) for each in before]
-        return out, (*before, last)
-
-
-@contextmanager
-def _watched(stack: Stack) -> Iterator[list[Tensor]]:
-    """What goes into every block, as the blocks see it, and what comes out of the stack."""
-    seen: list[Tensor] = []
-    hooks = [layer.register_forward_pre_hook(lambda _, given: seen.append(given[0])) for layer in stack.layers]
-    hooks.append(stack.register_forward_hook(lambda _, given, out: seen.append(out.x)))
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
+        seen = HiddenStates()
+        out = self.model(tokens.ids, *state, valid=tokens.valid, hidden=seen)
+        return out, tuple(seen.tensors)
 
 
 def places_of(block: nn.Module) -> list[str]:

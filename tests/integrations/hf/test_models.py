@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import threading
 from inspect import signature
 from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 
 from sma.errors import ConfigError, ShapeError, StreamingError
@@ -160,6 +163,39 @@ def test_hidden_states(name: str) -> None:
     assert not plain.stack._forward_hooks, "nothing is left behind"
     model.config.output_hidden_states = True
     assert len(model(inputs).hidden_states) == len(out.hidden_states)
+
+
+@pytest.mark.parametrize("name", ["seqboat_small_lm", "seqboat_text"])
+def test_hidden_states_in_threads(name: str) -> None:
+    """Each call has its own, also while others run the same model with or without them."""
+    model = from_model(tiny(name))
+    inputs = [inputs_of(model.model, length=length, seed=length) for length in (5, 9, 14, 24)]
+    expected = [model(each, output_hidden_states=True).hidden_states for each in inputs]
+    wrong: list[str] = []
+
+    def ask(i: int) -> None:
+        for turn in range(10):
+            found = model(inputs[i], output_hidden_states=turn % 3 > 0).hidden_states
+            same = found is None if turn % 3 == 0 else len(found) == 3 and all(map(torch.equal, found, expected[i]))
+            wrong.extend([] if same else [f"thread {i}, turn {turn}"])
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_hidden_states_survive_what_copies_arguments(model: SMAForCausalLM) -> None:
+    """Accelerate and fully_shard bring what a part is called with to its device, and copy lists for that."""
+    tokens = inputs_of(model.model)
+    expected = model(tokens, output_hidden_states=True).hidden_states
+    add_hook_to_module(model.model, AlignDevicesHook("cpu", io_same_device=True))
+    model.model.stack.register_forward_pre_hook(
+        lambda _, given, options: tree_map(lambda each: each, (given, options)), with_kwargs=True
+    )
+    assert all(map(torch.equal, model(tokens, output_hidden_states=True).hidden_states, expected))
 
 
 def test_hidden_states_with_a_cache(model: SMAForCausalLM) -> None:
