@@ -9,6 +9,7 @@ from typing import Any, Self, TypeGuard
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
+from transformers.generation import GenerationMode
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -226,7 +227,14 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
 
         Raises:
             ConfigError: a cache of another kind is asked for.
+            StreamingError: speculative decoding is given a cache that has processed something: it reads all tokens.
         """
+        given, assisted = model_kwargs.get("cache"), args and args[0] == GenerationMode.ASSISTED_GENERATION
+        if assisted and isinstance(given, SMACache) and given.get_seq_length():
+            raise StreamingError(
+                "cache: must be empty for speculative decoding, which reads the whole prompt, got one that has read "
+                f"{given.get_seq_length()} tokens; decode without drafts, or leave the cache out"
+            )
         if model_kwargs.get("cache") is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation is not None:
                 raise ConfigError(
@@ -238,6 +246,24 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
                 model_kwargs["cache"].activate_past_recording()
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """``generate`` reads the prompt, or what a cache has not read of it.
+
+        Raises:
+            StreamingError: the cache has read the whole prompt, so nothing is left that the next token follows from.
+        """
+        cache, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
+        known = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+        read, length = cache.get_seq_length() if isinstance(cache, SMACache) else 0, input_ids.shape[1]
+        if 0 < length <= read and known == length:
+            raise StreamingError(
+                f"cache: must have read less than the prompt of {length} tokens, got one that has read {read}; give "
+                "the whole sequence and a cache of its beginning, or only new tokens and an attention_mask of all"
+            )
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 
 class SMAForSequenceClassification(SMAPreTrainedModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, TextIteratorStreamer, pipeline
 
-from sma.errors import ConfigError
+from sma.errors import ConfigError, StreamingError
 from sma_models.inference.generation import generate
 from sma_models.integrations.hf import SMAByteTokenizer, SMACache, SMAForCausalLM, from_model
 from sma_models.language_model import LanguageModel
@@ -150,6 +151,52 @@ def test_what_generate_returns_can_be_gone_on_with(model: SMAForCausalLM) -> Non
     assert len(out.logits) == 10
     rest = model.generate(out.sequences, cache=out.cache, **{**GREEDY, "max_new_tokens": 10})
     assert torch.equal(rest, whole)
+
+
+WAYS: list[dict[str, Any]] = [{}, {"prefill_chunk_size": 7}, {"do_sample": True, "top_k": 1}]
+
+
+def read(model: SMAForCausalLM, tokens: Tensor) -> SMACache:
+    """The cache of some tokens."""
+    with torch.no_grad():
+        cache = model(tokens, use_cache=True).cache
+    assert isinstance(cache, SMACache)
+    return cache
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_prompt_is_read_once(model: SMAForCausalLM, options: dict[str, Any], masked: bool) -> None:
+    """Whatever part of it the cache has read; where nothing is left to read, the call is refused."""
+    length = PROMPT.shape[1]
+    mask = torch.ones_like(PROMPT)
+    mask[:, :4] = 1 - int(masked)
+    whole = model.generate(PROMPT, attention_mask=mask, **(GREEDY | options))
+    for start in (1, 20, length - 1):
+        with torch.no_grad():
+            cache = model(PROMPT[:, :start], attention_mask=mask[:, :start], use_cache=True).cache
+        rest = copy.deepcopy(cache)
+        written = model.generate(PROMPT, attention_mask=mask, cache=cache, **(GREEDY | options))
+        assert torch.equal(written, whole)
+        assert cache.get_seq_length() == whole.shape[1] - 1
+        # Or only the new tokens, with a mask of all.
+        written = model.generate(PROMPT[:, start:], attention_mask=mask, cache=rest, **(GREEDY | options))
+        assert torch.equal(written, whole[:, start:])
+        assert rest.get_seq_length() == whole.shape[1] - 1
+    for tokens in (PROMPT, torch.cat([PROMPT, PROMPT], 1)):
+        cache = read(model, tokens)
+        with pytest.raises(StreamingError, match=f"less than the prompt of {length} tokens, got one that has read"):
+            model.generate(PROMPT, cache=cache, **(GREEDY | options))
+        assert cache.get_seq_length() == tokens.shape[1], "as it was"
+
+
+def test_speculative_decoding_begins_with_an_empty_cache(model: SMAForCausalLM) -> None:
+    cache = read(model, PROMPT[:, :20])
+    with pytest.raises(StreamingError, match="cache: must be empty for speculative decoding"):
+        model.generate(PROMPT, cache=cache, **GREEDY, prompt_lookup_num_tokens=4)
+    cache = SMACache()
+    written = model.generate(PROMPT, cache=cache, **GREEDY, prompt_lookup_num_tokens=4)
+    assert torch.equal(written, model.generate(PROMPT, **GREEDY))
 
 
 def test_a_text_can_begin_from_nothing(model: SMAForCausalLM) -> None:
