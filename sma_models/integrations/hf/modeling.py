@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self, TypeGuard
@@ -9,7 +10,7 @@ from typing import Any, Self, TypeGuard
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
-from transformers.generation import GenerationMode
+from transformers.generation import GenerationMode, StoppingCriteriaList
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -23,10 +24,13 @@ from sma_models.integrations.hf.configuration import SMAConfig
 from sma_models.integrations.hf.loss import Targets, with_auxiliary
 from sma_models.integrations.hf.shared_decoder import SharedDecoder
 from sma_models.integrations.hf.token_batch import TokenBatch
+from sma_models.integrations.hf.tokenization import SMAByteTokenizer, StopBytes
 from sma_models.language_model import LanguageModel
 
 PREFILL_CHUNK = 2048
 """A prompt is read in chunks of this many tokens, as by :func:`sma_models.inference.generation.stream`."""
+OF_GENERATE = ("tokenizer", "assistant_tokenizer")
+"""Arguments that ``generate`` needs for itself, and passes on to the model nevertheless."""
 
 
 @dataclass
@@ -247,6 +251,19 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
+    def _get_stopping_criteria(
+        self, generation_config: Any, stopping_criteria: Any, tokenizer: Any = None
+    ) -> StoppingCriteriaList:
+        """As of every model; stop strings of the tokenizer of bytes are compared byte by byte."""
+        strings = generation_config.stop_strings
+        if strings is None or not isinstance(tokenizer, SMAByteTokenizer):
+            return super()._get_stopping_criteria(generation_config, stopping_criteria, tokenizer=tokenizer)
+        plain = copy.copy(generation_config)
+        plain.stop_strings = None
+        criteria = super()._get_stopping_criteria(plain, stopping_criteria)
+        criteria.append(StopBytes([strings] if isinstance(strings, str) else strings))
+        return criteria
+
     def _prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
@@ -255,6 +272,8 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
         Raises:
             StreamingError: the cache has read the whole prompt, so nothing is left that the next token follows from.
         """
+        for name in OF_GENERATE:
+            model_kwargs.pop(name, None)
         cache, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
         known = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
         read, length = cache.get_seq_length() if isinstance(cache, SMACache) else 0, input_ids.shape[1]
