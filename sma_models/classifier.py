@@ -10,6 +10,7 @@ from torch import Tensor
 from sma.routing import Routing
 from sma_models.encoder import Encoder, EncoderConfig
 from sma_models.model_io import ModelOutput
+from sma_models.stack import HiddenStates
 
 
 class Classifier(Encoder):
@@ -31,6 +32,7 @@ class Classifier(Encoder):
         valid: Tensor | None = None,
         lengths: Tensor | None = None,
         replay: Mapping[str, Routing] | None = None,
+        hidden: HiddenStates | None = None,
     ) -> ModelOutput:
         """Logits ``(B, n_classes)``.
 
@@ -40,10 +42,11 @@ class Classifier(Encoder):
                 pooled to zeros.
             lengths: ``(B,)`` int64, instead of ``valid`` where all padding is on the right; spares the search for it.
             replay: routings whose decisions are taken over, by name.
+            hidden: is filled with the features between the blocks.
 
         Raises:
             ShapeError: inputs of the wrong shape, dtype or range, or not finite; ``valid`` or ``lengths`` that do not
                 fit them.
         """
-        pooled, routings, losses = self._encode(inputs, valid, lengths, replay)
+        pooled, routings, losses = self._encode(inputs, valid, lengths, replay, hidden)
         return ModelOutput(self._classify(pooled), None, routings, losses)

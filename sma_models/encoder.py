@@ -16,7 +16,7 @@ from sma.interfaces import Model
 from sma.routing import Routing
 from sma_models.embeddings import SinusoidalPositions, TokenEmbedding, ValueEmbedding, embedded, like_of
 from sma_models.model_io import check_tokens, without_padding
-from sma_models.stack import Stack, StackConfig
+from sma_models.stack import HiddenStates, Stack, StackConfig
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -77,7 +77,12 @@ class Encoder(Model):
         nn.init.xavier_uniform_(self.head.weight)
 
     def _encode(
-        self, inputs: Tensor, valid: Tensor | None, lengths: Tensor | None, replay: Mapping[str, Routing] | None
+        self,
+        inputs: Tensor,
+        valid: Tensor | None,
+        lengths: Tensor | None,
+        replay: Mapping[str, Routing] | None,
+        hidden: HiddenStates | None = None,
     ) -> tuple[Tensor, dict[str, Routing], dict[str, Tensor]]:
         """Pooled features ``(B, D)``, routings and losses."""
         inputs = without_padding(type(self).__name__, inputs, valid, like_of(self.embedding), lengths)
@@ -90,7 +95,7 @@ class Encoder(Model):
             column = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape)
             position = column if valid is None else (valid.cumsum(1) - 1).clamp(min=0)
             x = x + self.positions(position).to(x)
-        out = self.stack(x, valid=valid, lengths=lengths, replay=replay)
+        out = self.stack(x, valid=valid, lengths=lengths, replay=replay, hidden=hidden)
         features = out.x.to(inputs.device)  # the stack may lie elsewhere
         if self.pool == "mean":
             count = valid.sum(1) if valid is not None else lengths

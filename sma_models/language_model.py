@@ -21,7 +21,7 @@ from sma.state import State, misfit
 from sma.steppers import Decision, SlotSpec, StepContext, Stepper, normalised
 from sma_models.embeddings import TokenEmbedding, embedded, like_of
 from sma_models.model_io import ModelOutput, check_tokens, without_padding
-from sma_models.stack import Stack, StackConfig, StackState
+from sma_models.stack import HiddenStates, Stack, StackConfig, StackState
 
 
 class LanguageModel(Model):
@@ -66,6 +66,7 @@ class LanguageModel(Model):
         valid: Tensor | None = None,
         lengths: Tensor | None = None,
         replay: Mapping[str, Routing] | None = None,
+        hidden: HiddenStates | None = None,
     ) -> ModelOutput:
         """Logits of the next token at every position.
 
@@ -75,6 +76,7 @@ class LanguageModel(Model):
             valid: ``(B, L)`` bool, True on real tokens; padding may lie anywhere and hold anything.
             lengths: ``(B,)`` int64, instead of ``valid`` where all padding is on the right; spares the search for it.
             replay: routings whose decisions are taken over, by name.
+            hidden: is filled with the features between the blocks.
 
         Raises:
             ShapeError: tokens, ``valid`` or ``lengths`` of the wrong shape, dtype, device or range.
@@ -83,7 +85,7 @@ class LanguageModel(Model):
         """
         tokens = without_padding("language_model", tokens, valid, like_of(self.embedding), lengths)
         check_tokens("language_model", tokens, self.vocab_size)
-        out = self.stack(self.embed(tokens), state, valid=valid, lengths=lengths, replay=replay)
+        out = self.stack(self.embed(tokens), state, valid=valid, lengths=lengths, replay=replay, hidden=hidden)
         return ModelOutput(self.logits(out.x), out.state, out.routings, out.losses)
 
     def embed(self, tokens: Tensor) -> Tensor:

@@ -56,6 +56,19 @@ class StackState(State):
     layers: tuple[State | None, ...]
 
 
+class HiddenStates:
+    """The features between the blocks of one call of a model. The caller makes one for a call, which fills it.
+
+    It is no list, as ``fully_shard`` and accelerate copy the lists that a part is called with.
+
+    Attributes:
+        tensors: ``(B, L, D)`` before every block and after the final norm, with zeros at padding.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+
+
 class Stack(nn.Module):
     """The blocks of a model, its final norm and the dropout of its embedding.
 
@@ -89,6 +102,7 @@ class Stack(nn.Module):
         valid: Tensor | None = None,
         lengths: Tensor | None = None,
         replay: Mapping[str, Routing] | None = None,
+        hidden: HiddenStates | None = None,
     ) -> BlockOutput:
         """Run ``x (B, L, D)`` through the blocks.
 
@@ -98,6 +112,7 @@ class Stack(nn.Module):
             valid: ``(B, L)`` bool, True on real tokens; padding may lie anywhere.
             lengths: ``(B,)`` int64, instead of ``valid`` where all padding is on the right; spares the search for it.
             replay: routings to take the decisions from, by name.
+            hidden: is filled with the features between the blocks.
 
         Returns:
             Features ``(B, L, D)`` (padding holds zeros), state, and routings and losses named ``layers.<i>.<...>``, in
@@ -119,6 +134,12 @@ class Stack(nn.Module):
         def restored(tensor: Tensor) -> Tensor:
             return alignment.restore(tensor.to(device))
 
+        def unpadded(tensor: Tensor) -> Tensor:
+            tensor = tensor.to(device)
+            if lengths is None:
+                return tensor
+            return alignment.restore(tensor.masked_fill(~valid_of(lengths, tensor)[..., None], 0.0))
+
         states: list[State | None] = []
         routings: dict[str, Routing] = {}
         losses: dict[str, Tensor] = {}
@@ -126,6 +147,8 @@ class Stack(nn.Module):
             own = _replay_of(replay, f"layers.{i}.", alignment)
             arguments: dict[str, Any] = {"lengths": lengths, "replay": own}
             before = state.layers[i] if state else None
+            if hidden is not None:
+                hidden.tensors.append(unpadded(x))
             out = (
                 checkpoint(layer, x, before, **arguments)
                 if self.checkpoint and self.training
@@ -140,9 +163,9 @@ class Stack(nn.Module):
                 raise RoutingError(f"replay: no layer {name!r} decides; there are {', '.join(routings) or 'none'}")
         if self.final_norm is not None:
             x = self.final_norm(x, lengths=lengths)
-        x = x.to(device)
-        if lengths is not None:
-            x = alignment.restore(x.masked_fill(~valid_of(lengths, x)[..., None], 0.0))
+        x = unpadded(x)
+        if hidden is not None:
+            hidden.tensors.append(x)
         return BlockOutput(x, None if state is None else replace(state, layers=tuple(states)), routings, losses)
 
     def _check(self, x: Tensor, state: StackState | None, replay: Mapping[str, Routing] | None) -> None:

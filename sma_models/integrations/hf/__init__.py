@@ -14,6 +14,11 @@ except ModuleNotFoundError as error:
         f"{error.name} is not installed; it comes with the extra 'hf': pip install 'sparse-modular-activation[hf]'"
     ) from error
 
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
 from sma_models.integrations.hf.cache import SMACache
 from sma_models.integrations.hf.configuration import SMAConfig
 from sma_models.integrations.hf.conversion import export, from_model
@@ -34,3 +39,8 @@ AutoConfig.register(SMAConfig.model_type, SMAConfig, exist_ok=True)
 AutoModelForCausalLM.register(SMAConfig, SMAForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(SMAConfig, SMAForSequenceClassification, exist_ok=True)
 AutoTokenizer.register(SMAConfig, tokenizer_class=SMAByteTokenizer, exist_ok=True)
+
+# Transformers also asks by the name of the class, in lists that the Auto classes do not add to. Of a model in the first
+# the Trainer shifts the labels when it smooths them; the model card takes its task from both.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[SMAConfig.model_type] = SMAForCausalLM.__name__
+MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[SMAConfig.model_type] = SMAForSequenceClassification.__name__

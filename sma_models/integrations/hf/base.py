@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -15,11 +14,10 @@ from transformers import PreTrainedModel
 
 from sma.errors import ConfigError, ShapeError
 from sma.interfaces import Model
-from sma.padding import Alignment
 from sma_models.integrations.hf.configuration import SMAConfig
 from sma_models.integrations.hf.loader import Loadable
 from sma_models.integrations.hf.token_batch import TokenBatch
-from sma_models.stack import Stack, StackConfig, StackState
+from sma_models.stack import HiddenStates, StackConfig, StackState
 
 _OF_THE_LOSS = ("num_items_in_batch", "shift_labels")
 """Arguments that the Trainer passes on to the loss."""
@@ -33,6 +31,8 @@ class SMAPreTrainedModel(Loadable, PreTrainedModel):
     supports_gradient_checkpointing = True
     expects: ClassVar[type[Model]] = Model
     """The kind of model that the spec has to describe."""
+    listed_as: ClassVar[str]
+    """The name by which Transformers knows the class, also a subclass and one that ``fully_shard`` makes."""
     model: Any
 
     def __init__(self, config: SMAConfig, model: Model | None = None) -> None:
@@ -49,10 +49,15 @@ class SMAPreTrainedModel(Loadable, PreTrainedModel):
             with torch.device("cpu" if torch.get_default_device().type == "meta" else torch.get_default_device()):
                 model = _build(typed)
         self.model = model
+        self.loss_type = self.listed_as.removeprefix("SMA")
         self.gradient_checkpointing = bool(self.model.stack.checkpoint)
         # Within a block, weights are used by more than their own module.
         self._no_split_modules = sorted({type(layer).__name__ for layer in self.model.stack.layers})
         self.post_init()
+
+    def _get_name(self) -> str:
+        """By which the Trainer finds out whether labels are shifted."""
+        return self.listed_as
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -154,27 +159,9 @@ class SMAPreTrainedModel(Loadable, PreTrainedModel):
         """The output of the model; and ``(B, L, D)`` before every block and after the last norm, with 0 at padding."""
         if not hidden:
             return self.model(tokens.ids, *state, valid=tokens.valid), None
-        with _watched(self.model.stack) as seen:
-            out = self.model(tokens.ids, *state, valid=tokens.valid)
-        *before, last = seen
-        alignment = Alignment.of(tokens.valid, (tokens.ids.shape[0], tokens.ids.shape[1]))
-        before = [alignment.restore(each.to(tokens.ids.device)) for each in before]
-        if tokens.valid is not None:
-            before = [each.masked_fill(~tokens.valid[..., None], 0) for each in before]
-        return out, (*before, last)
-
-
-@contextmanager
-def _watched(stack: Stack) -> Iterator[list[Tensor]]:
-    """What goes into every block, as the blocks see it, and what comes out of the stack."""
-    seen: list[Tensor] = []
-    hooks = [layer.register_forward_pre_hook(lambda _, given: seen.append(given[0])) for layer in stack.layers]
-    hooks.append(stack.register_forward_hook(lambda _, given, out: seen.append(out.x)))
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
+        seen = HiddenStates()
+        out = self.model(tokens.ids, *state, valid=tokens.valid, hidden=seen)
+        return out, tuple(seen.tensors)
 
 
 def places_of(block: nn.Module) -> list[str]:
@@ -199,17 +186,3 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     for option, value in options.items():
         if option not in _OF_THE_LOSS and value is not None and value is not False:
             raise ConfigError(f"{name}: has no {option}, got {type(value).__name__}")
-
-
-def with_auxiliary(
-    loss: Tensor, losses: Mapping[str, Tensor], labels: Tensor, num_items: Tensor | int | None
-) -> Tensor:
-    """The loss and the sum of the auxiliary losses, means over a batch like the loss itself.
-
-    The Trainer accumulates gradients over ``num_items`` labels in parts, and divides the loss of a part by all of them;
-    so an auxiliary loss counts by the share of the part.
-    """
-    if not losses:
-        return loss
-    total = torch.stack([each.to(loss.device) for each in losses.values()]).sum()
-    return loss + (total if num_items is None else total * (labels.ne(-100).sum() / num_items).to(loss.device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,17 @@ class _Call(NamedTuple):
 
     before: StackState
     tokens: TokenBatch
+
+
+_Kept = TypeVar("_Kept", StackState, TokenBatch)
+
+
+def _kept(value: _Kept) -> _Kept:
+    """What a cache keeps. Made in inference mode, it is copied: later calls may take gradients, or run without it."""
+    if not torch.is_inference_mode_enabled():
+        return value
+    with torch.inference_mode(False):
+        return value.map(torch.clone)
 
 
 class StateLayer(CacheLayerMixin):
@@ -63,7 +74,7 @@ class StateLayer(CacheLayerMixin):
         decoder = self._decoder
         if decoder is not None:
             decoder.forget(self)
-        self._state, self._decoder = value, None
+        self._state, self._decoder = None if value is None else _kept(value), None
 
     def lend(self, decoder: SharedDecoder) -> None:
         """The state is in the memory of a decoder from now on, and changes in place."""
@@ -99,7 +110,7 @@ class StateLayer(CacheLayerMixin):
         self._length += tokens.length - again
         self.state, self.ahead, self.batch_size, self.is_initialized = after, None, tokens.ids.shape[0], True
         if self.record_past:
-            self._past.append(_Call(before, tokens))
+            self._past.append(_Call(_kept(before), _kept(tokens)))
             while len(self._past) > 1 and sum(call.tokens.length for call in self._past) > MOST_PAST:
                 self._past.popleft()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self, TypeGuard
@@ -9,6 +10,7 @@ from typing import Any, Self, TypeGuard
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
+from transformers.generation import GenerationMode, StoppingCriteriaList
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -16,15 +18,19 @@ from sma.errors import ConfigError, StreamingError
 from sma.interfaces import Model
 from sma.routing import Routing
 from sma_models.classifier import Classifier
-from sma_models.integrations.hf.base import SMAPreTrainedModel, check_options, with_auxiliary
+from sma_models.integrations.hf.base import SMAPreTrainedModel, check_options
 from sma_models.integrations.hf.cache import SMACache
 from sma_models.integrations.hf.configuration import SMAConfig
+from sma_models.integrations.hf.loss import Targets, with_auxiliary
 from sma_models.integrations.hf.shared_decoder import SharedDecoder
 from sma_models.integrations.hf.token_batch import TokenBatch
+from sma_models.integrations.hf.tokenization import SMAByteTokenizer, StopBytes
 from sma_models.language_model import LanguageModel
 
 PREFILL_CHUNK = 2048
 """A prompt is read in chunks of this many tokens, as by :func:`sma_models.inference.generation.stream`."""
+OF_GENERATE = ("tokenizer", "assistant_tokenizer")
+"""Arguments that ``generate`` needs for itself, and passes on to the model nevertheless."""
 
 
 @dataclass
@@ -82,6 +88,7 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
     """
 
     expects = LanguageModel
+    listed_as = "SMAForCausalLM"
 
     def __init__(self, config: SMAConfig, model: Model | None = None) -> None:
         super().__init__(config, model)
@@ -123,7 +130,9 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
             attention_mask: ``(B, L)``, not 0 on real tokens; or longer, with the columns that the cache has read in
                 front.
             cache: to continue from; it is changed.
-            labels: ``(B, L)``, the same tokens, -100 where there is nothing to learn.
+            labels: ``(B, L)``, the same tokens, -100 where there is nothing to learn. A real token predicts the label
+                of the next real token of its row; padding predicts nothing. The loss is a mean over the labels as the
+                Trainer counts them: all but those of column 0.
             use_cache: return a cache. Without one, whole sequences run in the way that is fastest.
             logits_to_keep: how many of the last columns to return logits of, 0 for all, or which ones. With a cache and
                 a number, a long prompt is read in chunks, so that memory does not grow with it.
@@ -133,7 +142,7 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
             **kwargs: what the Trainer passes on to the loss.
 
         Raises:
-            ShapeError: tokens or mask of the wrong shape, dtype or range.
+            ShapeError: tokens, mask or labels of the wrong shape, dtype or range.
             StreamingError: a cache is asked for and the model cannot stream, with the reason; or the one given is of
                 another kind, model or batch.
             ConfigError: an argument that the model does not have.
@@ -155,9 +164,33 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
         logits = slice_logits_to_keep(logits, logits_to_keep)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
-            loss = with_auxiliary(loss, out.losses, labels, kwargs.get("num_items_in_batch"))
+            valid = tokens.valid
+            valid = None if valid is None else slice_logits_to_keep(valid[..., None], logits_to_keep).squeeze(-1)
+            loss = self._loss(out.losses, logits, labels, valid, kwargs)
         return SMACausalLMOutput(loss, logits, cache, hidden, dict(out.routings) if output_routings else None)
+
+    def _loss(
+        self,
+        auxiliary: Mapping[str, Tensor],
+        logits: Tensor,
+        labels: Tensor,
+        valid: Tensor | None,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """The loss of ``logits (B, L, V)``, auxiliary losses included.
+
+        Raises:
+            ShapeError: the labels are not those of the columns that have logits.
+        """
+        num_items = options.get("num_items_in_batch")
+        targets = Targets.of(labels, logits, valid, options.get("shift_labels"))
+        if valid is not None:  # without padding the loss shifts the labels itself
+            options = options | {
+                "shift_labels": targets.labels,
+                "num_items_in_batch": targets.count if num_items is None else num_items,
+            }
+        loss: Tensor = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **options)
+        return with_auxiliary(loss, auxiliary, targets.count, num_items)
 
     def _steps(self, cache: Any, tokens: TokenBatch) -> TypeGuard[SMACache]:
         """Whether this call can be one step of decoding."""
@@ -198,7 +231,14 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
 
         Raises:
             ConfigError: a cache of another kind is asked for.
+            StreamingError: speculative decoding is given a cache that has processed something: it reads all tokens.
         """
+        given, assisted = model_kwargs.get("cache"), args and args[0] == GenerationMode.ASSISTED_GENERATION
+        if assisted and isinstance(given, SMACache) and given.get_seq_length():
+            raise StreamingError(
+                "cache: must be empty for speculative decoding, which reads the whole prompt, got one that has read "
+                f"{given.get_seq_length()} tokens; decode without drafts, or leave the cache out"
+            )
         if model_kwargs.get("cache") is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation is not None:
                 raise ConfigError(
@@ -210,6 +250,39 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
                 model_kwargs["cache"].activate_past_recording()
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _get_stopping_criteria(
+        self, generation_config: Any, stopping_criteria: Any, tokenizer: Any = None
+    ) -> StoppingCriteriaList:
+        """As of every model; stop strings of the tokenizer of bytes are compared byte by byte."""
+        strings = generation_config.stop_strings
+        if strings is None or not isinstance(tokenizer, SMAByteTokenizer):
+            return super()._get_stopping_criteria(generation_config, stopping_criteria, tokenizer=tokenizer)
+        plain = copy.copy(generation_config)
+        plain.stop_strings = None
+        criteria = super()._get_stopping_criteria(plain, stopping_criteria)
+        criteria.append(StopBytes([strings] if isinstance(strings, str) else strings))
+        return criteria
+
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """``generate`` reads the prompt, or what a cache has not read of it.
+
+        Raises:
+            StreamingError: the cache has read the whole prompt, so nothing is left that the next token follows from.
+        """
+        for name in OF_GENERATE:
+            model_kwargs.pop(name, None)
+        cache, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
+        known = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+        read, length = cache.get_seq_length() if isinstance(cache, SMACache) else 0, input_ids.shape[1]
+        if 0 < length <= read and known == length:
+            raise StreamingError(
+                f"cache: must have read less than the prompt of {length} tokens, got one that has read {read}; give "
+                "the whole sequence and a cache of its beginning, or only new tokens and an attention_mask of all"
+            )
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 
 class SMAForSequenceClassification(SMAPreTrainedModel):
@@ -224,6 +297,7 @@ class SMAForSequenceClassification(SMAPreTrainedModel):
     """
 
     expects = Classifier
+    listed_as = "SMAForSequenceClassification"
 
     def __init__(self, config: SMAConfig, model: Model | None = None) -> None:
         super().__init__(config, model)
@@ -261,7 +335,7 @@ class SMAForSequenceClassification(SMAPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=out.logits, config=self.config, **kwargs)
-            loss = with_auxiliary(loss, out.losses, labels, kwargs.get("num_items_in_batch"))
+            loss = with_auxiliary(loss, out.losses, labels.ne(-100).sum(), kwargs.get("num_items_in_batch"))
         return SMASequenceClassifierOutput(loss, out.logits, hidden, dict(out.routings) if output_routings else None)
 
 

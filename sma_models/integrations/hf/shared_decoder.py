@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol, cast
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from sma_models.inference import Decoder, Prefiller
 from sma_models.integrations.hf.token_batch import TokenBatch
+from sma_models.integrations.hf.weights_watch import WeightsWatch
 from sma_models.language_model import LanguageModel
 from sma_models.model_io import check_tokens, without_padding
 from sma_models.stack import StackState
@@ -48,7 +51,7 @@ class SharedDecoder:
         self._parts = _parts(model)
         self._decoder: Decoder | None = None
         self._prefiller: Prefiller | None = None
-        self._weights: tuple[object, ...] = ()
+        self._watch: WeightsWatch | None = None
         self._owner: weakref.ref[StateOwner] | None = None
         self._last: weakref.ref[StateOwner] | None = None
         self._lock = threading.RLock()
@@ -80,7 +83,7 @@ class SharedDecoder:
     def step(self, owner: StateOwner, tokens: TokenBatch) -> Tensor:
         """Logits ``(B, 1, V)`` after one more column ``tokens``; the state of ``owner`` is then the one after it."""
         ids, valid = tokens.ids[:, 0], None if tokens.valid is None else tokens.valid[:, 0]
-        with self._lock:
+        with self._locked():
             decoder = self._borrow(owner)
             device = decoder.logits.device
             ids = ids.to(device) if valid is None else ids.masked_fill(~valid, 0).to(device)
@@ -99,8 +102,8 @@ class SharedDecoder:
         model = self._model
         ids = without_padding("language_model", tokens.ids, tokens.valid, model.embedding.weight)
         check_tokens("language_model", ids, model.vocab_size)
-        with self._lock:
-            self._check_weights()
+        with self._locked():
+            self._notice_weights()
             if self._prefiller is None or self._prefiller.chunk != chunk:
                 self._prefiller = Prefiller(model, chunk)
             out = self._prefiller.forward_chunk(ids, state, valid=tokens.valid)
@@ -109,7 +112,7 @@ class SharedDecoder:
 
     def give_back(self, owner: StateOwner) -> None:
         """Give an owner its state back; one that has its state keeps it."""
-        with self._lock:
+        with self._locked():
             if self._decoder is not None and self._holds_state_of(owner):
                 owner.take(self._decoder.read_all(range(self._decoder.slots)))
                 self._owner = None
@@ -122,28 +125,34 @@ class SharedDecoder:
 
     def release(self) -> None:
         """Free all memory; the owner of the state gets it back."""
-        with self._lock:
+        with self._locked():
             self._evict()
             self._decoder = self._prefiller = None
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One thread at a time, outside inference mode: later calls write to the memory that is allocated here."""
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            yield
 
     def _holds_state_of(self, owner: StateOwner) -> bool:
         return self._owner is not None and self._owner() is owner
 
     def _borrow(self, owner: StateOwner) -> Decoder:
         """The decoder, with the state of the owner in it."""
+        self._notice_weights()
         if self._decoder is not None and self._holds_state_of(owner):
             return self._decoder
         state = owner.state
         assert state is not None
         self._evict()
-        self._check_weights()
         if self._decoder is None or self._decoder.slots != owner.batch_size:
             self._decoder = None  # frees its memory before the next one takes its own
             self._decoder = Decoder(self._model, owner.batch_size)
             self._decoder.resume(state)
         else:
             if self._last is None or self._last() is not owner:
-                self._decoder.refresh()  # weights may have changed in place
+                self._decoder.refresh()  # weights may have changed through `.data`
             self._decoder.write_all(range(owner.batch_size), state)
         self._owner = self._last = weakref.ref(owner)
         owner.lend(self)
@@ -154,12 +163,16 @@ class SharedDecoder:
         if other is not None:
             self.give_back(other)
 
-    def _check_weights(self) -> None:
-        """Free the graphs if weights have moved: graphs hold their addresses."""
-        weights = tuple((each.data_ptr(), each.dtype, each.device) for each in self._model.parameters())
-        if weights != self._weights:
+    def _notice_weights(self) -> None:
+        """Free the memory and the graphs if weights have moved, since graphs hold their addresses; and derive anew what
+        depends on values that have changed.
+        """
+        news = "moved" if self._watch is None else self._watch.look()
+        if news == "moved":
             self.release()
-            self._weights = weights
+            self._watch = WeightsWatch(self._model)
+        elif news == "changed" and self._decoder is not None:
+            self._decoder.refresh()
 
 
 def _parts(model: nn.Module) -> list[tuple[type, bool]]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
-from transformers import AddedToken, PreTrainedTokenizer
+import torch
+from torch import Tensor
+from transformers import AddedToken, PreTrainedTokenizer, StoppingCriteria
 
+from sma.errors import ConfigError
 from sma_models.integrations.hf.loader import Loadable, write_loader
 
 N_BYTES = 256
@@ -84,3 +88,31 @@ class SMAByteTokenizer(Loadable, PreTrainedTokenizer):
         }
         files: tuple[str, ...] = super().save_pretrained(save_directory, *args, **kwargs)
         return files
+
+
+class StopBytes(StoppingCriteria):
+    """Ends a text with one of some strings, as bytes.
+
+    The criterion of Transformers compares what single tokens decode to, and a byte of a character beyond ASCII decodes
+    to nothing that is in the string.
+
+    Args:
+        strings: not empty.
+
+    Raises:
+        ConfigError: one of them is empty.
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        if not strings or not all(strings):
+            raise ConfigError(f"stop_strings: must not be empty, got {list(strings)}")
+        self._endings = [list(string.encode()) for string in strings]
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """``(B,)`` bool: which texts ``(B, L)`` end with one of them."""
+        done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        for ending in self._endings:
+            if len(ending) <= input_ids.shape[1]:
+                last = input_ids[:, -len(ending) :]
+                done |= (last == torch.tensor(ending, device=last.device, dtype=last.dtype)).all(1)
+        return done

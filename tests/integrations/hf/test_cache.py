@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -159,3 +160,55 @@ def test_a_cache_goes_on_from_a_state(model: SMAForCausalLM) -> None:
         assert again.get_seq_length() == 16
     with pytest.raises(StreamingError, match="state: holds no tensor"):
         SMACache.of(StackState((None,)), 3)
+
+
+MODES = {"inference": torch.inference_mode, "plain": torch.no_grad, "gradients": torch.enable_grad}
+
+
+@pytest.mark.parametrize("first", MODES)
+@pytest.mark.parametrize("then", MODES)
+def test_what_a_call_leaves_behind_is_of_no_mode(model: SMAForCausalLM, first: str, then: str) -> None:
+    """Inference mode ends with the call; neither the memory of the model nor a cache stays in it."""
+    tokens = inputs_of(model.model, length=12)
+    expected = model(tokens).logits
+
+    def check(cache: SMACache, start: int) -> None:
+        for t in range(start, start + 2):
+            logits = model(tokens[:, t : t + 1], cache=cache).logits[:, -1]
+            torch.testing.assert_close(logits, expected[:, t], rtol=0, atol=1e-5)
+
+    options: list[dict[str, Any]] = [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}]
+    cache = SMACache()
+    with MODES[first]():
+        model(tokens[:, :4], cache=cache)
+        check(cache, 4)
+        first_texts = [model.generate(tokens[:1], max_new_tokens=3, do_sample=False, **each) for each in options]
+        cache.activate_past_recording()
+        model(tokens[:, 6:8], cache=cache)
+        cache.crop(-1)
+    with MODES[then]():
+        texts = [model.generate(tokens[:1], max_new_tokens=3, do_sample=False, **each) for each in options]
+        check(cache, 7)
+        cache.reorder_cache(torch.arange(3))
+        check(cache, 9)
+    assert all(map(torch.equal, texts, first_texts))
+    with torch.enable_grad():
+        logits = model(tokens[:, 11:], cache=cache).logits
+        logits.sum().backward()
+    torch.testing.assert_close(logits[:, 0], expected[:, 11], rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_model_that_was_built_in_inference_mode() -> None:
+    model = from_model(tiny("seqboat_small_lm"))
+    tokens = inputs_of(model.model, length=12)
+    cache = model(tokens[:, :10], use_cache=True).cache
+    state = copy.deepcopy(cache.state)
+    model(tokens[:, 10:11], cache=cache)
+    state = model.model(tokens[:, 10:11], state).state
+    for parameter in model.parameters():
+        parameter.mul_(1.5)  # no version counter counts this
+    expected = model.model(tokens[:, 11:], state).logits
+    torch.testing.assert_close(model(tokens[:, 11:], cache=cache).logits, expected, rtol=0, atol=1e-5)
+    written = model.generate(tokens, max_new_tokens=5, do_sample=False)
+    assert torch.equal(written, model.generate(tokens, max_new_tokens=5, do_sample=False, use_cache=False))

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+from inspect import signature
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, TextIteratorStreamer, pipeline
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TextIteratorStreamer,
+    pipeline,
+)
 
-from sma.errors import ConfigError
+from sma.errors import ConfigError, StreamingError
 from sma_models.inference.generation import generate
 from sma_models.integrations.hf import SMAByteTokenizer, SMACache, SMAForCausalLM, from_model
+from sma_models.integrations.hf.modeling import OF_GENERATE
 from sma_models.language_model import LanguageModel
 from tests.integrations.hf.test_models import LANGUAGE_MODELS
 from tests.models.tiny import inputs_of, tiny
@@ -150,6 +160,120 @@ def test_what_generate_returns_can_be_gone_on_with(model: SMAForCausalLM) -> Non
     assert len(out.logits) == 10
     rest = model.generate(out.sequences, cache=out.cache, **{**GREEDY, "max_new_tokens": 10})
     assert torch.equal(rest, whole)
+
+
+class Forced(LogitsProcessor):
+    """Makes the texts those of a list, whatever the model says."""
+
+    def __init__(self, start: int, tokens: list[int]) -> None:
+        self.start, self.tokens = start, tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        column = input_ids.shape[1] - self.start
+        return scores if column >= len(self.tokens) else one_hot(self.tokens[column]).expand_as(scores)
+
+
+def one_hot(token: int) -> Tensor:
+    """Logits of one token."""
+    return torch.full((256,), -1e9).index_fill(0, torch.tensor(token), 0.0)
+
+
+WAYS: list[dict[str, Any]] = [{}, {"prefill_chunk_size": 7}, {"do_sample": True, "top_k": 1}]
+
+
+def read(model: SMAForCausalLM, tokens: Tensor) -> SMACache:
+    """The cache of some tokens."""
+    with torch.no_grad():
+        cache = model(tokens, use_cache=True).cache
+    assert isinstance(cache, SMACache)
+    return cache
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_prompt_is_read_once(model: SMAForCausalLM, options: dict[str, Any], masked: bool) -> None:
+    """Whatever part of it the cache has read; where nothing is left to read, the call is refused."""
+    length = PROMPT.shape[1]
+    mask = torch.ones_like(PROMPT)
+    mask[:, :4] = 1 - int(masked)
+    whole = model.generate(PROMPT, attention_mask=mask, **(GREEDY | options))
+    for start in (1, 20, length - 1):
+        with torch.no_grad():
+            cache = model(PROMPT[:, :start], attention_mask=mask[:, :start], use_cache=True).cache
+        rest = copy.deepcopy(cache)
+        written = model.generate(PROMPT, attention_mask=mask, cache=cache, **(GREEDY | options))
+        assert torch.equal(written, whole)
+        assert cache.get_seq_length() == whole.shape[1] - 1
+        # Or only the new tokens, with a mask of all.
+        written = model.generate(PROMPT[:, start:], attention_mask=mask, cache=rest, **(GREEDY | options))
+        assert torch.equal(written, whole[:, start:])
+        assert rest.get_seq_length() == whole.shape[1] - 1
+    for tokens in (PROMPT, torch.cat([PROMPT, PROMPT], 1)):
+        cache = read(model, tokens)
+        with pytest.raises(StreamingError, match=f"less than the prompt of {length} tokens, got one that has read"):
+            model.generate(PROMPT, cache=cache, **(GREEDY | options))
+        assert cache.get_seq_length() == tokens.shape[1], "as it was"
+
+
+def test_speculative_decoding_begins_with_an_empty_cache(model: SMAForCausalLM) -> None:
+    cache = read(model, PROMPT[:, :20])
+    with pytest.raises(StreamingError, match="cache: must be empty for speculative decoding"):
+        model.generate(PROMPT, cache=cache, **GREEDY, prompt_lookup_num_tokens=4)
+    cache = SMACache()
+    written = model.generate(PROMPT, cache=cache, **GREEDY, prompt_lookup_num_tokens=4)
+    assert torch.equal(written, model.generate(PROMPT, **GREEDY))
+
+
+MODES: list[dict[str, Any]] = [
+    {},
+    {"do_sample": True, "top_k": 1},
+    {"use_cache": False},
+    {"prefill_chunk_size": 7},
+    {"prompt_lookup_num_tokens": 3},
+]
+
+
+@pytest.mark.parametrize("options", MODES, ids=str)
+def test_stop_strings(model: SMAForCausalLM, options: dict[str, Any]) -> None:
+    """The text ends with the first of them, as with every model of Transformers."""
+    tokenizer = SMAByteTokenizer()
+    whole = model.generate(PROMPT, **GREEDY)[0].tolist()
+    new = whole[PROMPT.shape[1] :]
+    for byte in (0, 3, 11):  # any byte may be forced to be that of a string
+        ending = "é€"  # five bytes, of which none is a character
+        force = Forced(PROMPT.shape[1], [*new[:byte], *ending.encode(), *new])
+        written = model.generate(
+            PROMPT,
+            **(GREEDY | options),
+            stop_strings=["not this", ending],
+            tokenizer=tokenizer,
+            logits_processor=LogitsProcessorList([force]),
+        )
+        assert written[0].tolist() == [*PROMPT[0].tolist(), *new[:byte], *ending.encode()]
+
+
+def test_stop_strings_of_a_batch_and_of_beams(model: SMAForCausalLM) -> None:
+    tokenizer = SMAByteTokenizer()
+    rows = torch.cat([PROMPT, PROMPT.flip(1)])
+    force = Forced(PROMPT.shape[1], [65, 66, 67, 68])
+    options = {"tokenizer": tokenizer, "stop_strings": "BC", "logits_processor": LogitsProcessorList([force])}
+    assert (model.generate(rows, **GREEDY, **options)[:, PROMPT.shape[1] :] == torch.tensor([65, 66, 67])).all()
+    beams = model.generate(rows, **GREEDY, **options, num_beams=2)[:, PROMPT.shape[1] :]
+    assert (beams[:, :3] == torch.tensor([65, 66, 67])).all()
+    with pytest.raises(ConfigError, match="stop_strings: must not be empty"):
+        model.generate(PROMPT, **GREEDY, tokenizer=tokenizer, stop_strings=[""])
+    with pytest.raises(ValueError, match="could not locate a tokenizer"):
+        model.generate(PROMPT, **GREEDY, stop_strings=["a"])
+
+
+def test_what_generate_keeps_for_itself_is_not_given_to_the_model(model: SMAForCausalLM) -> None:
+    """Every argument that generate sets apart, whichever way of searching gets it."""
+    names = set(model._extract_generation_mode_kwargs(None, dict.fromkeys(OF_GENERATE, 1), False, 1, 1))
+    swallowed = {name for name in names if name not in signature(GenerationMixin._sample).parameters}
+    assert swallowed == {"assistant_model", *OF_GENERATE}
+    for options in MODES[:4]:
+        written = model.generate(PROMPT, **(GREEDY | options), tokenizer=SMAByteTokenizer())
+        assert torch.equal(written, model.generate(PROMPT, **GREEDY))
 
 
 def test_a_text_can_begin_from_nothing(model: SMAForCausalLM) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import threading
 from inspect import signature
 from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 
 from sma.errors import ConfigError, ShapeError, StreamingError
@@ -78,10 +81,39 @@ def test_the_loss_of_a_language_model() -> None:
     own = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     model = from_model(plain)
     torch.testing.assert_close(model(tokens, labels=labels).loss, own + auxiliary)
-    # A part of a batch of 1000 labels: each loss counts by its share.
-    share = labels.ne(-100).sum() / 1000
-    scaled = own * labels[:, 1:].ne(-100).sum() / 1000 + auxiliary * share
+    # A part of a batch of 1000 labels, which the Trainer counts after the shift: each loss counts by its share.
+    share = labels[:, 1:].ne(-100).sum() / 1000
+    scaled = (own + auxiliary) * share
     torch.testing.assert_close(model(tokens, labels=labels, num_items_in_batch=1000).loss, scaled)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right", "anywhere"])
+def test_the_loss_of_a_batch_is_that_of_its_rows(model: SMAForCausalLM, side: str) -> None:
+    rows = [torch.randint(256, (length,)) for length in (7, 12, 1, 20)]
+    total = sum(float(model(row[None], labels=row[None]).loss) * (len(row) - 1) for row in rows if len(row) > 1)
+    tokens, mask = torch.randint(256, (4, 20)), torch.zeros(4, 20, dtype=torch.int64)
+    labels = torch.randint(256, (4, 20)) if side == "anywhere" else torch.full((4, 20), -100)  # never those of padding
+    for i, row in enumerate(rows):
+        columns = {
+            "left": torch.arange(20 - len(row), 20),
+            "right": torch.arange(len(row)),
+            "anywhere": torch.randperm(20)[: len(row)].sort().values,
+        }[side]
+        tokens[i, columns], mask[i, columns], labels[i, columns] = row, 1, row
+    # As the Trainer counts them: all labels of real tokens but those of column 0.
+    count = int((labels.ne(-100) & mask.bool())[:, 1:].sum())
+    loss = model(tokens, attention_mask=mask, labels=labels).loss
+    assert float(loss) * count == pytest.approx(total, rel=1e-5)
+    part = model(tokens, attention_mask=mask, labels=labels, num_items_in_batch=torch.tensor(1000)).loss
+    assert float(part) * 1000 == pytest.approx(total, rel=1e-5)
+    if side != "anywhere":
+        shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+        assert torch.equal(model(tokens, attention_mask=mask, labels=labels, shift_labels=shifted).loss, loss)
+    tokens = tokens.masked_fill(mask == 0, 256)  # padding beyond the vocabulary needs no mask
+    torch.testing.assert_close(model(tokens, labels=labels).loss, loss)
+    with pytest.raises(ShapeError, match=r"labels: must be \(B, L\) = \(4, 20\) like the logits, got \(4, 19\)"):
+        model(tokens, labels=labels[:, 1:])
 
 
 def test_the_losses_of_a_classifier() -> None:
@@ -131,6 +163,39 @@ def test_hidden_states(name: str) -> None:
     assert not plain.stack._forward_hooks, "nothing is left behind"
     model.config.output_hidden_states = True
     assert len(model(inputs).hidden_states) == len(out.hidden_states)
+
+
+@pytest.mark.parametrize("name", ["seqboat_small_lm", "seqboat_text"])
+def test_hidden_states_in_threads(name: str) -> None:
+    """Each call has its own, also while others run the same model with or without them."""
+    model = from_model(tiny(name))
+    inputs = [inputs_of(model.model, length=length, seed=length) for length in (5, 9, 14, 24)]
+    expected = [model(each, output_hidden_states=True).hidden_states for each in inputs]
+    wrong: list[str] = []
+
+    def ask(i: int) -> None:
+        for turn in range(10):
+            found = model(inputs[i], output_hidden_states=turn % 3 > 0).hidden_states
+            same = found is None if turn % 3 == 0 else len(found) == 3 and all(map(torch.equal, found, expected[i]))
+            wrong.extend([] if same else [f"thread {i}, turn {turn}"])
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_hidden_states_survive_what_copies_arguments(model: SMAForCausalLM) -> None:
+    """Accelerate and fully_shard bring what a part is called with to its device, and copy lists for that."""
+    tokens = inputs_of(model.model)
+    expected = model(tokens, output_hidden_states=True).hidden_states
+    add_hook_to_module(model.model, AlignDevicesHook("cpu", io_same_device=True))
+    model.model.stack.register_forward_pre_hook(
+        lambda _, given, options: tree_map(lambda each: each, (given, options)), with_kwargs=True
+    )
+    assert all(map(torch.equal, model(tokens, output_hidden_states=True).hidden_states, expected))
 
 
 def test_hidden_states_with_a_cache(model: SMAForCausalLM) -> None:

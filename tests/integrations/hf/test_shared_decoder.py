@@ -123,6 +123,83 @@ def test_weights_may_change_between_texts(model: SMAForCausalLM, change: str) ->
     assert torch.equal(model.generate(PROMPT, **GREEDY), plain)
 
 
+@torch.no_grad()
+def called(model: SMAForCausalLM, tokens: list[int], state: Any) -> Any:
+    """What the model itself makes of one more column."""
+    return model.model(torch.tensor(tokens)[:, None], state)
+
+
+def changed_weights(model: SMAForCausalLM, change: str) -> None:
+    """Other weights, in one of the ways in which users change them."""
+    torch.manual_seed(7)
+    new = {name: each + 0.3 * torch.randn_like(each) for name, each in model.state_dict().items()}
+    if change == "load_state_dict":
+        model.load_state_dict(new)
+    elif change == "assign":
+        model.load_state_dict(new, assign=True)
+    elif change == "in place":
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+    elif change == "optimiser":
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        torch.optim.SGD(model.parameters(), 0.1).step()
+    elif change == "data":
+        for parameter in model.parameters():
+            parameter.data = parameter.data * 1.1
+    elif change == "inference mode":
+        with torch.inference_mode():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+    elif change == "another block":
+        model.model.stack.layers[0] = copy.deepcopy(model.model.stack.layers[1])
+    elif change == "buffers":
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.mul_(1.1)
+
+
+CHANGES = [
+    "load_state_dict",
+    "assign",
+    "in place",
+    "optimiser",
+    "data",
+    "inference mode",
+    "another block",
+    "buffers",
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["seqboat_small_lm", "three_module_lm", "ema_moe_lm"])
+def test_weights_change_between_two_steps_of_one_cache(name: str, change: str) -> None:
+    """The next step runs with the new weights, from the state that the old ones left."""
+    model = from_model(tiny(name).double())
+    cache = read(model, torch.randint(16, (2, 12)))
+    state = copy.deepcopy(cache.state)
+    for tokens in ([1, 2], [3, 4]):
+        next_logits(model, cache, tokens)
+        state = called(model, tokens, state).state
+    for tokens in ([5, 6], [7, 8]):  # also a second time
+        changed_weights(model, change)
+        out = called(model, tokens, state)
+        close(next_logits(model, cache, tokens), out.logits[:, -1])
+        state = out.state
+
+
+def test_a_model_changes_its_dtype_between_two_steps_of_one_cache(model: SMAForCausalLM) -> None:
+    cache = read(model, PROMPT)
+    state = called(model, [65], copy.deepcopy(cache.state)).state
+    next_logits(model, cache, [65])
+    model.float()
+    single = state.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+    out = next_logits(model, cache, [66])
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, called(model, [66], single).logits[:, -1], rtol=0, atol=1e-5)
+
+
 def test_training_in_the_middle_of_a_text(model: SMAForCausalLM) -> None:
     """The rest of the text is that of the trained weights, after the state of those before."""
     cache = read(model, PROMPT)

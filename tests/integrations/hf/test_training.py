@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -15,10 +17,12 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers.modelcard import TASK_MAPPING
 
 import sma
 from sma.errors import ConfigError
-from sma_models.integrations.hf import SMAByteTokenizer, SMAForCausalLM, from_model
+from sma_models.integrations.hf import SMAByteTokenizer, SMAForCausalLM, SMAForSequenceClassification, from_model
 from tests.models.tiny import inputs_of, tiny
 
 TEXT = b"the quick brown fox jumps over the lazy dog. " * 20
@@ -101,6 +105,62 @@ def test_accumulated_parts_are_one_batch(tmp_path: Path) -> None:
     whole, parts = after(1), after(4)
     untrained = torch.cat([parameter.detach().flatten() for parameter in language_model().parameters()])
     assert float((whole - parts).norm()) < 0.1 * float((whole - untrained).norm())
+
+
+class Renamed(SMAForCausalLM):
+    """A subclass, of which no list of Transformers knows the name."""
+
+
+@pytest.mark.parametrize("kind", ["plain", "subclass", "fully_shard", "adapter"])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # which peft asks
+def test_smoothed_labels_are_shifted(kind: str, tmp_path: Path) -> None:
+    model = language_model().eval()
+    if kind == "subclass":
+        model = Renamed(model.config, model.model)
+    elif kind == "fully_shard":  # derives a class of its own
+        model.__class__ = type("FSDPSMAForCausalLM", (SMAForCausalLM,), {})
+    elif kind == "adapter":
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    tokens = torch.randint(256, (2, 20))
+    labels = tokens.masked_fill(torch.rand(tokens.shape) < 0.3, -100)
+    smoothed = trainer(model, tmp_path, label_smoothing_factor=0.1)
+    loss = smoothed.compute_loss(model, {"input_ids": tokens, "labels": labels})
+    logits = model(tokens).logits[:, :-1].flatten(0, 1)
+    expected = F.cross_entropy(logits, labels[:, 1:].flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected)
+    plain = trainer(model, tmp_path).compute_loss(model, {"input_ids": tokens, "labels": labels})
+    torch.testing.assert_close(plain, F.cross_entropy(logits, labels[:, 1:].flatten()))
+
+
+def test_a_language_model_learns_with_smoothed_labels(tmp_path: Path) -> None:
+    smoothed = trainer(language_model(), tmp_path, label_smoothing_factor=0.1, max_steps=60)
+    smoothed.train()
+    text = torch.tensor([list(TEXT[:60])])
+    logits = smoothed.model.eval()(text).logits
+    assert float((logits[0, :-1].argmax(-1) == text[0, 1:]).float().mean()) > 0.3, "the next byte"
+    assert float((logits[0].argmax(-1) == text[0]).float().mean()) < 0.3, "not the same one"
+
+
+def test_smoothed_classes_are_not_shifted(tmp_path: Path) -> None:
+    model = from_model(tiny("seqboat_listops"))
+    inputs, labels = inputs_of(model.model), torch.tensor([0, 9, 3])
+    smoothed = Trainer(model, arguments(tmp_path, label_smoothing_factor=0.1))
+    loss = smoothed.compute_loss(model, {"input_ids": inputs, "labels": labels})
+    torch.testing.assert_close(loss, F.cross_entropy(model(inputs).logits, labels, label_smoothing=0.1))
+
+
+def test_transformers_knows_the_classes_by_name() -> None:
+    """Wherever the name of a class of its own is listed: the Trainer, pipelines, the model card, the losses."""
+    for task, kind, name in (
+        ("text-generation", SMAForCausalLM, "seqboat_small_lm"),
+        ("text-classification", SMAForSequenceClassification, "seqboat_text"),
+    ):
+        assert TASK_MAPPING[task]["sma"] == kind.__name__
+        model = from_model(tiny(name))
+        assert model.loss_function is LOSS_MAPPING[kind.__name__.removeprefix("SMA")]
+        renamed = type("Renamed", (kind,), {})(model.config, model.model)
+        assert renamed.loss_function is model.loss_function
+    assert AutoModelForCausalLM.from_config(language_model().config).__class__ is SMAForCausalLM
 
 
 def test_a_classifier_learns(tmp_path: Path) -> None:
