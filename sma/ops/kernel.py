@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sma.ops.backend import Signature
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MINIMUM_CAPABILITY = (8, 0)
 
@@ -51,9 +53,9 @@ def why_not_triton(
     return None
 
 
-def why_not_interpreted(device: torch.device) -> str | None:
+def why_not_interpreted(signature: Signature) -> str | None:
     """Why kernels do not pay on a device unless they are forced, or None."""
-    return "Triton's interpreter is for tests and has to be forced" if device.type == "cpu" else None
+    return "Triton's interpreter is for tests and has to be forced" if signature.device.type == "cpu" else None
 
 
 def capability(index: int) -> tuple[int, int]:

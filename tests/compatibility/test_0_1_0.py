@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import pkgutil
 import runpy
@@ -316,3 +317,17 @@ def test_a_plugin_by_its_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyP
         block = {"type": "hybrid", "sublayers": [{"activate": {"module": {"type": "twice", "times": 3}}}]}
         model = sma.build({**spec, "blocks": [block]}).eval()
         assert model(torch.randint(256, (1, 5))).logits.shape == (1, 5, 256)
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("sma_models.decoding", ["Decoder", "Prefilled", "Reader", "prefill"]),
+        ("sma_models.generation", ["check_sampling", "generate", "sample", "stream"]),
+        ("sma_models.export", ["Exported", "Runner", "export", "export_forward", "export_step", "load", "save"]),
+        ("sma_models.hf", ["SMACache", "SMAConfig", "SMAForCausalLM", "export", "from_model"]),
+    ],
+)
+def test_documented_modules_keep_their_names(module: str, names: list[str]) -> None:
+    found = importlib.import_module(module)
+    assert [name for name in names if not hasattr(found, name)] == []

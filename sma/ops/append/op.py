@@ -71,7 +71,7 @@ OP.register(
     lazy("sma.ops.append.launch", "append"),
     priority=10,
     applies=_why_not_triton,
-    pays=lambda signature: why_not_interpreted(signature.device),
+    pays=why_not_interpreted,
 )
 OP.register("eager", eager.append)
 OP.register("reference", reference.append, priority=90)

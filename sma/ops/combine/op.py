@@ -95,7 +95,7 @@ OP.register(
     lazy("sma.ops.combine.launch", "combine"),
     priority=10,
     applies=_why_not_triton,
-    pays=lambda signature: why_not_interpreted(signature.device),
+    pays=why_not_interpreted,
 )
 OP.register("eager", eager.combine)
 OP.register("reference", reference.combine, priority=90)

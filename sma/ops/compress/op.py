@@ -80,7 +80,7 @@ OP.register(
     lazy("sma.ops.compress.launch", "compress"),
     priority=10,
     applies=lambda signature: why_not_triton(signature.device, signature.dtype),
-    pays=lambda signature: why_not_interpreted(signature.device),
+    pays=why_not_interpreted,
     capabilities={"through": lazy("sma.ops.compress.launch", "compress_through")},
 )
 OP.register("eager", eager.compress, capabilities={"through": eager.compress_through})

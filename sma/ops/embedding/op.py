@@ -70,7 +70,7 @@ OP.register(
     lazy("sma.ops.embedding.launch", "embedding"),
     priority=10,
     applies=_why_not_triton,
-    pays=lambda signature: why_not_interpreted(signature.device),
+    pays=why_not_interpreted,
 )
 OP.register("eager", eager.embedding)
 OP.register("reference", reference.embedding, priority=90)

@@ -52,7 +52,7 @@ OP.register(
     lazy("sma.ops.extract.launch", "extract"),
     priority=10,
     applies=lambda signature: why_not_triton(signature.device, signature.dtype),
-    pays=lambda signature: why_not_interpreted(signature.device),
+    pays=why_not_interpreted,
 )
 OP.register("eager", eager.extract)
 OP.register(

@@ -70,7 +70,7 @@ OP.register(
     lazy("sma.ops.narrow_linear.launch", "narrow_linear"),
     priority=10,
     applies=_why_not_triton,
-    pays=lambda signature: why_not_interpreted(signature.device),
+    pays=why_not_interpreted,
 )
 OP.register("eager", eager.narrow_linear)
 OP.register("reference", reference.narrow_linear, priority=90)

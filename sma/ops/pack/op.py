@@ -64,7 +64,7 @@ OP.register(
     lazy("sma.ops.pack.launch", "pack"),
     priority=10,
     applies=_why_not_triton,
-    pays=lambda signature: why_not_interpreted(signature.device),
+    pays=why_not_interpreted,
 )
 OP.register("eager", eager.pack)
 OP.register("reference", reference.pack, priority=90)

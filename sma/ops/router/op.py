@@ -112,7 +112,7 @@ OP.register(
     lazy("sma.ops.router.launch", "router"),
     priority=10,
     applies=_why_not_triton,
-    pays=lambda signature: why_not_interpreted(signature.device),
+    pays=why_not_interpreted,
     capabilities={"shares_gradient": lazy("sma.ops.router.launch", "routed_compress")},
 )
 OP.register("eager", eager.router)

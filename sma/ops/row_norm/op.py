@@ -53,7 +53,7 @@ OP.register(
     lazy("sma.ops.row_norm.launch", "row_norm"),
     priority=10,
     applies=_why_not_triton,
-    pays=lambda signature: why_not_interpreted(signature.device),
+    pays=why_not_interpreted,
 )
 OP.register("eager", eager.row_norm)
 OP.register("reference", reference.row_norm, priority=90)

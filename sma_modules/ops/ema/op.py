@@ -188,7 +188,7 @@ def _why_not_triton(signature: Signature) -> str | None:
 def _why_not_worth_it(signature: Signature) -> str | None:
     if signature.few:
         return f"the recurrence is faster for up to {STEP_LENGTH} tokens of a truncated stream"
-    return why_not_interpreted(signature.device)
+    return why_not_interpreted(signature)
 
 
 OP = Op("ema", _signature)

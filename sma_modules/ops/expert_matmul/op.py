@@ -138,10 +138,6 @@ def _why_grouped_mm_is_not_worth_it(signature: Signature) -> str | None:
     return None
 
 
-def _why_not_worth_it(signature: Signature) -> str | None:
-    return why_not_interpreted(signature.device)
-
-
 OP = Op("expert_matmul", _signature)
 OP.register(
     "grouped_mm",
@@ -155,7 +151,7 @@ OP.register(
     lazy("sma_modules.ops.expert_matmul.launch", "expert_matmul"),
     priority=10,
     applies=_why_not_triton,
-    pays=_why_not_worth_it,
+    pays=why_not_interpreted,
 )
 OP.register("eager", eager.expert_matmul)
 OP.register("reference", reference.expert_matmul, priority=90)

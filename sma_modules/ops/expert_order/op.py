@@ -94,20 +94,18 @@ def _why_not_moved(signature: RowsSignature) -> str | None:
     return why_not_triton(signature.device, signature.dtype)
 
 
-def _why_not_worth_it(signature: OrderSignature | RowsSignature) -> str | None:
-    return why_not_interpreted(signature.device)
-
-
 _LAUNCH = "sma_modules.ops.expert_order.launch"
 ORDER = Op("expert_order", _order_signature)
-ORDER.register("triton", lazy(_LAUNCH, "order_by_expert"), priority=10, applies=_why_not_sorted, pays=_why_not_worth_it)
+ORDER.register(
+    "triton", lazy(_LAUNCH, "order_by_expert"), priority=10, applies=_why_not_sorted, pays=why_not_interpreted
+)
 ORDER.register("eager", eager.order_by_expert)
 ORDER.register("reference", reference.order_by_expert, priority=90)
 DISPATCH = Op("expert_dispatch", _dispatch_signature)
-DISPATCH.register("triton", lazy(_LAUNCH, "dispatch"), priority=10, applies=_why_not_moved, pays=_why_not_worth_it)
+DISPATCH.register("triton", lazy(_LAUNCH, "dispatch"), priority=10, applies=_why_not_moved, pays=why_not_interpreted)
 DISPATCH.register("eager", eager.dispatch)
 DISPATCH.register("reference", reference.dispatch, priority=90)
 COMBINE = Op("expert_combine", _combine_signature)
-COMBINE.register("triton", lazy(_LAUNCH, "combine"), priority=10, applies=_why_not_moved, pays=_why_not_worth_it)
+COMBINE.register("triton", lazy(_LAUNCH, "combine"), priority=10, applies=_why_not_moved, pays=why_not_interpreted)
 COMBINE.register("eager", eager.combine)
 COMBINE.register("reference", reference.combine, priority=90)

@@ -49,17 +49,13 @@ def _why_not_triton(signature: Signature) -> str | None:
     return why_not_triton(signature.device, signature.dtype, allowed=(torch.float32,))
 
 
-def _why_not_worth_it(signature: Signature) -> str | None:
-    return why_not_interpreted(signature.device)
-
-
 OP = Op("expert_routing", _signature)
 OP.register(
     "triton",
     lazy("sma_modules.ops.expert_routing.launch", "choose_experts"),
     priority=10,
     applies=_why_not_triton,
-    pays=_why_not_worth_it,
+    pays=why_not_interpreted,
 )
 OP.register("eager", eager.choose_experts)
 OP.register("reference", reference.choose_experts, priority=90)

@@ -123,7 +123,7 @@ def _why_not_fused(signature: NetworkSignature) -> str | None:
 def _why_not_worth_it(signature: ActivateSignature | NetworkSignature) -> str | None:
     if signature.small:
         return f"the eager operations are faster below {MIN_HIDDEN} hidden values"
-    return why_not_interpreted(signature.device)
+    return why_not_interpreted(signature)
 
 
 _LAUNCH = "sma_modules.ops.feed_forward.launch"

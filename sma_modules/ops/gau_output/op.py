@@ -61,17 +61,13 @@ def _why_not_triton(signature: Signature) -> str | None:
     return why_not_triton(signature.device, signature.dtype)
 
 
-def _why_not_worth_it(signature: Signature) -> str | None:
-    return why_not_interpreted(signature.device)
-
-
 OP = Op("gau_output", _signature)
 OP.register(
     "triton",
     lazy("sma_modules.ops.gau_output.launch", "gau_output"),
     priority=10,
     applies=_why_not_triton,
-    pays=_why_not_worth_it,
+    pays=why_not_interpreted,
 )
 OP.register("eager", eager.gau_output)
 OP.register("reference", reference.gau_output, priority=90)

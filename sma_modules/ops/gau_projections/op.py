@@ -69,17 +69,13 @@ def _why_not_triton(signature: Signature) -> str | None:
     return why_not_triton(signature.device, signature.dtype)
 
 
-def _why_not_worth_it(signature: Signature) -> str | None:
-    return why_not_interpreted(signature.device)
-
-
 OP = Op("gau_projections", _signature)
 OP.register(
     "triton",
     lazy("sma_modules.ops.gau_projections.launch", "gau_projections"),
     priority=10,
     applies=_why_not_triton,
-    pays=_why_not_worth_it,
+    pays=why_not_interpreted,
 )
 OP.register("eager", eager.gau_projections)
 OP.register("reference", reference.gau_projections, priority=90)

@@ -106,17 +106,13 @@ def _why_not_triton(signature: Signature) -> str | None:
     return why_not_triton(signature.device, signature.dtype)
 
 
-def _why_not_worth_it(signature: Signature) -> str | None:
-    return why_not_interpreted(signature.device)
-
-
 OP = Op("ring_attention", _signature)
 OP.register(
     "triton",
     lazy("sma_modules.ops.ring_attention.launch", "ring_attention"),
     priority=10,
     applies=_why_not_triton,
-    pays=_why_not_worth_it,
+    pays=why_not_interpreted,
 )
 OP.register("eager", eager.ring_attention)
 OP.register("reference", reference.ring_attention, priority=90)

@@ -183,7 +183,7 @@ def _why_not_triton(signature: Signature) -> str | None:
 def _why_not_worth_it(signature: Signature) -> str | None:
     if signature.few_queries:
         return f"the eager backend is faster for fewer than {FEWEST_QUERIES} queries"
-    return why_not_interpreted(signature.device)
+    return why_not_interpreted(signature)
 
 
 OP = Op("window_attention", _signature)
