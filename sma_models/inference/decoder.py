@@ -118,7 +118,7 @@ class Decoder:
 
     @property
     def decisions(self) -> Mapping[str, Decision]:
-        """By the name of the layer: which modules were active in the last step, and with which confidence."""
+        """Which modules were active in the last step, and with which confidence, by the name of the layer."""
         return {name: Decision(*(part.clone() for part in decision)) for name, decision in self._decisions.items()}
 
     @property

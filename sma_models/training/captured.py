@@ -30,7 +30,7 @@ MARGIN = 1.25
 GRID = 2**0.25
 """Capacities are the whole batch divided by powers of this, so that they seldom change."""
 SMALLEST = GRID**-16
-"""Minimum capacity: fewer rows save nothing and overflow often, as small rates change the most."""
+"""The minimum capacity. Fewer rows save nothing and overflow often, as small rates change the most."""
 FIRST_WINDOW, WINDOW = 8, 512
 """Steps after which the capacity of a layer that needed less is lowered. The first windows double, as the rates of an
 untrained layer say little about later ones."""
