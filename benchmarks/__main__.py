@@ -7,12 +7,12 @@
     python -m benchmarks run --device cpu --scale small     # everything in moments, to see that it runs
     python -m benchmarks sweep rate width --json FILE       # activation rates, lengths, widths
     python -m benchmarks profile text-4k --json FILE        # where the time of a training step goes
-    python -m benchmarks stream --json FILE                 # ten million tokens read and decoded from, along the way
-    python -m benchmarks exact RUN --json FILE              # one text read in every way: how far the logits are apart
+    python -m benchmarks stream --json FILE                 # ten million tokens prefilled, decoding at points
+    python -m benchmarks exact RUN --json FILE              # one sequence in every way: how the logits differ
     python -m benchmarks draw                               # figures of the documentation, from benchmarks/results
 
-A row is timed only if a small case of it is right. All rows of a workload take turns, round after round, so that the
-ratios between them are worth more than the milliseconds.
+A row is timed only if a small case of it is right. All rows of a workload take turns, round after round, so the ratios
+between them are more reliable than the milliseconds.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
 
 
 def _add_exact(commands: Any) -> None:
-    exact = commands.add_parser("exact", help="one text read in every way: how far the logits are apart")
+    exact = commands.add_parser("exact", help="one sequence, processed in every way: how far the logits are apart")
     exact.set_defaults(command=exactness, scale="full")
     exact.add_argument("run", metavar="RUN", help="a run, weights and spec in a .safetensors, or a Transformers folder")
     exact.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER")
@@ -149,7 +149,7 @@ def stream(options: argparse.Namespace) -> None:
 
 
 def exactness(options: argparse.Namespace) -> None:
-    """Read a text in every way."""
+    """Process a sequence in every way."""
     from benchmarks.exactness import exactness, read_model, read_text, show
 
     setting, record, _ = _start(options)

@@ -1,7 +1,7 @@
 """The peer of :mod:`benchmarks.serving`: a Llama of bytes under Hugging Face's continuous batching.
 
-The clients call its manager in their own process. The HTTP server of Transformers takes and gives text, not tokens, so
-the peer does without one, which favours it: nothing is put into JSON, sent, or read again.
+The clients call its manager in their own process. The HTTP server of Transformers takes and returns text, not tokens,
+so the peer runs without one, which favours it: it converts nothing to JSON and sends nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TORCH_FLASH = "torch_flash"
 PAGE = 256
 """Tokens in a page of the cache."""
 TOLERANCE = 0.1
-"""How far below the most likely token a written one may be, in standard deviations of the logits, to be timed."""
+"""How far below the most likely token a generated one may be, in standard deviations of the logits, to be timed."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class BatchingSetting:
         sizes: layers, width, heads and hidden values of the feed-forward networks.
         device: where it runs.
         dtype: of its weights.
-        slots: requests that are written together.
-        step: tokens, of prompts and of texts, that it takes at most in one step.
-        longest: a prompt and what is written after it.
+        slots: requests that are decoded together.
+        step: most tokens, of prompts and of generated sequences, in one step.
+        longest: tokens of a prompt and its generated tokens together.
     """
 
     sizes: tuple[int, int, int, int]
@@ -52,7 +52,7 @@ class BatchingSetting:
 
 
 class Peer:
-    """A manager that runs, and what there is to know about it.
+    """A manager that runs, and its description.
 
     Args:
         manager: of Transformers, started.
@@ -67,7 +67,7 @@ class Peer:
         """When each of the tokens came, by :func:`time.perf_counter`.
 
         Raises:
-            RuntimeError: the manager has stopped, or the text is not whole.
+            RuntimeError: the manager has stopped, or the sequence is not complete.
         """
         return (await self.write(prompt, tokens))[0]
 
@@ -93,7 +93,7 @@ class Peer:
 
 @contextlib.contextmanager
 def batching(setting: BatchingSetting, attention: str) -> Iterator[Peer]:
-    """The peer, greedy and without an end of text; checked before it is handed out.
+    """The peer, greedy and without an end token; checked before it is returned.
 
     Args:
         setting: sizes and limits.
@@ -101,12 +101,12 @@ def batching(setting: BatchingSetting, attention: str) -> Iterator[Peer]:
             ``flash`` Transformers captures its steps as CUDA graphs and prepares one while the other runs.
 
     Raises:
-        RuntimeError: Transformers is not installed, attention does not run on this device, or texts are wrong.
+        RuntimeError: Transformers is not installed, attention does not run on this device, or sequences are wrong.
     """
     transformers = optional("transformers")
     layers, width, heads, hidden = setting.sizes
     sizes = {"hidden_size": width, "num_attention_heads": heads, "intermediate_size": hidden}
-    # Weights so large that the next token depends on what is attended to: otherwise no text would tell what is wrong.
+    # Weights so large that the next token depends on what is attended to: otherwise no sequence would show an error.
     built = llama(layers, setting.longest, initializer_range=width**-0.5, **sizes)
     model = built.to(setting.device, setting.dtype).eval()
     plain = copy.deepcopy(model).float()
@@ -128,7 +128,7 @@ def batching(setting: BatchingSetting, attention: str) -> Iterator[Peer]:
 
 
 def _about(model: Any, manager: Any, setting: BatchingSetting) -> dict[str, Any]:
-    """What there is to know about the peer, as Transformers has decided it."""
+    """The description of the peer, with the settings that Transformers has chosen."""
     layers, width, heads, hidden = setting.sizes
     chosen = manager.continuous_batching_config
     return {
@@ -146,7 +146,7 @@ def _about(model: Any, manager: Any, setting: BatchingSetting) -> dict[str, Any]
 
 
 def attend_by_flash(model: Any) -> None:
-    """Give a model PyTorch's flash attention, unless flash-attn is there: then the manager takes that by itself.
+    """Give a model PyTorch's flash attention, unless flash-attn is installed: the manager takes that by itself.
 
     Raises:
         RuntimeError: this version of PyTorch has none.
@@ -189,7 +189,8 @@ def flash_attention(
 
 
 async def check(peer: Peer, plain: Any, setting: BatchingSetting) -> None:
-    """Texts of several lengths, written together, hold what the plain model takes for most likely.
+    """Check that sequences of several lengths, generated together, hold the tokens that the plain model finds most
+    likely.
 
     Args:
         peer: what is checked.
@@ -202,7 +203,7 @@ async def check(peer: Peer, plain: Any, setting: BatchingSetting) -> None:
     generator = torch.Generator().manual_seed(0)
     lengths = [max(1, setting.longest // part - 8) for part in (2, 3, 5)]
     prompts = [torch.randint(256, (length,), generator=generator).tolist() for length in lengths]
-    # All end before the first error is raised: no result may come when no handler is there.
+    # All end before the first error is raised: no result may arrive without a handler.
     written = await asyncio.gather(*(peer.write(prompt, 8) for prompt in prompts), return_exceptions=True)
     for prompt, answer in zip(prompts, written, strict=True):
         if isinstance(answer, BaseException):

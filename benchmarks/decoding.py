@@ -1,4 +1,4 @@
-"""One token of every sequence after a long context: ours in a decoder, the others with the caches they bring."""
+"""One token of every sequence after a long context: ours in a decoder, the others with their own caches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sma_models.language_model import LanguageModel
 
 SPEC, SHARE = "seqboat_lm", 0.3
 TAPE = 64
-"""Tokens that are fed in turn: with the same one over and over the decisions would be the same."""
+"""Tokens that are fed in turn: with one token only, all decisions would be the same."""
 TOLERANCE = 1e-3
 """How far the logits of steps may be from those of the whole sequence, in float32, before they are not timed."""
 
@@ -66,7 +66,7 @@ def ours(label: str, captured: bool = True) -> Row:
 
 
 def check_steps(setting: Setting) -> None:
-    """Steps say what the whole sequence says, on this device.
+    """Check that steps give the logits of the whole sequence, on this device.
 
     Raises:
         RuntimeError: they do not.

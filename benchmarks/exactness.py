@@ -1,8 +1,8 @@
-"""One text, read in every way there is: how far the logits are from those of one parallel pass, and whether the greedy
-texts are the same bytes.
+"""One sequence, processed in every way: how far the logits are from those of one parallel pass, and whether the greedy
+continuations are the same bytes.
 
-Every way reads the whole text, token by token ones too. Steps of a decoder, a server's and those of Transformers go
-through the code that users call.
+Every way processes the whole sequence, the token by token ones too. Steps of a decoder, a server's and those of
+Transformers go through the code that users call.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from sma_models.training.data import stdlib
 
 TOKENS = 100_000
 CHUNK = 2048
-"""Prompts are read in such chunks, as by :func:`sma_models.inference.generation.generate` and by Transformers."""
+"""Prompts are prefilled in such chunks, as by :func:`sma_models.inference.generation.generate` and by Transformers."""
 POINTS = (1_000, 10_000)
-"""Where to look along the text, as well as at its end."""
+"""Points along the sequence that are reported, besides its end."""
 GREEDY = 200
-"""Tokens that are written after each point."""
+"""Tokens that are generated after each point."""
 
 Say = Callable[[str], None]
 
 
 class Passed(NamedTuple):
-    """What one way of reading says of some tokens: logits ``(n, V)``, and who was active, ``(n, M)`` for each layer
-    that tells.
+    """The result of one way for n tokens: logits ``(n, V)``, and the active modules ``(n, M)`` of each layer that
+    reports them.
     """
 
     logits: Tensor
@@ -85,17 +85,17 @@ def read_text(file: Path | None, tokens: int) -> bytes:
 
 
 def exactness(model: LanguageModel, text: bytes, say: Say = print) -> dict[str, Any]:
-    """PromptPrefilled a text in every way, and write on from points along it.
+    """Process a sequence in every way, and generate from points along it.
 
     Args:
         model: of bytes, in evaluation mode.
-        text: to read.
+        text: the bytes of the sequence.
         say: gets the findings, line by line.
 
     Returns:
         For the results: sizes, for each way the largest difference of a logit from that of the parallel pass, in all of
-        the text and up to points along it, also as a share of logits that are larger than 1, and decisions that differ;
-        for each point how many tokens of the greedy texts are the same.
+        the sequence and up to points along it, also as a share of logits that are larger than 1, and decisions that
+        differ; for each point how many tokens of the greedy continuations are the same.
     """
     weight = model.embedding.weight
     tokens = torch.tensor([list(text)], device=weight.device)
@@ -124,7 +124,7 @@ def exactness(model: LanguageModel, text: bytes, say: Say = print) -> dict[str, 
 
 
 def _bits(logits: Tensor, tokens: Tensor) -> float:
-    """Mean over the text: that the model has learnt something."""
+    """Bits per byte over the sequence, which shows that the model is trained."""
     return float(torch.nn.functional.cross_entropy(logits[:-1].float(), tokens[1:])) / math.log(2)
 
 
@@ -185,13 +185,13 @@ def _stepwise(model: LanguageModel, tokens: Tensor, capture: bool) -> Iterator[P
 def _by_transformers(model: SMAForCausalLM, tokens: Tensor, size: int) -> Iterator[Passed]:
     cache = SMACache()
     for chunk in tokens.split(size, 1):  # type: ignore[no-untyped-call]
-        out = model(chunk, cache=cache)  # who was active is not asked: single tokens are then decoded in place
+        out = model(chunk, cache=cache)  # without routings, single tokens are decoded in place
         assert out.logits is not None
         yield _of(out.logits, {})
 
 
 def _difference(passed: Passed, whole: Passed) -> dict[str, Any]:
-    """Largest differences, and how many decisions are others."""
+    """Largest differences, and how many decisions differ."""
     wide = torch.promote_types(passed.logits.dtype, torch.float32)
     apart = (passed.logits - whole.logits.to(wide)).abs()
     return {
@@ -205,7 +205,7 @@ def _difference(passed: Passed, whole: Passed) -> dict[str, Any]:
 
 
 def _served(model: LanguageModel, prompts: list[bytes], options: RequestOptions) -> list[Event]:
-    """The events of a server's engine for prompts that it gets all at once."""
+    """The events of a server's engine for prompts that are submitted together."""
     engine = Engine(model, Limits(slots=len(prompts) + 1, prefill_chunk=CHUNK, prompt_tokens=max(map(len, prompts))))
     events: list[Event] = []
     engine.submit(
@@ -220,7 +220,7 @@ def _served(model: LanguageModel, prompts: list[bytes], options: RequestOptions)
 
 
 def _served_difference(model: LanguageModel, text: bytes, whole: Passed) -> dict[str, Any]:
-    """Of the log-probabilities of the text, which a server reports for a prompt and for what follows it."""
+    """The largest differences of the log-probabilities that a server reports for a prompt and its continuation."""
     events = _served(model, [text], RequestOptions(max_tokens=0, likelihoods=0, prompt_likelihoods=True))
     known = [
         each for event in events if isinstance(event, PromptPrefilled) for each in event.likelihoods if each is not None
@@ -240,10 +240,10 @@ def _along(apart: Tensor) -> list[float]:
 
 
 def greedy(model: LanguageModel, text: bytes, points: list[int]) -> list[dict[str, Any]]:
-    """How many of the greedy tokens after each point are those of ``generate``, in every other way of writing.
+    """How many of the greedy tokens after each point are those of ``generate``, for every other way to generate.
 
-    The server writes after all points at the same time. The parallel pass reads what was written, and every token must
-    be the most likely one there.
+    The server generates after all points at the same time. The parallel pass processes the generated tokens, and every
+    one must be its most likely token.
     """
     device = model.embedding.weight.device
     prompts = [torch.tensor([list(text[:point])], device=device) for point in points]

@@ -31,7 +31,7 @@ def draw(files: Sequence[Path], out: Path) -> list[Path]:
 
 
 def draw_text_run(out: Path) -> Path:
-    """How the activation rates went while the Text task was trained, with the first seed."""
+    """The activation rates over the training of the Text task, with the first seed."""
     from sma_models.reports.figures import rates_over_training
 
     run = min(TEXT.iterdir())
@@ -48,7 +48,7 @@ def _draw(name: str, sweeps: Sequence[dict[str, Any]], path: Path) -> Path:
 
 
 def _draw_stream(stream: dict[str, Any], path: Path) -> Path:
-    """Times on the left, memory on the right, over the tokens that went by."""
+    """Times on the left, memory on the right, over the tokens so far."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.6), facecolor="white", layout="constrained")

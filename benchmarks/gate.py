@@ -1,4 +1,4 @@
-"""Nothing is timed whose results are wrong: small cases on the device, against the eager backend in float64.
+"""The check before timing: small cases on the device, against the eager backend in float64.
 
 In each precision the backends that would be chosen may be off by at most twice what the eager ones are off in the same
 precision, at the worst element and on average, in the output and in every gradient.
@@ -46,7 +46,7 @@ class Case:
 
 
 def check(case: Case, setting: Setting) -> str | None:
-    """What is wrong with the results of a case, or None."""
+    """The error in the results of a case, or None."""
     torch.manual_seed(0)
     # Weights and inputs that every precision can hold: what differs is the computation.
     exact_case = replace(case, module=case.module.to(setting.dtype), x=_cast(case.x, setting.dtype))

@@ -95,7 +95,7 @@ def _prepare(row: Row, setting: Setting, result: Result) -> Subject:
 
 
 def _waits(run: Callable[[], None]) -> int:
-    """How often the host waits for the device; PyTorch notices all of its own operations that do."""
+    """How often the host synchronises with the device; PyTorch detects all of its own operations that do."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")

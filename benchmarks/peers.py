@@ -1,4 +1,4 @@
-"""What the library is measured against."""
+"""The peers that the library is measured against."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def _kernels(train: Callable[[], None], setting: Setting, steps: int) -> list[di
     total: defaultdict[tuple[str, str], float] = defaultdict(float)
     calls: Counter[tuple[str, str]] = Counter()
     for name, path, microseconds in spent(profiler.events(), on_gpu):
-        # Kernels of ours are called alike; the launch says of which operation they are.
+        # Kernels of ours have the same names; the launch shows their operation.
         named = path[0] if path and path[0].startswith(OURS) and path[0].endswith(name) else name
         total[group_of(name, path), named[:160]] += microseconds
         calls[group_of(name, path), named[:160]] += 1

@@ -1,4 +1,4 @@
-"""What is written down: every round of every row, with what the numbers depend on."""
+"""The results: every round of every row, and the environment that the numbers depend on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass
 class Result:
-    """What was measured of one row.
+    """The measurements of one row.
 
     Attributes:
         workload: its name.
@@ -32,7 +32,7 @@ class Result:
         forward_ms: the forward pass in every round.
         train_mib: peak of allocated memory of a training step (or of the forward pass, where there is no other),
             weights and all; None where the device does not report it.
-        waits: how often the host waits for the device in a training step; None where there is no other device.
+        waits: how often the host synchronises with the device in a training step; None on a CPU.
         backends: which backend each operation took.
         error: why it was not measured.
     """

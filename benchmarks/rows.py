@@ -36,7 +36,7 @@ class Row:
     Attributes:
         label: what the table calls it.
         build: makes it, warm-up aside.
-        check: the small case that has to be right before it is timed; None for what is not ours.
+        check: the small case that has to be right before it is timed; None for peers.
     """
 
     label: str
@@ -45,7 +45,7 @@ class Row:
 
 
 def task_of(config: Any) -> SyntheticTask:
-    """What a spec of ours reads and predicts."""
+    """The inputs and targets of a spec of ours."""
     if isinstance(config, LanguageModel.Config):
         return SyntheticTask(config.vocab_size, config.vocab_size, language=True)
     return SyntheticTask(config.vocab_size, config.n_classes)

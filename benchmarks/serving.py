@@ -1,8 +1,8 @@
-"""What a server gives its clients, with more and more of them: ``python -m benchmarks.serving``.
+"""The speed of a server with more and more clients: ``python -m benchmarks.serving``.
 
-``sma serve`` runs in a process of its own, the clients in this one. Each asks for a text, reads it as a stream to its
-end, and asks for the next; prompts are random bytes of 64 to 512. Every text must have the length that was asked for.
-With ``--peers`` the same clients ask :mod:`benchmarks.batching` for the same.
+``sma serve`` runs in a process of its own, the clients in this one. Each sends a request, reads the stream to its end,
+and sends the next; prompts are random bytes of 64 to 512. Every sequence must have the requested length. With
+``--peers`` the same clients ask :mod:`benchmarks.batching` for the same.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LLAMA = (12, 512, 8, 2048)
 """Layers, width, heads and hidden values of the peer."""
 
 Ask = Callable[[list[int], int], Awaitable[list[float]]]
-"""From a prompt, and how many tokens to write, to the times at which they came."""
+"""From a prompt and a number of tokens to the times at which the tokens arrived."""
 
 
 @contextlib.contextmanager
@@ -51,7 +51,7 @@ def serving(run: str, options: list[str]) -> Iterator[tuple[str, int]]:
     assert process.stderr is not None
     try:
         said = []
-        for line in process.stderr:  # before the one that is waited for there may be warnings
+        for line in process.stderr:  # there may be warnings before the expected line
             said.append(line)
             if line.startswith("serving "):
                 break
@@ -93,7 +93,7 @@ async def ask(place: tuple[str, int], prompt: list[int], tokens: int) -> list[fl
 
 
 async def load(asks: Ask, clients: int, requests: int, tokens: int) -> dict[str, Any]:
-    """So many clients, until so many requests are answered; the same prompts whoever answers."""
+    """Run clients until all requests are answered; the prompts are the same for every server."""
     draw = random.Random(clients)
     prompts = [[draw.randrange(256) for _ in range(draw.randint(*PROMPTS))] for _ in range(requests)]
     first: list[float] = []
@@ -130,7 +130,7 @@ def quantiles(values: list[float]) -> list[float]:
 
 
 def ours(options: argparse.Namespace, dtype: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What ``sma serve`` is, and what its clients got."""
+    """The description of ``sma serve``, and the results of its clients."""
     about = {"server": "sma serve", "version": sma.__version__, "model": options.run or options.spec}
     about |= {"slots": options.slots, "how": "over HTTP, greedy, with the log-probability of each token"}
     given = ["--device", options.device, "--dtype", dtype, "--slots", str(options.slots)]
@@ -148,7 +148,7 @@ def ours(options: argparse.Namespace, dtype: str) -> tuple[dict[str, Any], list[
 
 
 def theirs(options: argparse.Namespace, dtype: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What the peer is, and what its clients got, with the first way to attend that runs here."""
+    """The description of the peer, and the results of its clients, with the first kind of attention that runs here."""
     step = options.peer_step or (2048 if options.device.startswith("cuda") else 512)
     setting = BatchingSetting(
         tuple(options.llama),
@@ -180,7 +180,7 @@ def loads(asks: Ask, about: dict[str, Any], options: argparse.Namespace) -> list
 
 
 def arguments() -> argparse.ArgumentParser:
-    """What the command takes."""
+    """The arguments of the command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
     add = parser.add_argument
     add("run", nargs="?", help="a run or weights; by default random weights of --spec")
@@ -206,7 +206,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print a table, and write it down."""
+    """Measure, print a table, and write the results."""
     options = arguments().parse_args(argv)
     dtype = options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
     environ = environment(torch.device(options.device), getattr(torch, dtype), "full")

@@ -1,4 +1,4 @@
-"""One long stream: what it takes to read on and to decode, and what is kept of it, at points along it."""
+"""One long stream: the time to prefill and to decode, and the size of the state, at points along it."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def points(tokens: int, chunk: int) -> list[int]:
 
 
 def stream(setting: Setting, tokens: int, rounds: int, clock: Clock) -> dict[str, Any]:
-    """Read random tokens in chunks, and decode a little at points along them.
+    """Prefill random tokens in chunks, and decode some tokens at points along them.
 
     Args:
         setting: device and dtype; a bound on its layers makes it small.
-        tokens: to read.
+        tokens: to prefill.
         rounds: how often the decoding of a point is timed.
         clock: tells the time.
 
@@ -47,7 +47,7 @@ def stream(setting: Setting, tokens: int, rounds: int, clock: Clock) -> dict[str
         allocated on the device.
 
     Raises:
-        RuntimeError: steps of the decoder are not what the whole sequence gives.
+        RuntimeError: the logits of decoder steps differ from those of the whole sequence.
     """
     check_steps(setting)
     chunk = min(CHUNK, max(tokens // 8, 1))

@@ -19,7 +19,7 @@ LEARNING_RATE = 0.0
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and on what to measure.
+    """The device, dtype and sizes of a measurement.
 
     Attributes:
         device: of everything.
@@ -63,7 +63,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class SyntheticTask:
-    """What a model reads and predicts.
+    """The inputs and targets of a model.
 
     Attributes:
         vocab: number of tokens; None for real numbers.
@@ -161,11 +161,11 @@ def capture(step: Callable[[], None], clear: Callable[[], None] = lambda: None) 
     """A CUDA graph of ``step``, and the bytes that were allocated at most while it was captured.
 
     Args:
-        step: neither waits for the device nor changes its shapes.
+        step: does not synchronise with the device, and its shapes do not change.
         clear: drops what ``step`` leaves behind, gradients, so that the graph owns it.
 
     Raises:
-        RuntimeError: ``step`` waits for the device. A capture that breaks off would harm what is measured next to it.
+        RuntimeError: ``step`` synchronises with the device. A failed capture would disturb the other measurements.
     """
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
@@ -185,7 +185,7 @@ def capture(step: Callable[[], None], clear: Callable[[], None] = lambda: None) 
         step()
 
     def replay(_reads_and_writes: Callable[[], None] = step) -> None:
-        # The graph knows addresses only: what the step refers to must live as long as it does.
+        # The graph holds addresses only: all tensors of the step must live as long as the graph.
         graph.replay()
 
     return replay, torch.cuda.max_memory_allocated()

@@ -124,8 +124,8 @@ def flash(graph: bool) -> Row:
 
 
 def rows_of(sweep: Sweep, point: Point, graph: bool) -> list[Row]:
-    """What is measured at one point; the dense module of a sweep over rates is the same everywhere, and measured there
-    all the same, in turns with the others.
+    """The measurements at one point. The dense module of a sweep over rates is measured at every point too, in turns
+    with the others.
 
     Args:
         sweep: the line of the figure.

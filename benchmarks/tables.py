@@ -31,7 +31,7 @@ def workload_cells(rows: Sequence[Mapping[str, Any]], about: Mapping[str, str]) 
     ours, peer = (named.get(about.get(key, ""), {}) for key in ("ours", "peer"))
     lines = []
     for row in rows:
-        # What has no training step is compared by its forward pass.
+        # Rows without a training step are compared by their forward passes.
         main = "train_ms" if row.get("train_ms") else "forward_ms"
         spread, train, forward = (Spread.of(row.get(key)) for key in (main, "train_ms", "forward_ms"))
         share, memory, waits = row.get("share"), row.get("train_mib"), row.get("waits")
@@ -125,7 +125,7 @@ EXACT_HEAD = ("read", "logits off by", "in the first 1,000", "in the first 10,00
 
 
 def exact_title(result: Mapping[str, Any]) -> str:
-    """What was read by what."""
+    """The sequence and the model of a measurement."""
     return (
         f"{result['tokens']:,} bytes of text, {result['layers']} layers of width {result['width']}, trained to "
         f"{result['bits_a_byte']:.2f} bits a byte, {result['dtype']}; logits up to {result['largest_logit']:.1f}"
@@ -138,7 +138,7 @@ def exact_cells(result: Mapping[str, Any]) -> list[list[str]]:
     for row in result["rows"]:
         decisions = "-" if row["decisions"] is None else f"{row['decisions']:,}"
         along = [f"{apart:.1e}" for apart in row["along"]]
-        along += ["-"] * (2 - len(along))  # the text was shorter
+        along += ["-"] * (2 - len(along))  # the sequence was shorter
         lines.append([row["way"], f"{row['logits']:.1e}", *along, f"{row['relative']:.1e}", decisions])
     return lines
 
@@ -165,7 +165,7 @@ def serving_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def serving_about(server: Mapping[str, Any]) -> list[str]:
-    """What a server is, in a line, and why parts of it were not measured, in one each."""
+    """The description of a server in a line, and a line for each part that was not measured, with the reason."""
     failed = [f"{server['server']}, not measured: {reason}" for reason in server.get("failed", [])]
     if "version" not in server:
         return failed

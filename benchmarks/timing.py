@@ -1,4 +1,4 @@
-"""Time several things side by side, and what is said about the times."""
+"""Time several things side by side, and summarise the times."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from itertools import pairwise
 import torch
 
 ROUND_SECONDS = 0.1
-"""What one round of a thing should take at least: short ones run several times in a row, and the time is divided. In
-shorter bursts a device runs at a clock that it cannot keep up in training.
+"""The minimum duration of a round: short runs are repeated in a row, and the time is divided. In shorter bursts a
+device runs at a clock that it cannot sustain in training.
 """
 MOST_REPEATS = 1000
 
 
 class Clock:
-    """Seconds, read when a device has done all its work."""
+    """Seconds, read after synchronising with a device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def now(self) -> float:
-        """Wait for the device, then read the clock."""
+        """Synchronise with the device, then read the clock."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
@@ -69,7 +69,7 @@ def interleave(
 
 
 def describe(error: BaseException) -> str:
-    """One line that says what went wrong."""
+    """One line for an error."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:300]
 

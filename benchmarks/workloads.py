@@ -1,4 +1,4 @@
-"""What is measured: batches of one shape, and the models or modules that are compared on each."""
+"""The workloads: batches of one shape, and the models or modules that are compared on each."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def _task(
     task: SyntheticTask = BYTES,
     flash: tuple[int, ...] = (4, 256, 4, 1024),
 ) -> dict[str, Any]:
-    """The rows of one of the paper's tasks; the first share is the one that stands for us.
+    """The rows of one of the paper's tasks; the first share stands for the library.
 
-    Whatever can be captured as a graph is: then the processor that launches the kernels does not matter.
+    Every row that can be captured as a graph is: then the processor that launches the kernels does not matter.
     """
     rows = (
         *(with_capacity(spec, share) for share in shares),

@@ -53,7 +53,7 @@ nitpick_ignore_regex = [
     ),
     (r"py:.*", r"(Callable|Mapping|Sequence|Any|Self|Literal.*|ClassVar|Final|NamedTuple|Protocol|optional)"),
     (r"py:.*", r"(Float|Int|Bool|Activation|Compressor|jaxtyping)(\..*|\[.*)?"),
-    (r"py:.*", r"(sma\w*\..*\.)?(_\w+(\.\w+)*|[A-Z]|Part|Test)"),
+    (r"py:.*", r"(sma\w*\..*\.)?(_\w+(\.\w+)*|[A-Z]|Part|Samples|Test)"),
 ]
 
 

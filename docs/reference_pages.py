@@ -182,7 +182,7 @@ def _operation_page(name: str) -> str:
     derivation = Path(str(module.__file__)).with_name("README.md")
     if derivation.exists():
         text = re.sub(r"\A# .*\n", "", derivation.read_text(encoding="utf-8"))
-        text = re.sub(r"\]\(\.\./(\w+)/(?:README\.md|__init__\.py)\)", r"](\1.md)", text)
+        text = re.sub(r"\]\(\.\./(\w+)/(?:README\.md|op\.py)\)", r"](\1.md)", text)
         page += f"\n## Derivation\n\n{re.sub('^#', '##', text, flags=re.MULTILINE).strip()}\n"
     return page
 

@@ -1,6 +1,6 @@
 """Run the experiments and read their results.
 
-    python -m experiments status [DIR]                    # what the queue holds, and what of it is done
+    python -m experiments status [DIR]                    # the runs of the queue, and which are done
     python -m experiments run --minutes 9 --out DIR       # the next runs; goes on from what lies in DIR
     python -m experiments collect DIR                     # take the results over into experiments/NAME/results
     python -m experiments table NAME                      # the table and the figures of an experiment
@@ -121,7 +121,7 @@ def _leave(signum: int, frame: Any) -> None:
 
 
 def _pack(runner: Runner, options: argparse.Namespace, pack: Path) -> None:
-    """Pack what lies in the working folder, also of runs that this call did not work on."""
+    """Pack the working folder, also the runs that this call did not work on."""
     packing.pack_results(options.out, pack)
     unfinished = outstanding(plan.read_queue(options.root), options.out, options.root, retry=True)
     folders = [runner.run_folder(entry) for entry in unfinished]

@@ -7,17 +7,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 LIMIT = 16 * 2**20
-"""Bytes that a file may have."""
+"""The most bytes of a file."""
 FILES = 8
-"""So many files are made at most, that of the results among them."""
+"""The most files that are made, the one with the results included."""
 _BLOCK = 10240
 """Tar files are padded to a multiple of this."""
 KEPT = ("config.yaml", "metrics.csv", "checkpoints/last.safetensors")
-"""What a training run needs to go on."""
+"""The files that a training run needs to continue."""
 
 
 def pack_results(folder: Path, out: Path) -> None:
-    """Write ``results.tar``: the records and what the runs printed."""
+    """Write ``results.tar``: the records and the output of the runs."""
     out.mkdir(parents=True, exist_ok=True)
     _write(out / "results.tar", folder, [*folder.glob("results/*.json"), *folder.glob("logs/*.txt")])
 
@@ -68,7 +68,7 @@ def _write(path: Path, folder: Path, files: Iterable[Path]) -> None:
 
 
 def unpack(source: Path, folder: Path) -> int:
-    """Put what the tar files in ``source`` hold into the working folder; what lies there already stays.
+    """Put what the tar files in ``source`` hold into the working folder; existing files stay.
 
     Returns:
         The number of files.

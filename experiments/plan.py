@@ -1,4 +1,4 @@
-"""What is to be run: experiments with tasks and variants, and the queue that puts their runs in order."""
+"""The plan: experiments with tasks and variants, and the queue that orders their runs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Entry:
         return (self.recipe, *(each for each in self.overrides if each.startswith("data.")))
 
     def definition(self) -> dict[str, Any]:
-        """What makes two results comparable: they are of the same definition."""
+        """The definition of the run: results of one definition are comparable."""
         return {"recipe": self.recipe, "overrides": list(self.overrides), "steps_in_all": self.steps}
 
 
@@ -115,7 +115,7 @@ def read_queue(root: Path = ROOT) -> list[Entry]:
     """The runs of ``<root>/queue.yaml`` in their order.
 
     Raises:
-        ConfigError: an entry is not valid, or names what there is not; the message says which one.
+        ConfigError: an entry is not valid, or names something that does not exist; the message says which one.
     """
     path = root / "queue.yaml"
     content = _load(path)
@@ -133,7 +133,7 @@ def read_queue(root: Path = ROOT) -> list[Entry]:
 
 
 def experiment_names(root: Path = ROOT) -> list[str]:
-    """The experiments there are."""
+    """The names of the experiments."""
     return sorted(path.parent.name for path in root.glob("*/experiment.yaml"))
 
 

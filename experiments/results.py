@@ -1,4 +1,4 @@
-"""What came of the runs: one JSON file for each, and where they are kept.
+"""The results of the runs: one JSON file for each, and where they are kept.
 
 Of a training run its ``metrics.csv`` and ``summary.json`` are read, nothing else.
 """
@@ -29,7 +29,7 @@ Record = dict[str, Any]
 
 
 def environment(commit: str | None = None) -> dict[str, Any]:
-    """What results depend on beside the run itself."""
+    """The environment that results depend on, besides the run itself."""
     on_gpu = torch.cuda.is_available()
     return {
         "commit": commit or _commit(),
@@ -57,7 +57,7 @@ def _commit() -> str | None:
 
 
 def read_run(entry: Entry, folder: Path) -> Record:
-    """What the folder of a training run says."""
+    """The record of the folder of a training run."""
     rows = _rows(folder / "metrics.csv")
     summary_file = folder / "summary.json"
     summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.is_file() else {}
@@ -82,7 +82,7 @@ def read_run(entry: Entry, folder: Path) -> Record:
 
 
 def _rows(path: Path) -> list[dict[str, float]]:
-    """The lines of ``metrics.csv``; of a line that was cut off in writing, what there is of it is left out."""
+    """The lines of ``metrics.csv``; a line that was cut off in writing is left out."""
     if not path.is_file():
         return []
     text = path.read_text(encoding="ascii")
@@ -119,7 +119,7 @@ def _write(path: Path, record: Record) -> None:
 
 
 def load(path: Path, entry: Entry) -> Record | None:
-    """The record in a file, if it is there and of the same recipe, changes and steps."""
+    """The record in a file, if the file exists and is of the same recipe, changes and steps."""
     if not path.is_file():
         return None
     record = _record(path.read_text(encoding="utf-8"), str(path))

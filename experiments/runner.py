@@ -24,7 +24,7 @@ GRACE = 30.0
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is run.
+    """The limits of a call.
 
     Attributes:
         deadline: by the clock, when runs are asked to save themselves and stop.
@@ -57,7 +57,7 @@ class Runner:
         folder: the working folder: ``runs``, ``results`` and ``logs``.
         environment: what goes into every record.
         limits: how much is run.
-        say: is told what happens.
+        say: receives messages.
         root: the folder of the experiments.
         finished: is called after every run that ended.
     """
@@ -73,7 +73,7 @@ class Runner:
     failures: list[str] = field(default_factory=list)
 
     def work(self, entries: Sequence[Entry]) -> list[str]:
-        """Run the entries until all are done or the time is up; then every run has saved what it got to.
+        """Run the entries until all are done or the time is up; then every run has saved its progress.
 
         Returns:
             The runs that failed.
@@ -106,7 +106,7 @@ class Runner:
 
     def _has_data(self, entry: Entry) -> bool:
         process = self.data.get(entry.data)
-        # Where it failed, the run itself says why.
+        # If this failed, the run itself reports why.
         return process is not None and process.poll() is not None
 
     # Runs
@@ -132,7 +132,7 @@ class Runner:
         folder = self.run_folder(entry)
         before = load(self.folder / "results" / f"{entry.key}.json", entry)
         if (folder / "config.yaml").is_file():
-            if before is None:  # no record is kept of this, or the next call would take the folder for this run's
+            if before is None:  # no record is kept of this, or the next call would take the folder for that of this run
                 self._tell(entry, f"{folder}: must be of the run as it is defined now, got an older one; remove it")
                 return
             arguments = ["train", "--resume", str(folder)]
@@ -150,7 +150,7 @@ class Runner:
             self.finished()
 
     def _note(self, job: _Job, *, stopped: bool) -> None:
-        """Write down how far a run got."""
+        """Record how far a run got."""
         record = {**read_run(job.entry, self.run_folder(job.entry)), **self.environment}
         earlier = job.before["wall_seconds"] if job.before else 0.0
         seconds = time.monotonic() - job.started

@@ -11,7 +11,7 @@ from experiments.plan import ROOT, read_experiment
 from experiments.results import Record, collected, layer_rates
 
 QUALITIES = {"accuracy": ("right, %", 100.0), "bits_per_byte": ("bits per byte", 1.0)}
-"""What is compared: the name of it, and by how much it is multiplied."""
+"""The measures: name and factor."""
 
 
 def table(name: str, root: Path = ROOT) -> str:
@@ -55,7 +55,7 @@ def by_variant(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def quality_of(records: Sequence[Record]) -> str | None:
-    """What the finished runs are compared by; None where there are none."""
+    """The measure of the finished runs; None without finished runs."""
     judged = (record["final"]["test"] for record in records if "test" in record["final"])
     return next((name for each in judged for name in QUALITIES if name in each), None)
 

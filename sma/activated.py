@@ -17,7 +17,7 @@ class Activated(NamedTuple):
     Attributes:
         output: ``(B, L, D)``, zero where nothing is active. Add it to whatever the block adds.
         state: streaming state after this chunk; None unless one was passed in.
-        routing: who was active, and with which confidence.
+        routing: which tokens were active, and with which confidence.
         losses: auxiliary losses by name, scalars, already weighted.
     """
 
@@ -32,7 +32,7 @@ class ActivatedState(State):
     """Streaming state of a sparsely activated layer.
 
     Attributes:
-        seen: ``(B,)`` int64: real tokens that went by, active or not.
+        seen: ``(B,)`` int64: real tokens so far, active or not.
         members: the state of each module, None for a module without memory.
     """
 

@@ -24,18 +24,18 @@ Weights = tuple[Tensor, Tensor]
 
 
 class Scored(NamedTuple):
-    """What a configurator says of a batch.
+    """The result of a configurator for a batch.
 
     Attributes:
         x: ``(B, L, D)``, the tokens, passed through.
         score: ``(B, L, M)``.
-        active: ``(B, L, M)`` bool, False at padding, where the decision came with the score; else None.
+        active: ``(B, L, M)`` bool, False at padding, if the decision was computed with the score; else None.
         valid: ``(B, L)`` real tokens.
         position: ``(B, L)`` 0-based position among the real tokens of the stream.
         counts: ``(M, blocks)`` of the active tokens, for :func:`~sma.ops.pack.pack`, or None.
         padded: whether some tokens may not be real.
-        compress: what brings the tokens of the first module together, and gives ``x`` and the score their gradient, see
-            :func:`~sma.ops.router.routed_compress`; None where they have it.
+        compress: compresses the tokens of the first module, and gives ``x`` and the score their gradient, see
+            :func:`~sma.ops.router.routed_compress`; None where they have it already.
         tokens: ``(K, D)`` of the first module, after ``compress`` was called.
     """
 
@@ -120,7 +120,7 @@ def _position(valid: Tensor, column: Tensor | None, seen: Tensor | None) -> Tens
 
 
 def gate_of(configurator: Configurator) -> Gate | None:
-    """What may be computed in place of the three steps of a configurator, or None."""
+    """The gate that may replace the three steps of a configurator, or None."""
     own = configurator.__dict__
     replaced = "score" in own or "decide" in own or "weigh" in own
     return None if replaced or not is_plain(configurator, Configurator) else configurator.gate()
@@ -140,7 +140,7 @@ def _logits(name: str, configurator: Configurator, x: Tensor, logits: Tensor | N
 
 
 def _check_finite(name: str, values: Tensor, valid: Tensor | None) -> None:
-    # Only on the CPU: elsewhere it would synchronise with the device.
+    # Only on the CPU: elsewhere this would synchronise with the device.
     if values.device.type != "cpu" or torch.compiler.is_compiling():
         return
     real = values.detach() if valid is None else values.detach()[valid]
@@ -170,7 +170,7 @@ def route_tokens(
         if active is None:
             active = configurator.decide(scored.score.detach(), scored.position, valid) & valid[..., None]
         if (DEPTH.value or torch.compiler.is_compiling()) and not torch.compiler.is_exporting():
-            # The decision of the first run is what counts, whatever the second one made of it.
+            # The decision of the first run counts; that of the recomputation is ignored.
             active, counts = mark_decision(active), None
     overflow: Tensor | None = None
     if configurator.everywhere and replay is None and capacity is None and not scored.padded:
@@ -185,15 +185,15 @@ def route_tokens(
     if scored.compress is not None:
         tokens, x, score = scored.compress(packed[0])
         scored = scored._replace(x=x, score=score, compress=None, tokens=tokens)
-    # Where a gate stood for the three steps, the score is the confidence.
+    # With a gate in place of the three steps, the score is the confidence.
     confidence = scored.score if scored.active is not None else configurator.weigh(scored.score, active)
     routing = Routing(active, confidence, valid, scored.position, overflow)
-    routing.__dict__["packed"] = packed  # the cached property would search again, and knows no capacity
+    routing.__dict__["packed"] = packed  # the cached property would search again, without a capacity
     return routing, scored
 
 
 def _packed(active: Tensor, position: Tensor, counts: Tensor | None) -> tuple[Packed, ...]:
-    """Rows for all that are active."""
+    """Rows for all active tokens."""
     shape = (active.shape[0], active.shape[1])
     packed: list[Packed] = []
     for m in range(active.shape[2]):

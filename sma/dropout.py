@@ -28,7 +28,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 def dropout_(x: Tensor, p: float) -> Tensor:
-    """:func:`dropout` in place, for an ``x`` that nothing else needs, also not its gradient."""
+    """:func:`dropout` in place, for an ``x`` that nothing else reads, its gradient included."""
     if p == 0:
         return x
     kept = _factors(x, p)

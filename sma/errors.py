@@ -2,7 +2,7 @@
 
 
 class SMAError(Exception):
-    """Base of every error that the library raises on purpose: the user's input is at fault, not the program."""
+    """Base of every error that the library raises on purpose: the input is wrong, not the program."""
 
 
 class ConfigError(SMAError, ValueError):
@@ -46,6 +46,4 @@ class DataError(SMAError):
 
 
 class MissingExtraError(SMAError, ImportError):
-    """Something was asked for that needs an optional extra which is not installed; the message says how to install
-    it.
-    """
+    """A feature needs an optional extra that is not installed; the message says how to install it."""

@@ -1,4 +1,4 @@
-"""The kinds of plugin. A class says what it is by the base that it derives from.
+"""The kinds of plugin. The base of a class decides its kind.
 
 All of them are :class:`~sma.configurable.Configurable`, and those of this file are ``nn.Module``. What the surroundings
 decide (the width ``d_model``, whether the model is ``causal``) comes as an argument of ``build``; everything else is in
@@ -29,7 +29,7 @@ KINDS: dict[str, type[Configurable]] = {}
 
 
 class ModuleOutput(NamedTuple):
-    """What an activatable module returns when a tensor alone does not say it all.
+    """What an activatable module returns if it returns more than a tensor.
 
     Attributes:
         output: ``(K, D)``, row for row as the input.
@@ -121,7 +121,7 @@ class Configurator(Part):
         super().__init_subclass__(**kwargs)
         own = vars(cls)
         if "gate" not in own and any(step in own for step in ("score", "decide", "weigh")):
-            cls.gate = Configurator.gate  # type: ignore[method-assign]  # what a base said of its steps is not true of these
+            cls.gate = Configurator.gate  # type: ignore[method-assign]  # the gate of a base has the base's steps
         if "everywhere" not in own and "decide" in own:
             cls.everywhere = False
 
@@ -136,7 +136,7 @@ class Configurator(Part):
         """Differentiable scores ``(B, L, M)``, in float32 or wider, from logits ``(B, L, M, logits_per_module)``.
 
         Args:
-            logits: what the router says.
+            logits: of the router.
             position: ``(B, L)`` 0-based position in the stream.
         """
         raise NotImplementedError

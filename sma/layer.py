@@ -34,7 +34,7 @@ from sma.wrap.windows import call_windowed
 
 
 class MemberOutput(NamedTuple):
-    """What one module of a sparsely activated layer gave.
+    """The output of one module of a sparsely activated layer.
 
     Attributes:
         output: ``(K, D)``, one row for each active token, not yet weighted.
@@ -51,7 +51,7 @@ class MemberOutputs(NamedTuple):
     """A sparsely activated layer before its outputs are put back, for blocks that fuse that into what follows.
 
     Attributes:
-        members: what each module gave.
+        members: the output of each module.
         x: the tokens that came in, passed through: use these from here on, in one matrix product
             (:func:`~sma.ops.compress.compress_through` says why).
         state: streaming state after this chunk.
@@ -249,7 +249,7 @@ class SparseMixture(nn.Module):
         self.configurator.reset(d_model)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # What is loaded before the width is known must not be initialised again once it is.
+        # Weights that were loaded before the width is known must not be initialised again afterwards.
         weight = state_dict.get(f"{prefix}router.weight")
         if not self._width_known and weight is not None and not is_lazy(weight):
             self.d_model, self._width_known = weight.shape[1], True
@@ -399,7 +399,7 @@ class SparseMixture(nn.Module):
         lazy = router is None or isinstance(router, _LazyRouter)
         weight = None if lazy or router is None else router._parameters.get("weight")
         signature = None
-        # What differs from the weights goes through under autocast only, which may be off at the next call.
+        # An input of another dtype than the weights is accepted under autocast only, which may be off at the next call.
         if valid is None and lengths is None and state is None and (weight is None or weight.dtype == x.dtype):
             signature = x.shape, x.dtype, x.device, None if weight is None else weight.device
             if signature == self._admitted and not torch.compiler.is_compiling():

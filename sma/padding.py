@@ -1,10 +1,10 @@
-"""Between the public doors, which take any boolean ``valid (B, L)``, and the inside, where rows are right-padded and
-counted.
+"""Between the public entry points, which take any boolean ``valid (B, L)``, and the inside, where rows are right-padded
+and have lengths.
 
-Padding that lies to the left or in the middle is moved to the right once, at the door, and back at the end. Inside, a
-row is described by its length alone, so no layer needs a mask, a search or a synchronisation. Who knows that the
-padding is on the right gives the lengths in the first place; then the door has nothing to look for either, which a
-device would have to be waited for.
+Padding that lies to the left or in the middle is moved to the right once, at the entry point, and back at the end.
+Inside, a row is described by its length alone, so no layer needs a mask, a search or a synchronisation. A caller that
+knows that the padding is on the right passes the lengths. Then no padding is searched for, which would synchronise with
+the device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def valid_of(lengths: Tensor | None, x: Tensor) -> Tensor:
 
 
 def check_valid(valid: Tensor | None, shape: tuple[int, int], device: torch.device | None = None) -> None:
-    """Refuse what is no mask of the real tokens of ``(B, L) = shape`` on ``device``; None is one.
+    """Refuse what is no mask of the real tokens of ``(B, L) = shape`` on ``device``; None is accepted.
 
     Raises:
         ShapeError: the mask has another shape or dtype, or is elsewhere.
@@ -45,7 +45,7 @@ def check_valid(valid: Tensor | None, shape: tuple[int, int], device: torch.devi
 def check_lengths(
     lengths: Tensor | None, valid: Tensor | None, shape: tuple[int, int], device: torch.device | None = None
 ) -> None:
-    """Refuse what are no numbers of real tokens of ``(B, L) = shape`` on ``device``; None are some.
+    """Refuse what are no numbers of real tokens of ``(B, L) = shape`` on ``device``; None is accepted.
 
     Raises:
         ShapeError: another shape or dtype, elsewhere, together with a mask, or (checked on the CPU) out of range.
@@ -92,7 +92,7 @@ class Alignment:
         """
         check_lengths(lengths, valid, shape)
         if lengths is not None:
-            # What is out of range on another device is not seen, but does no harm either.
+            # Lengths out of range on another device are not checked; they do no harm.
             return Alignment(lengths.clamp(0, shape[1]), None)
         if valid is None:
             return Alignment(None, None)

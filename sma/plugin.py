@@ -1,4 +1,4 @@
-"""The configurators that ship with sma, registered through the same door as anyone's."""
+"""The configurators that ship with sma, registered by the same hook as those of any other package."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Routing: the frozen answer to "who is active"."""
+"""Routing: the frozen decision of a layer, which tokens activate which modules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Packed", "Routing"]
 
 @dataclass(frozen=True)
 class Routing:
-    """Who is active, and with which confidence, in one sparsely activated layer.
+    """Which tokens are active, and with which confidence, in one sparsely activated layer.
 
     Attributes:
         active: ``(B, L, M)`` bool: module m runs on token (b, t). Never True at padding.
@@ -25,7 +25,7 @@ class Routing:
             where active.
         valid: ``(B, L)`` bool: real tokens.
         position: ``(B, L)`` int64: 0-based position among the real tokens of the stream.
-        overflow: ``(M,)`` int64: tokens that were to be active and found no room in a fixed capacity; None without one.
+        overflow: ``(M,)`` int64: active tokens that were dropped for lack of capacity; None without a fixed capacity.
     """
 
     active: Tensor

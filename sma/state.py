@@ -1,4 +1,4 @@
-"""Streaming state: what a sequence leaves behind for its own continuation, bounded in size.
+"""Streaming state: what is kept of a sequence for its continuation, bounded in size.
 
 A state is a frozen dataclass whose fields are tensors with the batch first, further states, or tuples, dicts and None
 of these. It is never changed in place: ``forward`` takes one and returns a new one, so keeping the old one is all that
@@ -31,7 +31,7 @@ def _map(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _leaves(value: Any, name: str) -> Iterator[tuple[str, Tensor | str]]:
-    """By their place, the tensors, and what kind of state each state is."""
+    """The tensors and the class of each state, by their place."""
     if isinstance(value, Tensor):
         yield name, value
         return
@@ -48,7 +48,7 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Tensor | str]]:
 
 
 def _collect(value: Any, tensors: list[Tensor]) -> None:
-    """The tensors in the order of :func:`_leaves`, for which decoding has no time."""
+    """The tensors in the order of :func:`_leaves`, which is too slow for decoding."""
     if isinstance(value, Tensor):
         tensors.append(value)
     elif isinstance(value, State):

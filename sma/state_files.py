@@ -1,4 +1,4 @@
-"""States in safetensors files: a conversation that was put aside, or goes on on another machine."""
+"""States in safetensors files: a sequence can be continued later, or on another machine."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def load_state(path: str | PathLike[str], like: S) -> S:
     try:
         kinds = json.loads(metadata[KINDS_KEY])
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: what it says of its state cannot be read ({error})") from error
+        raise CheckpointError(f"{path}: its description of the state cannot be read ({error})") from error
     if not isinstance(kinds, dict):
-        raise CheckpointError(f"{path}: what it says of its state must be a mapping, got {type(kinds).__name__}")
+        raise CheckpointError(f"{path}: its description of the state must be a mapping, got {type(kinds).__name__}")
     problem = difference(like, kinds, tensors)
     if problem is not None:
         raise CheckpointError(f"{path}: does not fit the model: {problem}")

@@ -45,7 +45,7 @@ class StepContext(NamedTuple):
         live: ``(S,)`` bool: the slots that take a token. Nothing is changed in the others, and what comes out is
             meaningless there, but finite.
         position: ``(S,)`` int64: real tokens before this one. Memory that can be taken back is kept by position, so
-            that taking tokens back is nothing but a smaller position.
+            taking tokens back only makes the position smaller.
     """
 
     live: Tensor
@@ -95,7 +95,7 @@ class Stepper:
         raise NotImplementedError
 
     def rolled_back(self, slot: int, tokens: int) -> None:
-        """Told that the last ``tokens`` of a slot were taken back. What is kept by position has nothing to do."""
+        """Take back the last ``tokens`` of a slot. Memory that is kept by position needs no change."""
         for part in self.parts().values():
             part.rolled_back(slot, tokens)
 

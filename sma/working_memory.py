@@ -78,8 +78,8 @@ class WorkingMemory(State):
             packed: the new tokens; a sequence without any keeps its memory.
             *rows: ``(K, ...)`` one tensor per kind of row, in the order of :attr:`rows`.
 
-        With a fixed capacity there are ``B * capacity + K`` rows, whatever is remembered, and no value is looked at:
-        those that nobody needs belong to the sequence of the rows without a token, the last one.
+        With a fixed capacity there are ``B * capacity + K`` rows, whatever is remembered, and no value is read: unused
+        rows belong to the sequence of the rows without a token, the last one.
 
         Raises:
             StreamingError: the memory is of another batch size, or of rows of another number or shape.

@@ -18,7 +18,7 @@ class TokenEmbedding(nn.Embedding):
     def forward(self, input: Tensor, scale: float = 1.0, rounded: bool = True) -> Tensor:
         """``(B, L)`` to ``(B, L, D)``, times ``scale``; unless ``rounded`` is False, in the dtype of autocast.
 
-        Of features ``(..., D)`` it gives logits ``(..., V)``, for a head that is tied to a weight which is there only
+        Of features ``(..., D)`` it gives logits ``(..., V)``, for a head that is tied to a weight that exists only
         while the embedding is called.
         """
         if input.is_floating_point():
@@ -42,7 +42,7 @@ class ValueEmbedding(nn.Module):
 
 
 def embedded(table: nn.Module, tokens: Tensor, scale: float = 1.0, rounded: bool = True) -> Tensor:
-    """Tokens by our table, wrapped or not, or by one that was put in its place."""
+    """Tokens by our table, wrapped or not, or by its replacement."""
     if isinstance(unwrapped(table), TokenEmbedding):
         return table(tokens, scale, rounded)  # type: ignore[no-any-return]
     return table(tokens.long()) * scale  # type: ignore[no-any-return]

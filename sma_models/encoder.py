@@ -1,4 +1,4 @@
-"""What the models that read a whole sequence share: embedding, stack, pooling and the classifier's two layers."""
+"""The parts that all models of whole sequences share: embedding, stack, pooling and the classifier's two layers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sma_models.stack import HiddenStates, Stack, StackConfig
 
 @dataclass(kw_only=True, frozen=True)
 class EncoderConfig(StackConfig):
-    """What the models that read a whole sequence share.
+    """The options that all models of whole sequences share.
 
     Attributes:
         vocab_size: number of tokens, or None when the input is real numbers.

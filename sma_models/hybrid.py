@@ -58,7 +58,7 @@ class SublayerConfig(BaseConfig):
 
     @property
     def role(self) -> str:
-        """Which of the four it is."""
+        """The name of the one of the four that is set."""
         return next(role for role in ROLES if getattr(self, role) is not None)
 
     def build(self, *, d_model: int, causal: bool = False, prenorm: bool = True) -> Sublayer:  # type: ignore[override]  # says what it needs

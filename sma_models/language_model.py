@@ -149,7 +149,7 @@ class ModelStepper(Stepper):
             layer.write(slots, own, position)
 
     def check(self, state: object) -> None:
-        """Refuse what is no state of the model, before any of it is written.
+        """Refuse a state that is not of the model, before any of it is written.
 
         Raises:
             StreamingError: it is of another model.

@@ -122,7 +122,7 @@ class Mega(Block):
         lengths: Tensor | None = None,
         replay: Mapping[str, Routing] | None = None,
     ) -> BlockOutput:
-        """One layer; see :class:`sma.interfaces.Block`. Nothing is routed, so ``replay`` has nothing to say."""
+        """One layer; see :class:`sma.interfaces.Block`. Nothing is routed, so ``replay`` has no effect."""
         residual = x
         if self.prenorm:
             x = self.norm(x, lengths=lengths)

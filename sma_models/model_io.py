@@ -1,4 +1,4 @@
-"""What every model takes and returns, and the checks of its input."""
+"""The output of every model, and the checks of its input."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sma_models.stack import StackState
 
 
 class ModelOutput(NamedTuple):
-    """What every model returns. A tuple, as backward hooks and ``fully_shard`` look for tensors in tuples only.
+    """The output of every model. A tuple, as backward hooks and ``fully_shard`` look for tensors in tuples only.
 
     Attributes:
         logits: ``(B, L, vocab_size)`` of a language model, ``(B, n_classes)`` of a classifier.

@@ -1,4 +1,6 @@
-"""The blocks, models, data and specs that ship with sma_models, registered through the same door as anyone's."""
+"""The blocks, models, data and specs that ship with sma_models, registered by the same hook as those of any other
+package.
+"""
 
 from collections.abc import Callable
 from importlib import resources

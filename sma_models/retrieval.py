@@ -15,7 +15,7 @@ from sma_models.model_io import ModelOutput
 
 
 class Retrieval(Encoder):
-    """Two texts through one encoder; the classifier reads ``[a, b, a * b, a - b]`` (LRA's matching task)."""
+    """Two sequences through one encoder; the classifier reads ``[a, b, a * b, a - b]`` (LRA's matching task)."""
 
     @dataclass(kw_only=True, frozen=True)
     class Config(EncoderConfig):

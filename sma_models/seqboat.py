@@ -1,6 +1,4 @@
-"""The SeqBoat layer (arXiv 2306.11197, section 4): an always-on EMA, and a gated attention unit on the tokens that
-ask for it.
-"""
+"""The SeqBoat layer (arXiv 2306.11197, section 4): an EMA, and a gated attention unit for active tokens."""
 
 from __future__ import annotations
 
@@ -142,7 +140,7 @@ class SeqBoat(Block):
     def _called(
         self, m: Tensor, x: Tensor, state: ActivatedState | None, lengths: Tensor | None, replay: Routing | None
     ) -> Activated:
-        """The same by calling every part."""
+        """The same, by calling every part."""
         logits, skip = self.projected(m)
         out = self.activate(m, state, lengths=lengths, logits=logits, replay=replay)
         y = self.dropout(skip + out.output) if self.causal else skip + self.dropout(out.output)

@@ -21,7 +21,7 @@ from sma.state import State
 
 @dataclass(kw_only=True, frozen=True)
 class StackConfig(Model.Config):
-    """What every model has.
+    """The options of every model.
 
     Attributes:
         d_model: width.
@@ -191,13 +191,13 @@ def _replay_of(replay: Mapping[str, Routing] | None, prefix: str, alignment: Ali
 
 
 def position_of(state: StackState, *, checked: bool = False) -> Tensor:
-    """``(B,)`` int64: real tokens that went by, as the layers that decide have counted them.
+    """``(B,)`` int64: real tokens so far, as the layers that decide have counted them.
 
     Where no layer does, nothing depends on it, and it is zero.
 
     Args:
         state: of a model.
-        checked: two layers are known to agree; otherwise the device is waited for, to compare them.
+        checked: all layers are known to agree; otherwise they are compared, which synchronises with the device.
 
     Raises:
         StreamingError: the state holds nothing, or two layers disagree.
@@ -215,7 +215,7 @@ def position_of(state: StackState, *, checked: bool = False) -> Tensor:
     if len(seen) == 1:
         return first
     same = all(each.shape == seen[0].shape for each in seen)
-    # A device is waited for only once.
+    # One synchronisation with the device for all layers.
     if not same or bool((torch.stack([each.to(seen[0].device) for each in seen]) != seen[0]).any()):
         raise StreamingError(
             f"state: every layer must have seen as many tokens, got {[each.tolist() for each in seen]}"

@@ -1,1 +1,1 @@
-"""The modules, mixers and norms that ship with sma, registered through the same door as anyone's."""
+"""The modules, mixers and norms that ship with sma, registered by the same hook as those of any other package."""

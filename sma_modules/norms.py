@@ -151,7 +151,7 @@ class SyncBatchNorm(BatchNorm):
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return super()._by_batch(tokens)
         wide = tokens.double() if tokens.dtype == torch.float64 else tokens.float()
-        # A rank without tokens takes part like the others, or they would wait for it for ever.
+        # A rank without tokens takes part too, as the others wait for its sums.
         total = _sum_over_ranks(torch.cat([wide.sum(0), wide.new_tensor([wide.shape[0]])]))
         count = total[-1].detach()
         if count < 2:

@@ -1,4 +1,4 @@
-"""The modules, mixers and norms that ship with sma_modules, registered through the same door as anyone's."""
+"""The modules, mixers and norms that ship with sma_modules, registered by the same hook as any other's."""
 
 from collections.abc import Callable
 from typing import Any

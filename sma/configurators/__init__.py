@@ -1,4 +1,4 @@
-"""Latent configurators: who is active, with which confidence. Registered as plugins by :mod:`sma.plugin`."""
+"""Latent configurators decide which tokens are active, and with which confidence. :mod:`sma.plugin` registers them."""
 
 from sma.configurators.always import Always
 from sma.configurators.budget import RateController, RateLoss

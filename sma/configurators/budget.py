@@ -62,7 +62,7 @@ class RateLoss(Configurable):
 
 
 def _cross_entropy(rate: Tensor, target: float) -> Tensor:
-    # The clamp keeps the value finite at rates of exactly 0 and 1; its gradient there is let through on purpose.
+    # The clamp keeps the value finite at rates of exactly 0 and 1; its gradient passes there on purpose.
     inside = rate + (rate.clamp(1e-4, 1 - 1e-4) - rate).detach()
     return -(target * inside.log() + (1 - target) * (1 - inside).log())
 

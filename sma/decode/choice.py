@@ -1,8 +1,8 @@
 """The one place that chooses how a part decodes: by its own stepper, or by the fallback that calls it.
 
 A stepper works with the weights of its part and does not call it. So it is taken only for a part that is
-:func:`plain <sma.runtime.plain.is_plain>`. Children that a stepper neither calls nor chooses a stepper for are its own
-business: their parent returns no stepper, or calls them, where they are not plain.
+:func:`plain <sma.runtime.plain.is_plain>`. A stepper may use children without calling them or choosing steppers for
+them. If such a child is not plain, its parent returns no stepper, or calls the child.
 """
 
 from __future__ import annotations

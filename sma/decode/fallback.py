@@ -57,7 +57,7 @@ class FallbackStepper(Stepper):
         return self._states[-1]
 
     def push(self, state: State | None, live: Tensor) -> None:
-        """The state after one more token of the ``live (S,)`` slots. In the others time does not go on."""
+        """The state after one more token of the ``live (S,)`` slots. The state of the others does not change."""
         if state is None:
             return
         state, before = state.detach(), list(self._states)

@@ -22,8 +22,7 @@ from sma.steppers import ActivatedStepper, Decision, ModuleStepper, SlotSpec, St
 class MixtureStepper(ActivatedStepper):
     """Decides for every slot, and runs the modules for those that are active.
 
-    Nothing is compressed: the number of slots is small, and each module sees to it that rows that are not active cost
-    nothing that matters.
+    Nothing is compressed: the number of slots is small, and each module keeps the cost of inactive rows small.
     """
 
     def __init__(self, layer: SparseMixture, members: tuple[ModuleStepper, ...], spec: SlotSpec) -> None:

@@ -77,7 +77,7 @@ def lazy(module: str, name: str) -> Callable[..., Any]:
     load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def run(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or not found:  # it must not look at the list before the import
+        if torch.compiler.is_compiling() or not found:  # the list must not be read before the import
             load()
         return found[0](*args)
 
@@ -159,7 +159,7 @@ class Op:
         return self.run(self.signature(*args), *args)
 
     def run(self, signature: Signature, *args: Any) -> Any:
-        """Run the backend for a signature, with autocast off: an operation says itself in which dtype it computes.
+        """Run the backend for a signature, with autocast off: an operation decides itself in which dtype it computes.
 
         Raises:
             BackendError: as for :meth:`choose`.

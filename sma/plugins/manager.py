@@ -1,7 +1,7 @@
 """Finds the plugins, runs their hook and keeps the process's registry.
 
-Nothing is loaded before the registry is used for the first time. A plugin that fails, in whatever way, is left out as
-a whole and noted in :meth:`Registry.failures`; the others load. Two variables of the environment change that:
+Nothing is loaded before the registry is used for the first time. A plugin that raises any error is left out as a whole
+and recorded in :meth:`Registry.failures`; the others load. Two variables of the environment change that:
 ``SMA_STRICT_PLUGINS=1`` raises at the first failure, ``SMA_BLOCK_PLUGINS=a,b`` skips plugins by the name of their entry
 point, distribution or module.
 """
@@ -106,7 +106,7 @@ def load_plugins() -> Registry:
             continue
         try:
             loaded.commit(_stage(manager, provider))
-        except (Exception, SystemExit) as error:  # whatever a stranger's code raises is its own failure, recorded below
+        except (Exception, SystemExit) as error:  # an error of a plugin's code is recorded below
             message = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
             if strict:
                 raise PluginError(f"{provider}: {message}") from error

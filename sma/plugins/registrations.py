@@ -156,7 +156,7 @@ class Registry:
                     self._names.setdefault(entry.target, entry.name)
 
     def fail(self, failure: Failure) -> None:
-        """Note down a plugin that was left out."""
+        """Record a plugin that was left out."""
         with self._lock:
             self._failures.append(failure)
 
@@ -164,7 +164,7 @@ class Registry:
         """The class (or the file, for kind ``spec``) registered under ``name``.
 
         Raises:
-            PluginError: there is none; says what there is, and which plugins failed to load.
+            PluginError: there is none; the message lists the registered names, and the plugins that failed to load.
         """
         return self.entry(kind, name).target
 

@@ -1,4 +1,4 @@
-"""Where the host must not wait for the device: in steps without a synchronisation, and while a graph is captured."""
+"""Code that must not synchronise with the device: steps that only queue work, and captures of CUDA graphs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 
 @contextmanager
 def waiting_forbidden() -> Iterator[None]:
-    """Waiting for a CUDA device raises RuntimeError inside the ``with`` block, at the operation that waits.
+    """Inside the ``with`` block an operation that synchronises with a CUDA device raises RuntimeError.
 
-    PyTorch notices what its own operations wait for. Needs a CUDA device.
+    PyTorch detects synchronisations of its own operations only. Needs a CUDA device.
     """
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
@@ -29,13 +29,14 @@ def waiting_forbidden() -> Iterator[None]:
 
 @contextmanager
 def capturing(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
-    """What is queued inside the ``with`` block goes into ``graph``; ``options`` as for :class:`torch.cuda.graph`.
+    """Work that is queued inside the ``with`` block is captured into ``graph``; ``options`` as for
+    :class:`torch.cuda.graph`.
 
-    What would end the capture is kept away from it: the garbage collector, which may free an earlier graph at any time,
-    runs before, and what other threads ask of the device is theirs (a thread that pins memory for batches, say).
+    The garbage collector, which may free an earlier graph at any time, runs before the capture, as it would end it.
+    Calls of other threads to the device (one that pins memory for batches, say) do not belong to the capture.
 
     Raises:
-        RuntimeError: something in the block cannot be captured, as it waits for the device.
+        RuntimeError: an operation in the block cannot be captured, because it synchronises with the device.
     """
     gc.collect()
     enabled = gc.isenabled()

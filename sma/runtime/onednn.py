@@ -15,13 +15,13 @@ _PIXELS = 32
 _LARGEST = 128
 """Tokens of an image at most. Large ones are read from memory a quarter faster than those of 32."""
 _IMAGES = 16
-"""With fewer of them one thread would do the product the old way."""
+"""With fewer of them one thread would compute the product as before."""
 _FEWEST = _IMAGES * _PIXELS
 """Tokens."""
 _SMALLEST = 1 << 24
 """Multiplications that are worth it."""
 PLAIN_WEIGHTS = frozenset({nn.Parameter, Tensor})
-"""Weights that are what they seem; a subclass may be sharded or quantised, and says itself how it is multiplied."""
+"""Plain weights; a subclass may be sharded or quantised, and defines its own product."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -43,7 +43,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> linear(torch.ones(2, 3), torch.ones(1, 3)).tolist()
         [[3.0], [3.0]]
     """
-    # The compiler is asked first: a graph would hold for the sizes that were compared.
+    # The compiler is checked first: a graph would be specialised to the sizes that were compared.
     if (
         torch.compiler.is_compiling()
         or x.device.type != "cpu"
@@ -111,7 +111,7 @@ class _Convolution(torch.autograd.Function):
         )
         d_tokens = _tokens(d_images, whole) if need_tokens else None
         d_weight = d_weight.view_as(weight) if need_weight else None
-        if rest:  # filling up both would move more than these few products do
+        if rest:  # padding both would move more data than these few products do
             d_tokens = None if d_tokens is None else torch.cat([d_tokens, grad[whole:] @ weight])
             d_weight = None if d_weight is None else d_weight.addmm_(grad[whole:].t(), tokens[whole:])
         return d_tokens, d_weight, grad.sum(0) if need_bias else None

@@ -44,7 +44,7 @@ def is_plain(part: nn.Module, kind: type | frozenset[type] = LINEARS) -> bool:
     Args:
         part: a child whose work its parent may do.
         kind: a base class that it must have (a mixer, a block), or the exact classes of which it must be one. With the
-            default, projections, its weight must be an ordinary tensor as well.
+            default, projections, its weight must be a plain tensor as well.
 
     Returns:
         False for a part that was replaced or wrapped, that has hooks, an own or a compiled ``forward``, or, of a
@@ -107,7 +107,7 @@ def watched_parts(model: nn.Module) -> dict[str, str]:
 
 
 def unwrapped(part: nn.Module) -> nn.Module:
-    """The part inside the wrappers of PyTorch. It is asked what it is; the wrapper is what has to be called."""
+    """The part inside the wrappers of PyTorch. Its class is that of the part; the wrapper has to be called."""
     while True:
         inside = next((part._modules[name] for name in _WRAPPED if part._modules.get(name) is not None), None)
         if inside is None:
@@ -119,7 +119,7 @@ def project(projection: nn.Module, x: Tensor) -> Tensor:
     """``projection(x)``. A plain one runs as :func:`~sma.runtime.onednn.linear`, which is faster on some CPUs.
 
     Args:
-        projection: an ``nn.Linear``, or what stands in its place.
+        projection: an ``nn.Linear``, or the module that replaces it.
         x: ``(..., in_features)``.
     """
     if is_plain(projection):
@@ -129,7 +129,7 @@ def project(projection: nn.Module, x: Tensor) -> Tensor:
 
 
 def call_router(router: nn.Module, x: Tensor) -> Tensor:
-    """``router(x)`` with autocast disabled, in the dtype of its weight: rounding decides who is active.
+    """``router(x)`` with autocast disabled, in the dtype of its weight: rounding decides which tokens are active.
 
     Args:
         router: a projection that is not plain.

@@ -79,7 +79,7 @@ def load_as(source: Any, cls: type[T], *overrides: str) -> T:
 def loads(text: str, *overrides: str, name: str = "text", kind: str | None = None) -> BaseConfig:
     """As :func:`load`, from YAML text (what :func:`to_yaml` wrote into a checkpoint, for instance).
 
-    Text may come from anyone, so it opens no file: it may extend registered specs only.
+    Text may come from an untrusted source, so it opens no file: it may extend registered specs only.
 
     Args:
         text: the YAML.

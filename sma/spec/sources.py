@@ -28,7 +28,8 @@ class Document:
         tree: normalised.
         label: what errors call it.
         folder: where the files that it extends are looked for; None for the working directory.
-        may_open: whether it may extend files at all. Text may not: it comes with a checkpoint, from anyone.
+        may_open: whether it may extend files at all. Text may not: it may come with a checkpoint from an untrusted
+            source.
     """
 
     tree: Any
@@ -173,7 +174,7 @@ class Reader:
 
 
 def _is_omegaconf(source: Any) -> bool:
-    """Asked without importing OmegaConf: where nobody imported it, nothing can be one of its nodes."""
+    """Checked without importing OmegaConf: unless it was imported, no value can be one of its nodes."""
     module = sys.modules.get("omegaconf")
     return module is not None and isinstance(source, module.Container)
 

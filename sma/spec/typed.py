@@ -37,7 +37,7 @@ def shown(value: Any) -> str:
 
 
 def describe(annotation: Any) -> str:
-    """What a person would call the type."""
+    """The name of the type in messages."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (Union, types.UnionType):
         return " or ".join(describe(each) for each in arguments)
@@ -299,7 +299,7 @@ class Converter:
             return cls(**given) if base is None else dataclasses.replace(base, **given)
         except SpecError:
             raise
-        except (ValueError, TypeError) as error:  # a ConfigError, or what a stranger's __post_init__ raises
+        except (ValueError, TypeError) as error:  # a ConfigError, or what the __post_init__ of a plugin raises
             raise SpecError(f"{place}: {error}") from error
 
     def _fields(

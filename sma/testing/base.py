@@ -1,4 +1,4 @@
-"""What every suite shares: how a component is built, called, and given rows of unequal length."""
+"""What every suite shares: how a component is built and called, and rows of unequal length."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class SequenceSuite(Suite):
     tokens_are_causal: ClassVar[bool] = False
     decodes: ClassVar[bool] = False
 
-    # What an author may override.
+    # Methods that an author may override.
 
     def build(self) -> nn.Module:
         """A new instance of what is tested."""
@@ -146,10 +146,10 @@ class SequenceSuite(Suite):
         return torch.randn(*shape, self.d_model, dtype=torch.float64)
 
     def garbage(self, x: Tensor) -> Tensor:
-        """What lies at padded positions: large, but finite."""
+        """Values at padded positions: large, but finite."""
         return torch.full_like(x, 1e3) * torch.randn_like(x)
 
-    # What the laws are made of.
+    # The parts of the laws.
 
     def module(self, seed: int = 0) -> Any:
         """An instance in float64 and evaluation mode, with its parameters perturbed."""

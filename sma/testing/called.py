@@ -1,4 +1,4 @@
-"""Law 9: parts are called, so that what is hung on a part works, with the results of the fused ways."""
+"""Law 9: parts are called, so hooks and other attachments of a part work, with the results of the fused paths."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class OpSuite(Suite):
                     assert torch.autograd.gradcheck(run, inputs, fast_mode=True), case.name
 
     def _of_differentiable(self, backend: str, case: OpCase) -> Callable[..., Tensor]:
-        """The operation as a function of its differentiable arguments: gradcheck would take tuples apart."""
+        """The operation as a function of its differentiable arguments, as gradcheck flattens tuples."""
 
         def run(*inputs: Tensor) -> Tensor:
             given = iter(inputs)

@@ -85,7 +85,7 @@ class ModuleSuite(_LayerSuite):
         return module
 
     def configurator(self) -> Configurator:
-        """Who decides."""
+        """The configurator that decides."""
         return TemperedSoftmax(TemperedSoftmax.Config())
 
     def build(self) -> nn.Module:
@@ -159,7 +159,7 @@ class StockSuite(ModuleSuite):
     """
 
     def parts_that_run(self, module: nn.Module) -> dict[str, nn.Module]:
-        """Not the parts of other people's modules, which may read each other's weights, nor chains of them."""
+        """Not the parts of modules of other libraries, which may read each other's weights, nor chains of them."""
         chain = {"module"} if is_chain(module.module) else set()  # type: ignore[arg-type]
         parts = super().parts_that_run(module).items()
         return {name: part for name, part in parts if not name.startswith("module.") and name not in chain}

@@ -71,7 +71,7 @@ def check_supported(module: nn.Module, layout: Layout, causal: bool) -> None:
     """Refuse at build time what could not be run correctly on compressed sequences.
 
     A user's own sequence module can be used in a causal layer only if it says by an attribute ``causal = True`` that it
-    is: nothing else could tell, and a module that sees the future gives no error, only results that are too good.
+    is: the library cannot detect it, and a module that sees the future raises no error; its results are only too good.
 
     Raises:
         ConfigError: with the reason.

@@ -105,7 +105,7 @@ def _check_chain(module: nn.Module) -> None:
     """Refuse a chain that has to be called: its parts are called one by one, on tokens or on padded rows.
 
     Raises:
-        ConfigError: something is hung on the chain, or wrapped around it.
+        ConfigError: the chain has hooks or other attachments, or is wrapped.
     """
     reason = why_called(module, frozenset({type(unwrapped(module))}))
     if reason is not None:

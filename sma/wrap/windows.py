@@ -55,7 +55,7 @@ def call_windowed(module: nn.Module, h: Tensor, packed: Packed, state: State | N
 
 
 def _rows_of(bounds: Tensor) -> Packed:
-    """Sequences of which every token is there; the b-th owns rows ``bounds[b]:bounds[b + 1]``."""
+    """Sequences whose tokens are all active; the b-th owns rows ``bounds[b]:bounds[b + 1]``."""
     lengths = bounds.diff()
     length = int(lengths.max()) if lengths.numel() else 0
     return Packed.from_mask(torch.arange(length, device=bounds.device) < lengths[:, None])

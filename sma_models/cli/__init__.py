@@ -1,6 +1,6 @@
-"""The ``sma`` command: one door to training, evaluating, generating, serving, looking inside, and to what is installed.
+"""The ``sma`` command: training, evaluation, generation, serving, inspection, and lists of what is installed.
 
-What the user got wrong ends in one line on stderr and exit code 2; ``--debug`` shows where it was found.
+A mistake of the user ends in one line on stderr and exit code 2; ``--debug`` shows the traceback.
 """
 
 from __future__ import annotations

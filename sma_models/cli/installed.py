@@ -1,4 +1,4 @@
-"""``sma plugins`` and ``sma specs``: what there is to build from."""
+"""``sma plugins`` and ``sma specs``: the registered names."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def specs(
 
 
 def _described(name: str) -> tuple[str, str]:
-    """Model and parameters of a spec; what is wrong with it, where one plugin's spec is broken."""
+    """Model and parameters of a spec; the error instead, if the spec is broken."""
     try:
         config = sma.load_spec(name)
         return sma.plugins.registry().name_of(config.owner) or "-", f"{count_parameters(config):,}"

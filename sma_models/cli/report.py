@@ -82,13 +82,13 @@ def _figures(run: Run, model: Model, task: Task, split: str, routings: list[Mapp
         try:
             done.append(draw())
         except (MissingExtraError, DataError) as error:
-            # Nothing depends on a picture: without matplotlib, or before anything was logged, the rest still counts.
+            # The rest does not depend on the pictures, which need matplotlib and a log.
             done.append(f"nothing for a figure: {error}")
     return done
 
 
 def _text(task: Task, split: str) -> bytes | None:
-    """The beginning of a text of the task, cut behind a line; None when its tokens are no bytes."""
+    """The beginning of a text of the task, cut after a line; None if its tokens are no bytes."""
     if task.text is not None:
         text = task.text(split)[:SHOWN_BYTES]
         return text[: text.rfind(b"\n") + 1] or text

@@ -73,7 +73,7 @@ class ChunkBuffers:
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device) if partial else None
 
     def tensors_of(self, state: StackState, batch: int) -> list[Tensor]:
-        """The tensors of a state, in the order of :attr:`tensors`.
+        """The tensors of a state, in the order of those of the buffers.
 
         Raises:
             StreamingError: the state is of another model or batch.

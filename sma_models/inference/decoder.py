@@ -83,7 +83,7 @@ class Decoder:
         self.logits = torch.zeros(slots, model.vocab_size, dtype=weight.dtype, device=weight.device)
         self._decisions: dict[str, Decision] = {}
         self._tokens_since_write: list[int | None] = [None] * slots  # None where the slot is free
-        self._live_on_host: list[bool] = [False] * slots  # empty where only the device knows
+        self._live_on_host: list[bool] = [False] * slots  # empty if only the device holds it
         self._capture = capture
         self._prepare_capture()
 
@@ -118,7 +118,7 @@ class Decoder:
 
     @property
     def decisions(self) -> Mapping[str, Decision]:
-        """By the name of the layer: which modules were active in the last step, and with which confidence."""
+        """Which modules were active in the last step, and with which confidence, by the name of the layer."""
         return {name: Decision(*(part.clone() for part in decision)) for name, decision in self._decisions.items()}
 
     @property
@@ -198,7 +198,7 @@ class Decoder:
             tokens: ``(S,)`` integers, the next token of every occupied slot (values at free slots are ignored), or the
                 tokens of some slots by their number; the other slots do not change.
             live: ``(S,)`` bool, on the device: which of the occupied slots take their token, where only the device
-                knows. Not with ``rollback``, which counts tokens on the host.
+                holds it. Not with ``rollback``, which counts tokens on the host.
 
         Returns:
             ``logits (S, vocab_size)`` of the next tokens, which the next step overwrites. Rows of slots that took no
@@ -285,7 +285,7 @@ class Decoder:
 
     @torch.no_grad()
     def _rebuild(self) -> None:
-        """Choose the steppers of the model anew. The sequences go on, but take back no token of before."""
+        """Choose the steppers of the model anew. The sequences continue, but cannot take back earlier tokens."""
         slots = self.occupied
         index = torch.tensor(slots, dtype=torch.int64, device=self._position.device)
         state = self._stepper.read(index, self._position[index]) if slots else None
@@ -297,7 +297,7 @@ class Decoder:
             self._tokens_since_write[slot] = 0
 
     def _prepare_capture(self) -> None:
-        """What steps and writes are captured in, where the device and the parts of the model allow it."""
+        """The graphs of steps and writes, if the device and the parts of the model allow them."""
         device, able = self.logits.device, self._capture and self.logits.is_cuda and not self._stepper.why_uncaptured()
         self._graph: CapturedFunction[dict[str, Decision]] | None = CapturedFunction(device) if able else None
         many = self.slots >= _MIN_SLOTS_TO_CAPTURE_WRITES

@@ -78,13 +78,13 @@ def stream(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """Yield one new token ``(B,)`` per row, for ever; take as many as you want.
+    """Yield one new token ``(B,)`` per row, without end.
 
     Args:
         model: in evaluation mode.
         prompt: ``(B, L)`` tokens, L at least 1.
         valid: ``(B, L)`` bool, True on real tokens; every row needs one. Pad prompts on either side.
-        prefill_chunk: the prompt is read in chunks of this many tokens, so memory does not grow with it.
+        prefill_chunk: the prompt is prefilled in chunks of this many tokens, so memory does not grow with it.
         temperature: as for :func:`sample`, like the rest.
         top_k: see there.
         top_p: see there.

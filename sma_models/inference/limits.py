@@ -1,4 +1,4 @@
-"""How much an engine holds at a time."""
+"""The limits of an engine."""
 
 from __future__ import annotations
 

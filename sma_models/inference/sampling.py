@@ -43,7 +43,7 @@ def draw(logits: Tensor, rows: Sequence[Sampling]) -> Tensor:
     ranked, order = torch.sort(probability, dim=-1, descending=True, stable=True)
     keep = ranked.cumsum(-1) - ranked < top_p
     total = (ranked * keep).cumsum(-1)
-    # The first whose sum exceeds the number that was drawn; rounding must not lead behind the last that is kept.
+    # The first token whose sum exceeds the drawn number; rounding must not select one behind the last that is kept.
     chosen = (total <= uniform * total[:, -1:]).sum(-1).minimum(keep.sum(-1) - 1)
     drawn = order.gather(-1, chosen[:, None]).squeeze(-1)
     greedy = torch.tensor([row.temperature == 0 for row in rows], device=logits.device)

@@ -1,4 +1,4 @@
-"""Weights of the published SeqBoat code (github.com/renll/SeqBoat) brought into this library's names.
+"""Weights of the published SeqBoat code (github.com/renll/SeqBoat) under this library's names.
 
 Its layers are called ``mega_layer`` (Long Range Arena, speech) or ``slag_layer`` (language model) and its EMA ``move``
 or, in the standalone file, ``ssm``. Every tensor is taken over as it is; nothing is transposed or scaled.
@@ -45,7 +45,7 @@ _LAYER = re.compile(_MODEL + r"layers\.(\d+)\.(?:mega_layer|slag_layer)\.(.+)")
 DROPPED = re.compile(_MODEL + r"(?:version|_future_mask|pos_emb\.inv_freq|output_projection\.weight)")
 
 
-# What the restricted unpickler raises, which runs a program that may be cut off or changed anywhere.
+# The errors of the restricted unpickler, whose input may be truncated or changed anywhere.
 UNREADABLE = (
     pickle.UnpicklingError,
     RuntimeError,

@@ -1,4 +1,4 @@
-"""What a language model of bytes has to beat: two compressors and counts of three bytes in a row."""
+"""Baselines for a language model of bytes: two compressors, and counts of three bytes in a row."""
 
 from __future__ import annotations
 

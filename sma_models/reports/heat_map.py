@@ -76,7 +76,7 @@ def text_heat_map(
 
 
 def _choices(layers: Sequence[Channel]) -> str:
-    """Radio buttons: the keyboard and screen readers know what to do with them."""
+    """Radio buttons: the keyboard and screen readers can use them."""
     entries = [("All layers, mean", sum(layer.rate for layer in layers) / len(layers))]
     entries += [(layer.label, layer.rate) for layer in layers]
     return "\n".join(
@@ -93,7 +93,7 @@ def _text(shown: Sequence[Glyph], data: bytes, layers: Sequence[Channel]) -> str
     parts = []
     for glyph, byte, count in zip(shown, data, active.tolist(), strict=True):
         kind = "" if byte == 0x20 else classes[glyph.kind]
-        # The symbol shows that the byte is there, the byte itself keeps the layout of the text.
+        # The symbol makes the byte visible; the byte itself keeps the layout of the text.
         layout = chr(byte) if byte in b"\n\t" else ""
         parts.append(f'<span class="{kind}h{level(count / len(layers))}">{escape(glyph.text)}{layout}</span>')
     return "".join(parts)

@@ -83,7 +83,7 @@ def _activated_layers(model: nn.Module) -> dict[str, SparseMixture]:
 
 
 def _find(layers: Mapping[str, SparseMixture], name: str) -> SparseMixture | None:
-    """The layer of a routing: its name ends the path; a model of two texts puts "first." or "second." in front."""
+    """The layer of a routing: its name ends the path; a model of pairs puts "first." or "second." in front."""
     bare = name[name.find("layers.") :] if "layers." in name else name
     return next((layer for path, layer in layers.items() if path == bare or path.endswith(f".{bare}")), None)
 

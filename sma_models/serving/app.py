@@ -35,15 +35,15 @@ _NO_CHAT = (
     "the served model continues text and was not trained to chat, so there is no chat endpoint; use /v1/completions"
 )
 _DISCARDED_BODIES = 16
-"""Times the largest body: so much is read and discarded, so that a client that sends too much gets the error."""
+"""Factor on the largest body: up to this size it is read and discarded, so that the client receives the error."""
 
 
 class Service:
-    """What the routes share.
+    """The objects that the routes share.
 
     Args:
-        engine: that generates. Its limits may be :class:`~sma_models.serving.limits.Limits`; otherwise those of HTTP
-            have their defaults.
+        engine: generates the sequences. Its limits may be :class:`~sma_models.serving.limits.Limits`; otherwise those
+            of HTTP have their defaults.
         model: its name for clients.
         key: that clients must send, None if they need none.
 
@@ -92,7 +92,7 @@ class Service:
 
         Raises:
             RequestError: 415, its content type is not JSON; 413, it is too large; 408, it takes too long; 400, the
-                client has closed the connection before the end, so no one gets the answer.
+                client has closed the connection before the end, so the answer cannot be sent.
         """
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
@@ -134,7 +134,7 @@ class Service:
 
         def on_events(events: list[Event]) -> None:
             self._undelivered.append((queue, events))
-            if len(self._undelivered) == 1:  # one wake-up of the loop delivers everything that is there by then
+            if len(self._undelivered) == 1:  # one wake-up of the loop delivers all events up to then
                 with contextlib.suppress(RuntimeError):  # the loop is closed, and the connection with it
                     loop.call_soon_threadsafe(self._deliver)
 

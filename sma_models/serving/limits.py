@@ -1,4 +1,4 @@
-"""What a server accepts, and what it refuses."""
+"""The limits of a server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sma_models.inference.limits import EngineLimits
 
 @dataclass(kw_only=True, frozen=True)
 class Limits(EngineLimits):
-    """Bounds of everything that a client can make large, and those of the engine.
+    """Bounds of every size that a client can choose, and those of the engine.
 
     When slots and queue are full, requests get a 429.
 

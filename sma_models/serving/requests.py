@@ -1,4 +1,4 @@
-"""A request for completions, from the bytes of a body to the message for the engine. Nothing is guessed."""
+"""A request for completions, from the bytes of a body to the message for the engine. Ambiguous input is refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _ONE_OR_MORE_STRINGS = {
 
 
 class StreamOptions(BaseModel):
-    """What a stream contains besides the text."""
+    """The optional parts of a stream."""
 
     model_config = _STRICT
 
@@ -118,7 +118,7 @@ class CompletionRequest(BaseModel):
         return 16 if self.max_tokens is None else self.max_tokens
 
     def options(self) -> RequestOptions:
-        """What the engine needs to know of every sequence."""
+        """The options that all sequences of the request share, for the engine."""
         return RequestOptions(
             max_tokens=self.tokens,
             stops=self.stop or (),

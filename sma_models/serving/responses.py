@@ -82,7 +82,7 @@ class CompletionChoice:
             self._text += self._decoded(b"", final=True)
 
     def take(self) -> dict[str, Any] | None:
-        """What is new since the last call, as an entry of ``choices``; None if nothing is."""
+        """The output since the last call, as an entry of ``choices``; None if there is none."""
         if not (self._text or self._tokens or self._activations or self._reason):
             return None
         choice: dict[str, Any] = {
@@ -149,7 +149,7 @@ class Completion:
             self._choices[event.sequence].feed(event)
 
     def chunks(self) -> list[dict[str, Any]]:
-        """What is new of each sequence, as the objects of a stream."""
+        """The output of each sequence since the last call, as the objects of a stream."""
         usage = {"usage": None} if self.has_usage else {}
         taken = [choice.take() for choice in self._choices]
         return [{**self._frame, "choices": [choice], **usage} for choice in taken if choice is not None]

@@ -1,4 +1,4 @@
-"""What happens around the steps: records, evaluations, checkpoints, the progress bar, and stopping on a signal."""
+"""Callbacks around the steps: records, evaluations, checkpoints, the progress bar, and stopping on a signal."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class StopRequest:
 class Recorder(Callback):
     """Logs, evaluates and saves after the steps where the recipe asks for it.
 
-    In this order, so that a checkpoint is never ahead of the log.
+    In this order, so that the log is never behind a checkpoint.
 
     Args:
         run: where to write.
@@ -140,7 +140,7 @@ class Recorder(Callback):
             logger.log_metrics(known, step=module.step)  # type: ignore[arg-type]
 
     def _training_metrics(self, module: TrainingModule, loss: float) -> dict[str, float | None]:
-        """What the last step was like; the columns of the evaluation are there from the start, still empty."""
+        """The metrics of the last step; the columns of the evaluation exist from the start, still empty."""
         train = module.recipe.train
         assert module.answers is not None
         entropy, correct, count = Score.total([module.answers])

@@ -1,8 +1,8 @@
 """Training steps as CUDA graphs: a step is launched by two calls, however many kernels it has.
 
 A graph has fixed shapes, so the layers get a fixed capacity (:meth:`~sma.layer.SparseMixture.with_capacity`). Where the
-spec names none, it is chosen here. No token is lost by that: a step in which a layer had more active tokens than its
-capacity is skipped. The device skips the update by itself. The host learns of it while the next step runs; it then runs
+spec names none, it is chosen here. No token is dropped: a step in which a layer had more active tokens than its
+capacity is skipped. The device skips the update by itself. The host reads this while the next step runs. It then runs
 the step again without a capacity and raises the capacity of the layer.
 """
 
@@ -26,11 +26,11 @@ from sma_models.training.step_tensors import DeviceReport, StepTensors
 from sma_models.training.steps import EagerSteps, PartResult, StepResult, Work
 
 MARGIN = 1.25
-"""The capacity is this many times the tokens that were active."""
+"""The capacity is this many times the number of active tokens."""
 GRID = 2**0.25
 """Capacities are the whole batch divided by powers of this, so that they seldom change."""
 SMALLEST = GRID**-16
-"""Minimum capacity: fewer rows save nothing and overflow often, as small rates change the most."""
+"""The minimum capacity. Fewer rows save nothing and overflow often, as small rates change the most."""
 FIRST_WINDOW, WINDOW = 8, 512
 """Steps after which the capacity of a layer that needed less is lowered. The first windows double, as the rates of an
 untrained layer say little about later ones."""
@@ -51,8 +51,8 @@ class _Passes:
     """The captured passes over a part of one shape.
 
     Attributes:
-        inputs: where the part is put.
-        replay: does them.
+        inputs: the buffers for the part.
+        replay: runs them.
         routings: that they write.
     """
 
@@ -81,7 +81,8 @@ class _Pending:
 class CapturedSteps:
     """Runs steps as graphs: one for the passes over a part of each shape, and one for the update.
 
-    The first batch of a shape runs without a graph and shows the capacity that the layers need; the second is captured.
+    The first batch of a shape runs without a graph and determines the capacity that the layers need; the second is
+    captured.
 
     Args:
         work: what a step does.
@@ -228,7 +229,7 @@ class CapturedSteps:
             self._seen.update(signatures)
             return None
         if not self._passes.keys() >= set(signatures):
-            self._verify_all()  # before the first capture: what a step needed may change the capacities
+            self._verify_all()  # before the first capture: the tokens of a step may change the capacities
         for signature, part in zip(signatures, parts, strict=True):
             if signature not in self._passes and not self._capture(signature, part):
                 return None
@@ -281,7 +282,7 @@ class CapturedSteps:
     def _capture_update(self) -> Callable[[], None]:
         tensors = self._ready()
         if tensors.skips:
-            tensors.report[-1:].fill_(1.0)  # nothing of the rehearsal counts
+            tensors.report[-1:].fill_(1.0)  # the results of the warm-up are discarded
             self.graphs.rehearse(tensors.update)
             tensors.restore()
         replay, _ = self.graphs.capture(tensors.update)
@@ -300,7 +301,7 @@ class CapturedSteps:
                 layer.with_capacity(None)
 
     def _usage(self, result: PartResult, layer: SparseMixture, m: int) -> tuple[Tensor, Tensor]:
-        """The share of tokens that were to be active, and how many of them were dropped for lack of capacity."""
+        """The share of active tokens, dropped ones included, and how many were dropped for lack of capacity."""
         shares, overflows = [], []
         for name, routing in result.routings.items():
             if self.work.layer(name) is layer:

@@ -1,4 +1,4 @@
-"""Judging a model on a split of its task."""
+"""The evaluation of a model on a split of its task."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def evaluate(
     *,
     limit: int | None = None,
 ) -> Evaluation:
-    """Judge ``model`` on a split, in evaluation mode; it leaves the model and the random number generators as they are.
+    """Evaluate ``model`` on a split, in evaluation mode; it leaves the model and the random number generators as they
+    are.
 
     Args:
         model: on the device where it is to run.

@@ -17,7 +17,7 @@ class Graphs(Protocol):
         """Run ``work`` as it will be captured; raises RuntimeError if it synchronises with the device."""
 
     def capture(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """What does the work again, in and to the same tensors, and what the captured call returned."""
+        """A function that runs the work again on the same tensors, and the result of the captured call."""
 
 
 class CudaGraphs:
@@ -45,7 +45,7 @@ class CudaGraphs:
 
 
 def holding(replay: Callable[[], None], run: Callable[[], Any]) -> Callable[[], None]:
-    """``replay``, which knows addresses only, keeping alive what they belong to."""
+    """``replay``, which holds addresses only; the tensors at these addresses are kept alive."""
 
     def replayed(_run: Callable[[], Any] = run) -> None:
         replay()

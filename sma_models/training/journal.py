@@ -1,4 +1,4 @@
-"""Writing down how training goes: ``metrics.csv``, which can be cut back to a checkpoint and continued."""
+"""The log of a training run, ``metrics.csv``, which can be cut back to a checkpoint and continued."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class MetricsFile(Logger):
         """Nothing: the configuration lies beside the file."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append a line; what is not known yet stays empty."""
+        """Append a line; values that are not known yet stay empty."""
         row = {"step": step, **metrics}
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")

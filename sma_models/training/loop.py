@@ -102,7 +102,7 @@ def train(run: Run, recipe: Recipe, *, task: Task | None = None, console: Consol
 
 @dataclass(frozen=True)
 class _Fit:
-    """Steps done and seconds spent on them, in all; the signal that ended it; what is known of how it ran."""
+    """Steps done and seconds spent on them, in all; the signal that ended it; information on how it ran."""
 
     step: int
     seconds: float
@@ -189,7 +189,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _finish(run: Run, recipe: Recipe, task: Task, model: Model, fit: _Fit, console: Console) -> dict[str, Any]:
-    """Judge the trained model, and write the weights and then the results."""
+    """Evaluate the trained model, and write the weights and then the results."""
     model = model.to(device_of(recipe.train))
     started = time.perf_counter()
     results: dict[str, Any] = {}
@@ -212,7 +212,7 @@ def _finish(run: Run, recipe: Recipe, task: Task, model: Model, fit: _Fit, conso
 
 
 def device_of(config: TrainConfig) -> torch.device:
-    """Where a recipe computes."""
+    """The device on which a recipe runs."""
     if config.device != "auto":
         return torch.device(config.device)
     found = torch.accelerator.current_accelerator(check_available=True)

@@ -1,4 +1,4 @@
-"""What each kind of data asks of a model: how a batch goes in, and how the answer is judged."""
+"""For each kind of data: how a model is given a batch, and how its answer is scored."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def run_model(
         state: for a language model that goes on where the batch before stopped.
         replay: routings whose decisions are taken over.
     """
-    # Lengths say the same as a mask, without a search for the padding.
+    # Lengths need no search for the padding, unlike a mask.
     lengths = batch.get("lengths")
     valid = batch.get("valid") if lengths is None else None
     if kind == "pairs":
@@ -126,7 +126,7 @@ def score(output: ModelOutput, batch: Mapping[str, Tensor | None], kind: Kind) -
 
 
 def quality(kind: Kind, loss: float, accuracy: float) -> dict[str, float]:
-    """The figure that a task is known by: bits per byte (from ``loss`` in nats) for a language model, else accuracy."""
+    """The usual measure of a task: bits per byte (from ``loss`` in nats) for a language model, else accuracy."""
     return {"bits_per_byte": loss / math.log(2)} if kind == "lm" else {"accuracy": accuracy}
 
 

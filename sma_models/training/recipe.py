@@ -58,7 +58,7 @@ class OptimiserConfig(BaseConfig):
 
 @dataclass(kw_only=True, frozen=True)
 class TrainConfig(BaseConfig):
-    """How long to train, on what, and what to write down on the way.
+    """How long to train, on what, and what to log.
 
     Attributes:
         steps: optimiser steps in all.
@@ -155,7 +155,7 @@ def recipe_names() -> list[str]:
 
 
 def recipe_name(source: str) -> str:
-    """What runs of the recipe are filed under: its name, or that of its file without the suffix."""
+    """The folder name for runs of the recipe: its name, or that of its file without the suffix."""
     return Path(source).stem if source.lower().endswith(SUFFIXES) else source
 
 

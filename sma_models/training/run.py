@@ -1,4 +1,4 @@
-"""The folder of a training run: what lies in it, and that nothing in it is ever lost.
+"""The folder of a training run. Its files are never overwritten by another run.
 
 ``config.yaml`` (the recipe, every value written out), ``metrics.csv``, ``tensorboard/``,
 ``checkpoints/last.safetensors`` (to go on from),

@@ -1,4 +1,4 @@
-"""The tensors of captured steps, and what the device reports of a step."""
+"""The tensors of captured steps, and the report of the device about a step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sma_models.training.steps import PartResult, StepResult, Work
 
 
 class StepTensors:
-    """What captured passes and the captured update share; the addresses never change.
+    """The tensors that captured passes and the captured update share; the addresses never change.
 
     Attributes:
         sums: of the parts of a step: loss, entropy, right answers, answers.
@@ -35,7 +35,7 @@ class StepTensors:
 
     @torch.no_grad()
     def take(self, part: PartResult, usage: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """After the passes over a part: add up gradients and scores, record what the layers needed."""
+        """After the passes over a part: add up gradients and scores, record the capacities that the layers needed."""
         fresh = [each.grad for each in self.gradients]
         if self.work.recipe.train.accumulate == 1:
             torch._foreach_copy_(list(self.gradients.values()), fresh)
@@ -85,14 +85,14 @@ class StepTensors:
         self.work.optimiser.zero_grad()
 
     def result(self, routings: Mapping[str, Routing]) -> StepResult:
-        """What came of the last step."""
+        """The result of the last step."""
         loss, entropy, correct, count = self.sums.unbind()
         answers = Score(entropy, correct.long(), count.long())
         return StepResult(loss, answers, routings, self.norm)
 
 
 class DeviceReport:
-    """What the device reports of a step: the largest share of active tokens in each automatic layer and module, and
+    """The report of the device about a step: the largest share of active tokens in each automatic layer and module, and
     whether the step was skipped.
     """
 

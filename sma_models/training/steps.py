@@ -64,7 +64,7 @@ class Steps(Protocol):
 
 
 class Work:
-    """What every step does, however it is run.
+    """The work of every step, however it is run.
 
     Args:
         model: what is trained, on its device.

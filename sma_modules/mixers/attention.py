@@ -105,7 +105,7 @@ class AttentionMixer(Mixer):
         batch, length = x.shape[:2]
         column = torch.arange(length, device=x.device).expand(batch, length)
         mask = torch.ones_like(column, dtype=torch.bool) if lengths is None else column < lengths[:, None]
-        # Every token of the stream went into the memory, so what it has counted is the position of the next one.
+        # The memory counts every token of the stream, so its count is the position of the next one.
         position = column + state.count[:, None] if _continues(state, batch) else column
         # The capacity of a graph suffices for padding too, as shapes are fixed there.
         capacity = batch * length if torch.compiler.is_compiling() else None
@@ -118,7 +118,7 @@ class AttentionMixerStepper(MixerStepper):
     """Multi-head attention of every token. Its memory counts them, and so knows the position."""
 
     def __init__(self, mixer: AttentionMixer, spec: SlotSpec) -> None:
-        mixer.initial_state(0, spec.like)  # says why it cannot stream, if so
+        mixer.initial_state(0, spec.like)  # raises if it cannot stream
         self.inner = AttentionStepper(mixer.attention, spec)
 
     def parts(self) -> dict[str, Stepper]:

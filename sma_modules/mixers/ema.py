@@ -140,7 +140,7 @@ class EMAStepper(MixerStepper):
     """The recurrence of an average, with the norm in front and SiLU behind in one pass."""
 
     def __init__(self, mixer: EMA, spec: SlotSpec) -> None:
-        mixer.initial_state(0, spec.like)  # says why it cannot stream, if so
+        mixer.initial_state(0, spec.like)  # raises if it cannot stream
         self.mixer = mixer
         self.averages = Averages.empty(spec, mixer.d_model, mixer.config.n_state, mixer.config.truncation)
         self.coefficients = self._derived()

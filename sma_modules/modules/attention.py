@@ -1,4 +1,4 @@
-"""Ordinary multi-head softmax attention, to be activated sparsely or always on."""
+"""Multi-head softmax attention, to be activated sparsely or always on."""
 
 from __future__ import annotations
 

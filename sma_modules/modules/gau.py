@@ -34,8 +34,8 @@ _BIAS: dict[str, Bias] = {"simple": "original", "local": "local"}
 class SingleHead(LocalAttention):
     """Attention of one head whose queries and keys are two affine maps of one narrow projection ``Z``.
 
-    ``q = Z * gamma[0] + beta[0]``, ``k = Z * gamma[1] + beta[1]``, with positions as configured. What makes ``Z`` and
-    the values, and what becomes of the output, is up to the subclass (MEGA, arXiv 2209.10655, section 3.2).
+    ``q = Z * gamma[0] + beta[0]``, ``k = Z * gamma[1] + beta[1]``, with positions as configured. The subclass makes
+    ``Z`` and the values, and uses the output (MEGA, arXiv 2209.10655, section 3.2).
     """
 
     @dataclass(kw_only=True, frozen=True)
@@ -197,7 +197,7 @@ class GAU(SingleHead):
         mx, theta, position = project(self.mx_proj, x), self.config.rotary_theta, self.rotated_by(packed)
         run = partial(gau_inputs, gamma=self.gamma, beta=self.beta, position=position, theta=theta)
         inputs = run(mx)
-        # They are larger than mx, which is kept anyway, and cost one pass over it.
+        # They are larger than mx, which is kept anyway. Computing them again is one pass over mx.
         with recomputed(partial(run, mx.detach()), inputs) if mx.is_cuda else nullcontext():
             q, k, v, r = inputs
             out, memory = self.attend_single(q, k, v, packed, state, gate=r)
@@ -257,8 +257,8 @@ class GAUStepper(SingleHeadStepper):
             m: ``(S, D)`` what the unit is activated on.
             skip: weight and bias of the skip path.
             residual: ``(S, D)``.
-            decision: who is active, of one module.
-            context: where the slots stand.
+            decision: which slots are active, of one module.
+            context: the position of the slots.
         """
         module, active = self.module, decision.active[:, 0]
         if concrete(active) and not bool(active.any()):

@@ -1,4 +1,4 @@
-"""What modules that attend to their working memory have in common."""
+"""The base of modules that attend to their working memory."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class LocalAttention(Module):
         self.streams = causal and self.attention_window() is not None
 
     def attention_window(self) -> int | None:
-        """How far a token sees in the compressed sequence: the window, or what a chunk leaves of it."""
+        """How far a token sees in the compressed sequence: the smaller of window and chunk - 1."""
         if self.chunk is None:
             return self.window
         return self.chunk - 1 if self.window is None else min(self.window, self.chunk - 1)
@@ -154,7 +154,7 @@ def initialise(*linears: nn.Linear | nn.Parameter) -> None:
 
 
 class RingStepper(ModuleStepper):
-    """What modules that attend to their working memory have in common: a ring."""
+    """The steppers of modules that attend to their working memory: a ring."""
 
     def __init__(self, module: LocalAttention, spec: SlotSpec, heads: int, d_key: int, d_value: int) -> None:
         reach = module.attention_window()

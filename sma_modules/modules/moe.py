@@ -1,4 +1,4 @@
-"""MoE: a mixture of feed-forward experts, each token going to the k that its router likes best."""
+"""MoE: a mixture of feed-forward experts, each token going to the k that its router finds most probable."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class MoE(Module):
     - ``router_z``: ``mean_t(logsumexp(logits_t)^2)`` (ST-MoE, arXiv 2202.08906, equation 5).
 
     Both come back with the output, weighted already. There is no capacity limit, so no token is dropped, and a layer
-    around the module takes no capacity either. The module can itself be sparsely activated: a token first asks
+    around the module takes no capacity either. The module can itself be sparsely activated: a token first decides
     whether it needs experts, and then which. :class:`~sma.layer.SparseMixture` with the configurator ``top_k`` is
     another way to the same sum, for modules of different kinds.
 
@@ -128,7 +128,7 @@ class MoE(Module):
         return activated_expert_matmul(up, gate, self.config.activation, down, order.counts, order.ends)
 
     def _logits(self, x: Tensor) -> Tensor:
-        """``(T, E)`` in float32, or float64 for float64 inputs: rounding decides who is chosen."""
+        """``(T, E)`` in float32, or float64 for float64 inputs: rounding decides which experts are chosen."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         if not is_plain(self.router):
             return call_router(self.router, x).to(dtype)

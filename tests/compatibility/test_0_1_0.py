@@ -64,7 +64,7 @@ def expected(path: str) -> dict[str, Tensor]:
 
 
 def run(model: sma.Model, kept: Mapping[str, Tensor], **options: Any) -> Any:
-    """The model on the inputs that were kept; the second text of a pair is padded where the first one is not."""
+    """The model on the inputs that were kept; the second sequence of a pair is padded where the first one is not."""
     inputs = [kept[name] for name in ("first", "second") if name in kept]
     valid: Any = kept["valid"] if len(inputs) == 1 else (kept["valid"], kept["valid"].flip(0))
     with torch.no_grad():
@@ -72,7 +72,7 @@ def run(model: sma.Model, kept: Mapping[str, Tensor], **options: Any) -> Any:
 
 
 def check(out: Any, kept: Mapping[str, Tensor]) -> None:
-    """Logits, losses by name, and who was active with which confidence by the name of the layer."""
+    """Logits, losses by name, and by the name of the layer which tokens were active with which confidence."""
     found = {"logits": out.logits} | {f"loss {name}": loss for name, loss in out.losses.items()}
     for name, routing in out.routings.items():
         found |= {f"active {name}": routing.active, f"confidence {name}": routing.confidence}

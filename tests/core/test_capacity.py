@@ -1,4 +1,4 @@
-"""A fixed number of rows: the same results while there is room, a count of what found none, static shapes."""
+"""A fixed number of rows: the same results while the capacity suffices, a count of dropped tokens, static shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A decoder says what the parallel model says, whoever else is in the batch, and its memory is fixed."""
+"""A decoder gives the logits of the parallel model, whatever else is in the batch, and its memory is fixed."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_memory_is_fixed(name: str) -> None:
 
 
 def test_the_unit_of_a_layer_takes_the_short_way() -> None:
-    """Unless somebody watches or changes its projections."""
+    """Unless its projections have hooks or were changed."""
     model = double()
     expected = whole(model, tokens := inputs_of(model, batch=1, length=8))
     for watched in (False, True):
@@ -375,7 +375,7 @@ def test_captured_steps_are_the_launched_ones(name: str) -> None:
         decoder.join_all(tokens[:, :9])
     for t in range(9, 40):
         assert torch.equal(captured.step(tokens[:, t]), launched.step(tokens[:, t]))
-        if t == 25:  # the graph goes on with whoever is there
+        if t == 25:  # the graph continues with the sequences that are there
             for decoder in (captured, launched):
                 decoder.leave(1)
                 decoder.resume(another.state, another.logits)

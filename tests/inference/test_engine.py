@@ -1,4 +1,4 @@
-"""The engine writes what the library writes, everyone gets a turn, and who goes leaves nothing."""
+"""The engine generates what the library generates, every request gets a turn, and a cancelled one leaves nothing."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_long_prompt_does_not_stall_the_others(engine: Engine) -> None:
     while not short.finished:
         engine.round()
         count += 1
-    assert count <= 8  # two pieces of its own, two of the long one, five tokens
+    assert count <= 8  # two chunks of its own, two of the long one, five tokens
     assert len(writing.written()) - before == count  # a token in every round
     assert not long.written()
     rounds(engine)
@@ -268,7 +268,7 @@ def test_of_prompts_that_are_read_together_a_bad_one_fails_alone(
 
 @pytest.fixture
 def passes(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, replaying: None) -> tuple[Engine, list[list[int]]]:
-    """An engine that reads up to 8 pieces of up to 4 bytes in a pass, or 4 of up to 16; the lengths in each pass."""
+    """An engine that prefills up to 8 chunks of up to 4 bytes in a pass, or 4 of up to 16; the lengths in each pass."""
     monkeypatch.setattr("sma_models.inference.captured_chunks.SMALLEST", 4)
     engine, lengths = Engine(model, SMALL), list[list[int]]()
     honest = engine._prefiller.prefill
@@ -288,7 +288,7 @@ def test_pieces_of_one_size_share_a_pass(passes: tuple[Engine, list[list[int]]],
     rounds(engine)
     for n, each in zip(written, asked, strict=True):
         assert each.written() == continued(model, bytes(range(n, 2 * n)), 3)
-    # The first one is always read, and whoever fits comes with it; the rest of 37 bytes is of 16, and then of 5.
+    # The first one is always prefilled, with those that fit; the rest of 37 bytes is of 16, and then of 5.
     assert lengths == [[3, 1, 4, 2, 3], [10, 16, 12, 16], [9, 16], [5]]
     assert free(engine)
 
@@ -425,7 +425,7 @@ def likelihoods_of(events: list[Event]) -> list[float]:
 def test_pieces_that_are_replayed_tell_the_same(
     model: LanguageModel, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Of six whole pieces and a rest, and of less: more than are read together, so that they take turns.
+    # Of six whole chunks and a rest, and of less: more than are prefilled together, so that they take turns.
     monkeypatch.setattr("sma_models.inference.captured_chunks.SMALLEST", 4)
     texts = [bytes(range(first, first + length)) for first, length in ((0, 100), (40, 100), (7, 3), (9, 16), (1, 40))]
 

@@ -1,4 +1,4 @@
-"""Generated text is what the parallel model says, whatever way the prompt was read, at constant memory."""
+"""Generated tokens are those of the parallel model, however the prompt was prefilled, at constant memory."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from sma.plugins import registry
 
 
 def covers(kind: str, namespace: Mapping[str, Any]) -> Callable[[], None]:
-    """A test that the suites in ``namespace`` cover every registered plugin of ``kind``, whoever provides it."""
+    """A test that the suites in ``namespace`` cover every registered plugin of ``kind`` of any provider."""
 
     def test_every_plugin_has_a_suite() -> None:
         suites = [value for name, value in namespace.items() if name.startswith("Test")]

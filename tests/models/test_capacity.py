@@ -19,7 +19,7 @@ def test_the_model_reports_what_finds_no_room() -> None:
     valid = torch.arange(20) < torch.tensor([[20], [12]])
     model = sma.build("seqboat_text", *sizes, "blocks[0].activate.capacity=0.5").eval()
     routings = model(tokens, valid=valid).routings
-    # Room for 20 of the 32 real tokens, in each layer.
+    # A capacity of 20 for the 32 real tokens, in each layer.
     assert [int(routing.overflow) for routing in routings.values()] == [12, 12]
     assert [int(routing.active.sum()) for routing in routings.values()] == [20, 20]
     assert all(r.overflow is None for r in sma.build("seqboat_text", *sizes)(tokens).routings.values())

@@ -1,4 +1,4 @@
-"""Right-padded batches: lengths instead of a mask, the same results, and nothing that a device is waited for."""
+"""Right-padded batches: lengths instead of a mask, the same results, and no synchronisation with the device."""
 
 from __future__ import annotations
 

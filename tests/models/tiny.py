@@ -88,7 +88,7 @@ def inputs_of(model: Model, batch: int = 3, length: int = 24, seed: int = 1) -> 
 
 
 def call(model: Model, inputs: Tensor, valid: Tensor | None = None, **options: Any) -> ModelOutput:
-    """Run any model; a retrieval model gets the second text as the first one flipped."""
+    """Run any model; a retrieval model gets the first sequence flipped as the second."""
     if isinstance(model, Retrieval):
         flipped = None if valid is None else valid.flip(1)
         out: ModelOutput = model(inputs, inputs.flip(1), valid=(valid, flipped), **options)

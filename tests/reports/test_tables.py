@@ -75,7 +75,7 @@ def test_batches_must_agree(make_routings: MakeRoutings) -> None:
 
 
 class TwoTexts(nn.Module):
-    """Layers as models name them: below ``stack``, and in the routings below the name of the text."""
+    """Layers as models name them: below ``stack``, and in the routings below the name of the sequence."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""Requests, draws and answers without a server: what is refused and how, and that pieces are the whole."""
+"""Requests, draws and answers without a server: what is refused and how, and that the chunks of a stream add up to the
+whole.
+"""
 
 from __future__ import annotations
 
@@ -254,7 +256,7 @@ def written(data: bytes) -> list[Event]:
 
 
 def engine_events(data: bytes, stops: tuple[bytes, ...]) -> list[Event]:
-    """What the engine would tell of a text that goes on with ``data``."""
+    """The events of an engine for a sequence that continues with ``data``."""
     for end in range(1, len(data) + 1):
         cut = stop_length(data[:end], stops)
         if cut:

@@ -57,7 +57,7 @@ def test_texts_come_while_they_are_written(client: httpx.Client, served: Running
     with client.stream("POST", "/v1/completions", json=body) as response:
         lines = response.iter_lines()  # kept: the stream is closed with it
         next(lines)
-        assert served.service.engine.running == 1  # the text is not done yet
+        assert served.service.engine.running == 1  # the sequence is not complete yet
 
 
 def test_token_numbers_echo_and_stop(client: httpx.Client, model: LanguageModel) -> None:

@@ -1,4 +1,4 @@
-"""Clients that hang up, that are slow, or that are too many: they lose what they asked for, and nobody else does."""
+"""Clients that hang up, that are slow, or that are too many: they lose their requests, and no other client does."""
 
 from __future__ import annotations
 

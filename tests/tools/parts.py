@@ -103,7 +103,7 @@ class Part:
 
 @cache
 def lively_seed(part: Part) -> int:
-    """The first seed with which every layer of a part activates a module: what nobody runs, nothing changes."""
+    """The first seed with which every layer of a part activates a module: a part that does not run changes nothing."""
     module = part.build()
     for seed in range(1, 20):
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What the documentation says of tools and parts: a row for each tool, a column for each kind of part.
+"""The table of tools and parts in the documentation: a row for each tool, a column for each kind of part.
 
 The tests of this folder try every cell on every registered part of the kind; ``test_table.py`` holds the table to them.
 """

@@ -22,7 +22,7 @@ def linears(module: nn.Module) -> dict[str, nn.Linear]:
 
 
 def disturb(*parameters: Tensor) -> None:
-    """Change what a tool has registered, as an optimiser does: whoever kept the old weight is found out."""
+    """Change what a tool has registered, as an optimiser does, which shows whether old weights were kept."""
     with torch.no_grad():
         for parameter in parameters:
             parameter.mul_(1.25)

@@ -115,7 +115,7 @@ def test_the_same_training(tiny: str, algorithm: str, accumulate: int, settle_ev
 def test_steps_that_exceed_a_capacity_are_skipped(
     tiny: str, algorithm: str, settle_every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Room for half of what was active the last time: every other step overflows, and is done again."""
+    """A capacity of half the last active tokens: every other step overflows, and is run again."""
     again: list[int] = []
     plain = EagerSteps.run
 

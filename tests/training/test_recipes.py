@@ -167,7 +167,7 @@ def test_enwik8_layout(tmp_path: Path, run_recipe: Runner, monkeypatch: pytest.M
 
 
 def test_state_carried_through_an_evaluation(tiny: str, run_recipe: Runner) -> None:
-    """With the state carried on, what the model predicts does not depend on how the text is cut."""
+    """With the state carried on, the predictions of the model do not depend on how the stream is cut."""
     results = []
     for length in (16, 48):
         changes = ("data.carry_state=true", f"data.eval_seq_len={length}", "train.steps=6")

@@ -1,1 +1,3 @@
-"""column_sums: gradients of biases, and what programs of a kernel leave to be added up. For the kernels alone."""
+"""column_sums: gradients of biases, and sums over the partial results of the programs of a kernel. Used by kernels
+only.
+"""

@@ -11,9 +11,9 @@ from sma.ops.kernel import cdiv, kernel
 BLOCK_R, BLOCK_D = 128, 32
 WARPS = 8
 MOST_ROWS = 256
-"""So many rows one program adds up by itself; of more, several take a share each."""
+"""The most rows that one program adds up alone; more rows are shared by several programs."""
 PROGRAMS = 8 * 132
-"""About how many there are then: all that run at once on an H100."""
+"""About how many programs there are then: all that run at once on an H100."""
 
 
 def _fake(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -53,7 +53,7 @@ def backward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``grad_x = through + grad_out W`` (in place when through is there), and this program's share of the others."""
+    """``grad_x = through + grad_out W`` (in place if ``through`` is given), and this program's share of the others."""
     program = tl.program_id(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     outputs = tl.arange(0, PADDED_C)[:, None]
@@ -64,7 +64,7 @@ def backward_kernel(
         touched = tl.zeros((BLOCK_T,), tl.int1)
         for c in tl.static_range(C):
             touched = touched | (tl.load(grad_out + t * C + c, mask=t < tokens, other=0) != 0)  # NaN is
-        # Rows without a gradient are not even looked at.
+        # Rows without a gradient are not read.
         cells = touched[:, None] & (d < D)
         place = t[:, None] * D + d
         value = tl.load(x + place, mask=cells, other=0).to(tl.float32)

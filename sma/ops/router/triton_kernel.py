@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def _difference(pointer, m, at, step, mask, PAIRS: tl.constexpr):
-    """What module m has at ``at``, in rows ``step`` apart: with two rows for a module, the second less the first."""
+    """The value of module m at ``at``, in rows ``step`` apart: of two rows for a module, the second less the first."""
     if PAIRS:
         off = tl.load(pointer + 2 * m * step + at, mask=mask, other=0).to(tl.float32)
         return tl.load(pointer + (2 * m + 1) * step + at, mask=mask, other=0).to(tl.float32) - off
@@ -111,7 +111,7 @@ def backward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``grad_x = through + grad_margin W`` (in place when through is there; or with the ``rows`` of those tokens that
+    """``grad_x = through + grad_margin W`` (in place if ``through`` is given; or with the ``rows`` of those tokens that
     have one in its place), and this program's share of the gradients of weight ``(C, D)``, bias ``(C,)`` and
     log_temperature, one behind the other.
     """
@@ -123,13 +123,13 @@ def backward_kernel(
     by_log_temperature = tl.zeros((BLOCK_T,), tl.float32)
     for m in tl.static_range(M):
         if m > 0:
-            tl.debug_barrier()  # what one thread wrote another may add to
+            tl.debug_barrier()  # another thread may add to what one thread wrote
         w = _difference(weight, m, d, D, d < D, PAIRS)
         by_weight = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
         by_bias = tl.zeros((BLOCK_T,), tl.float32)
         for first in range(0, TOKENS, BLOCK_T):
             t = program.to(tl.int64) * TOKENS + first + tl.arange(0, BLOCK_T)
-            # All at once: none waits for another.
+            # All loads at once: none depends on another.
             if HAS_ROWS and m == 0:
                 r = tl.load(row + t, mask=t < tokens, other=-1).to(tl.int64)
             real = tl.load(score + t * M + m, mask=t < tokens, other=0) != 0  # NaN is
@@ -138,7 +138,7 @@ def backward_kernel(
             # s (1 - s), but not from s, of which little is left of 1 - s near 1.
             e = tl.exp(-tl.abs(u) * inverse)
             g = tl.where(real, g * inverse * tl.div_rn(e, (1.0 + e) * (1.0 + e)), 0.0)
-            # Rows without a gradient are not even looked at.
+            # Rows without a gradient are not read.
             touched = g != 0
             cells = touched[:, None] & (d < D)
             place = t[:, None] * D + d

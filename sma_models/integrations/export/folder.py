@@ -32,9 +32,9 @@ from sma_models.language_model import LanguageModel
 Format = Literal["onnx", "aoti"]
 SUFFIX = {"onnx": ".onnx", "aoti": ".pt2"}
 ONNX_DTYPES = (torch.float32, torch.float16)
-"""What ONNX Runtime computes in on a CPU."""
+"""The dtypes that ONNX Runtime computes in on a CPU."""
 INDUCTOR = {"triton.autotune_at_compile_time": False}
-"""Kernels are tuned on the example, and not on made-up numbers, with which they would read outside of tensors."""
+"""Kernels are tuned on the example, as random numbers would make them read outside of tensors."""
 
 
 def export(
@@ -59,7 +59,7 @@ def export(
             AOTInductor, which runs on machines and devices like these with this version of PyTorch, and takes a C++
             compiler to write. None for the first of them that can be.
         batch: how many sequences the graphs take; None for a step of any number and a prefill or forward of one.
-        chunk: how many tokens of a prompt are read at once; of a model that reads whole sequences, their length.
+        chunk: how many tokens of a prompt are prefilled at once; of a model that reads whole sequences, their length.
         capacity: as for :func:`export_prefill`.
         force: write into a folder that has something in it.
 
@@ -190,7 +190,7 @@ def _as_numpy(tensor: Tensor) -> NDArray[Any]:
 
 
 def _about(graphs: Mapping[str, Exported], format: Format) -> dict[str, Any]:
-    """What a runner has to know, and who reads the folder wants to."""
+    """The description of the folder, for the runner and for readers."""
     return {
         "version": runner.Runner.VERSION,
         "made_by": f"sparse-modular-activation {__version__}",

@@ -69,7 +69,7 @@ STATE, NEXT = "state.", "next_state."
 
 
 def export_prefill(model: Model, batch: int = 1, chunk: int = 256, *, capacity: float = 1.0) -> Exported:
-    """The graph that reads a chunk of prompts.
+    """The graph that prefills a chunk of prompts.
 
     Inputs are ``tokens (B, C)`` int64, ``lengths (B,)`` int64 of 0 to C (padding stands on the right and may hold
     anything) and the state before the chunk; outputs are ``logits (B, V)`` of what follows the last real token of each
@@ -111,8 +111,8 @@ def export_prefill(model: Model, batch: int = 1, chunk: int = 256, *, capacity: 
 def export_step(model: Model, batch: int | None = None) -> Exported:
     """The graph of one decoding step.
 
-    Inputs are ``tokens (B,)`` int64, ``live (B,)`` bool (who takes a token; nothing changes in the other rows, whose
-    logits mean nothing) and the state; outputs are ``logits (B, V)`` and the state after the token.
+    Inputs are ``tokens (B,)`` int64, ``live (B,)`` bool (the rows that take a token; the other rows do not change, and
+    their logits mean nothing) and the state; outputs are ``logits (B, V)`` and the state after the token.
 
     Args:
         model: a language model in evaluation mode. It is left as it is.
@@ -195,7 +195,7 @@ class _Prefill(nn.Module):
 
 
 class _Step(nn.Module):
-    """A step of decoding: what changes memory in place in the library is a function of the state here."""
+    """A step of decoding: a function of the state, instead of memory that changes in place."""
 
     def __init__(self, model: LanguageModel, state: StackState) -> None:
         super().__init__()
@@ -317,7 +317,7 @@ def _trace(
         shapes = (named[0], named[1], tuple(named[2:]))
     module.eval()
     device = next(iter(example.values())).device
-    # Other backends may run here only: kernels of this library are not there where a graph runs without it.
+    # Other backends cannot run where the graph does: kernels of this library are not available there.
     with torch.no_grad(), without_autocast(device), using("eager"), _naming(module, what):
         program = torch.export.export(module, tuple(example.values()), dynamic_shapes=shapes)
     states = tuple(NEXT + name.removeprefix(STATE) for name in example if name.startswith(STATE))
@@ -349,7 +349,7 @@ def _place(error: BaseException, module: nn.Module) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The first line that says something."""
+    """The first line that is not empty."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if "data-dependent" in text:
         return f"its shapes or branches depend on values ({text})"

@@ -1,4 +1,4 @@
-"""What compilers say about themselves is no news to the user of a model."""
+"""Messages of compilers that do not concern the user of a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOGGERS = ("torch.onnx._internal.exporter._registration", "torch._inductor.ir", 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without remarks on packages, constants, settings and functions of PyTorch: none has to do with the model."""
+    """Hide remarks on packages, constants, settings and functions of PyTorch: none concerns the model."""
     loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

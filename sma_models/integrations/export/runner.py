@@ -90,7 +90,7 @@ class Runner:
         return logits
 
     def prefill(self, prompts: Sequence[Sequence[int]], state: State | None = None) -> tuple[Array, State]:
-        """Read prompts, of any length each.
+        """Prefill prompts, of any length each.
 
         Args:
             prompts: at least one token each.
@@ -145,7 +145,7 @@ class Runner:
         Args:
             tokens: ``(n,)``.
             state: before them.
-            live: ``(n,)`` bool, who takes a token; None for all. Nothing changes in the others.
+            live: ``(n,)`` bool, the sequences that take a token; None for all. The others do not change.
 
         Returns:
             Logits ``(n, V)`` of what follows, and the state.
@@ -158,7 +158,7 @@ class Runner:
     def stream(
         self, prompts: Sequence[Sequence[int]], *, temperature: float = 0.0, seed: int | None = None
     ) -> Iterator[Array]:
-        """Yield one new token ``(n,)`` of each prompt, for ever; temperature 0 takes the most likely one."""
+        """Yield one new token ``(n,)`` of each prompt, without end; temperature 0 takes the most likely one."""
         logits, state = self.prefill(prompts)
         random = np.random.default_rng(seed)
         while True:
@@ -241,7 +241,7 @@ class _AOTInductor:
                 self._device = torch.device("cuda", torch.cuda.current_device())
 
     def array(self, value: Any, dtype: str) -> Array:
-        """A value as the graphs take it: there, and laid out as compiled code takes for granted."""
+        """A value as the graphs take it: on their device, contiguous and aligned as compiled code assumes."""
         tensor = self.xp.as_tensor(value).to(self._device, getattr(self.xp, dtype))
         if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
             return tensor

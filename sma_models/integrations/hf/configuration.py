@@ -25,7 +25,7 @@ class SMAConfig(Loadable, PreTrainedConfig):
             registered only, so a configuration from anywhere can be read; :meth:`of` takes names and files too.
         pad_token_id: token that stands for padding, or None.
         bos_token_id: token to start from when there is no prompt, or None.
-        eos_token_id: token that ends a text, or None.
+        eos_token_id: token that ends a sequence, or None.
         **kwargs: what every configuration has: ``id2label``, ``problem_type``, ``dtype``, ...
 
     Raises:

@@ -28,7 +28,7 @@ from sma_models.integrations.hf.tokenization import SMAByteTokenizer, StopBytes
 from sma_models.language_model import LanguageModel
 
 PREFILL_CHUNK = 2048
-"""A prompt is read in chunks of this many tokens, as by :func:`sma_models.inference.generation.stream`."""
+"""A prompt is prefilled in chunks of this many tokens, as by :func:`sma_models.inference.generation.stream`."""
 OF_GENERATE = ("tokenizer", "assistant_tokenizer")
 """Arguments that ``generate`` needs for itself, and passes on to the model nevertheless."""
 
@@ -135,10 +135,10 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
                 Trainer counts them: all but those of column 0.
             use_cache: return a cache. Without one, whole sequences run in the way that is fastest.
             logits_to_keep: how many of the last columns to return logits of, 0 for all, or which ones. With a cache and
-                a number, a long prompt is read in chunks, so that memory does not grow with it.
+                a number, a long prompt is prefilled in chunks, so that memory does not grow with it.
             output_hidden_states: return the features before every block and after the last norm; None takes what the
                 configuration says.
-            output_routings: return who was active in the columns that this call has read.
+            output_routings: return the routings of the columns that this call has processed.
             **kwargs: what the Trainer passes on to the loss.
 
         Raises:
@@ -321,7 +321,7 @@ class SMAForSequenceClassification(SMAPreTrainedModel):
             labels: ``(B,)`` classes; ``(B, num_labels)`` floats for several classes at once, see ``problem_type``.
             output_hidden_states: return the features before every block and after the last norm; None takes what the
                 configuration says.
-            output_routings: return who was active.
+            output_routings: return the routings.
             **kwargs: what the Trainer passes on to the loss.
 
         Raises:

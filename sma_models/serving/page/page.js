@@ -1,5 +1,5 @@
 "use strict";
-// Writes with the server's own /v1/completions, with "activations": every entry is one byte and who was active at it.
+// Writes with the server's own /v1/completions, with "activations": every entry is one byte and what it activated.
 const get = (id) => document.getElementById(id);
 const BAR = 3, STEP = 4;  // pixels: height of a layer's bar, and from one bar to the next
 let layers = [], entries = [], counts = [], spans = [];

@@ -19,7 +19,7 @@ from sma_models.training.data.release import Release, cache_folder
 
 @dataclass(frozen=True)
 class Task:
-    """Opened data: what a model is trained and judged on.
+    """Opened data: the samples for training and evaluation.
 
     Attributes:
         kind: what a batch holds (see :mod:`sma_models.training.data.batches`).
@@ -66,7 +66,8 @@ class Data(Plugin):
         self.config = config
 
     def prepare(self) -> Path | None:
-        """Make the data available: find them, download and check them, or generate them. What is there already stays.
+        """Make the data available: find them, download and check them, or generate them. Files that are there already
+        stay.
 
         Returns:
             The folder in which they lie, or None when there is none.

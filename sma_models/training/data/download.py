@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 def fetch(release: Release, cache: Pathlike) -> Path:
-    """Download and unpack ``release`` into a folder of ``cache``, unless it is there already.
+    """Download and unpack ``release`` into a folder of ``cache``, unless that folder exists.
 
     The folder appears under its name only when it is complete. Downloaded archives stay in ``cache/downloads``.
 
@@ -73,7 +73,7 @@ def _move_into_place(fresh: Path, target: Path) -> None:
 
 
 def download(resource: Resource, folder: Path) -> Path:
-    """Download one file into ``folder``, or check the one that is there.
+    """Download one file into ``folder``, or check an existing one.
 
     Raises:
         DataError: see :func:`fetch`.

@@ -31,7 +31,7 @@ class Resident(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """What it needs there."""
+        """Bytes that it needs there."""
 
     def resident(self, device: torch.device) -> Gather:
         """Upload the samples. The batches are those that ``collate`` makes of the same samples, bit for bit."""

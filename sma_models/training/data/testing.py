@@ -1,4 +1,4 @@
-"""What every data set has to pass, for authors of data sets and for the library itself.
+"""The tests of every data set, for authors of data sets and for the library itself.
 
 Derive from :class:`DataSuite`, say how a tiny release looks and which broken ones are refused, and pytest runs the
 rest::

@@ -157,7 +157,7 @@ def ema_backward(
 
 
 def _or(tensor: Tensor | None, instead: Tensor) -> Tensor:
-    """Some tensor, for an argument that the kernel will not look at."""
+    """Any tensor, for an argument that the kernel does not read."""
     return instead if tensor is None else tensor
 
 

@@ -14,7 +14,7 @@ from sma.state import State
 class EMAState(State):
     """State after the last real token of each row, float32 (float64 for float64 inputs) but for the inputs kept.
 
-    Without truncation only ``hidden`` is there. With truncation K a token leaves the window K steps after it came, so
+    Without truncation there is only ``hidden``. With truncation K a token leaves the window K steps after it came, so
     the last K inputs are kept; ``fresh`` and ``count`` bound the rounding error of taking tokens out of ``hidden``
     (README.md, "Streaming").
 

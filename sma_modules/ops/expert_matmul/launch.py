@@ -115,7 +115,7 @@ class _ExpertMatmul(torch.autograd.Function):
 
 
 def expert_matmul(x: Tensor, weight: Tensor, counts: Tensor, ends: Tensor | None = None) -> Tensor:
-    """Kernels whose programs find their expert by themselves."""
+    """Kernels whose programs determine their expert on the device."""
     ends = running_ends(counts, x.shape[0]) if ends is None else ends
     out: Tensor = _ExpertMatmul.apply(x, weight, ends)  # type: ignore[no-untyped-call]
     return out

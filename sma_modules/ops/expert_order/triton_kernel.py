@@ -14,7 +14,7 @@ def count_kernel(choice, counts, n_entries, share, E: tl.constexpr, E_PAD: tl.co
     count = tl.zeros((E_PAD,), tl.int32)
     for start in range(program * share, program * share + share, BLOCK):
         entry = start + tl.arange(0, BLOCK)
-        # A number out of range goes to the nearest expert: every entry must find a row.
+        # A number out of range goes to the nearest expert: every entry must have a row.
         expert = tl.minimum(tl.maximum(tl.load(choice + entry, mask=entry < n_entries, other=0), 0), E - 1)
         expert = tl.where(entry < n_entries, expert, -1)
         count += tl.sum((expert[:, None] == experts[None, :]).to(tl.int32), 0)

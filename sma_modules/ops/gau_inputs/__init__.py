@@ -1,4 +1,4 @@
-"""gau_inputs: what a gated attention unit works on, from its one projection."""
+"""gau_inputs: queries, keys, values and gate of a gated attention unit, from its one projection."""
 
 from sma_modules.ops.gau_inputs.op import OP, gau_inputs
 

@@ -1,4 +1,4 @@
-"""gau_output: all that follows the attention of a gated attention unit in a step of decoding."""
+"""gau_output: everything after the attention of a gated attention unit in a step of decoding."""
 
 from sma_modules.ops.gau_output.op import OP, gau_output
 

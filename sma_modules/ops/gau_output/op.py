@@ -25,7 +25,7 @@ def gau_output(
     """``silu(skip + confidence * (x W^T + b) + residual)``, without the middle term where a slot is not active.
 
     Args:
-        x: ``(S, h)`` what the unit attended to, gated.
+        x: ``(S, h)`` the gated output of attention.
         weight: ``(D, h)``. The kernel does not read it where no slot is active.
         bias: ``(D,)``.
         active: ``(S,)``.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Attended(NamedTuple):
-    """``x (S, h)``, what the unit attended to, and its product's ``weight (D, h)`` and ``bias (D,)``."""
+    """``x (S, h)``, the gated output of attention, and its product's ``weight (D, h)`` and ``bias (D,)``."""
 
     x: Tensor
     weight: Tensor
@@ -17,7 +17,7 @@ class Attended(NamedTuple):
 
 
 class Around(NamedTuple):
-    """What the product meets: ``active (S,)``, ``confidence (S,)``, ``skip (S, D)`` and ``residual (S, D)``."""
+    """The other terms of the output: ``active (S,)``, ``confidence (S,)``, ``skip (S, D)`` and ``residual (S, D)``."""
 
     active: Tensor
     confidence: Tensor

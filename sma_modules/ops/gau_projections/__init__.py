@@ -1,4 +1,4 @@
-"""gau_projections: all in front of a gated attention unit in a step of decoding, for one token of every slot."""
+"""gau_projections: the products before a gated attention unit in a step of decoding, for one token of every slot."""
 
 from sma_modules.ops.gau_projections.op import OP, gau_projections
 from sma_modules.ops.gau_projections.types import Projections

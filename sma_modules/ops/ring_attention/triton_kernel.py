@@ -111,7 +111,7 @@ def span_kernel(
                     tl.store(best + head * SPANS + span, largest)
                     tl.store(total + head * SPANS + span, tl.sum(weights, 0))
             if first:
-                # No program reads this row: what was there is out of everyone's sight.
+                # No program reads this row: its old token is not visible to any query.
                 tl.store(values + ((slot * ROWS + own_row) * G + shared) * F + f, mine, mask=wide)
                 if block == 0:
                     tl.store(keys + ((slot * ROWS + own_row) * G + shared) * Z + z, fresh, mask=narrow)

@@ -64,7 +64,7 @@ def _attend(
     """
     heads, width = q.shape[1:]
     n, block = heads * tiling.n_blocks, tiling.block
-    if q.dtype != torch.float64:  # scores in less than float32 would lose more accuracy than all the rest
+    if q.dtype != torch.float64:  # scores in less than float32 would lose more accuracy than all other steps
         q, k = q.float(), k.float()
     q_rows, k_rows = tiling.q_rows, tiling.k_rows
     if heads > 1 or tiling.spare:
@@ -99,7 +99,7 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tens
         for x in (q, k, v)
     )
     mask = None
-    if not rule.causal:  # a causal query sees no padding: that comes after it
+    if not rule.causal:  # a causal query sees no padding, which comes after it
         empty = torch.arange(tiling.block, device=q.device) >= layout.k_cu.diff()[:, None]
         mask = torch.zeros_like(empty, dtype=q.dtype).masked_fill_(empty, torch.finfo(q.dtype).min / 2)[:, None, None]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rule.dropout, is_causal=rule.causal)
@@ -109,7 +109,7 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tens
 
 
 def _without_keys(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None) -> Tensor:
-    """Zeros that hang on the graph of every input."""
+    """Zeros in the autograd graph of every input."""
     graph = (q[:0].sum() + k[:0].sum() + (0 if table is None else table[:0].sum())).to(v.dtype) + v[:0].sum()
     return v.new_zeros(q.shape[0], *v.shape[1:]) + graph
 

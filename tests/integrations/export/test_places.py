@@ -21,7 +21,7 @@ from tests.models.tiny import inputs_of, tiny
 CHUNKS = [(slice(0, 8), [8, 8]), (slice(8, 16), [5, 8])]
 """The columns of two prompts, and how many tokens each has there."""
 ROWS, LIVE = torch.tensor([0, 1, 1, 0, 1]), torch.tensor([True, True, False, True, True])
-"""The sequences of a larger batch, and who takes tokens in it."""
+"""The sequences of a larger batch, and which of them take tokens."""
 
 
 def built(name: str) -> Any:

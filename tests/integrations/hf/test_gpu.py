@@ -1,4 +1,4 @@
-"""Transformers' ways on a GPU: the same text as the library writes there."""
+"""Transformers' ways on a GPU: the same tokens as the library generates there."""
 
 from __future__ import annotations
 

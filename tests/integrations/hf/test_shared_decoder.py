@@ -1,4 +1,4 @@
-"""Tokens that come one at a time are decoded in place, which nobody can tell from the results."""
+"""Tokens that come one at a time are decoded in place, which does not change the results."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_copy_goes_its_own_way(model: SMAForCausalLM) -> None:
 
 
 def test_padding_is_no_step(model: SMAForCausalLM) -> None:
-    """Where a text is finished, its row is filled up while the others go on."""
+    """Where a sequence is finished, its row is padded while the others go on."""
     cache = read(model, PROMPT.repeat(2, 1))
     next_logits(model, cache, [65, 256])
     next_logits(model, cache, [66, 70])
@@ -201,7 +201,7 @@ def test_a_model_changes_its_dtype_between_two_steps_of_one_cache(model: SMAForC
 
 
 def test_training_in_the_middle_of_a_text(model: SMAForCausalLM) -> None:
-    """The rest of the text is that of the trained weights, after the state of those before."""
+    """The rest of the sequence is that of the trained weights, after the state of those before."""
     cache = read(model, PROMPT)
     next_logits(model, cache, [65])  # the state lies in memory that changes in place
     model.train()
@@ -283,7 +283,7 @@ def test_several_threads(model: SMAForCausalLM) -> None:
 def test_whole_chunks_of_prompts_are_read_apart(
     model: SMAForCausalLM, padding: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the others by the model itself; nobody can tell from the results."""
+    """And the others by the model itself; the results do not change."""
     monkeypatch.setattr("sma_models.integrations.hf.modeling.PREFILL_CHUNK", 8)
     lengths: list[int] = []
     plain = SharedDecoder.prefill

@@ -69,7 +69,7 @@ def test_the_projections(backend: str, size: tuple[int, int, int, int], turned: 
     torch.testing.assert_close(out.skip.double(), F.linear(wide["m"], *skip), rtol=0, atol=tolerance * size[1])
     with using("eager"):
         expected = gau_inputs(F.linear(wide["m"], *mx), wide["gamma"], wide["beta"], position=position)
-    # An angle of many turns is known to one unit in its last place, whoever computes it.
+    # An angle of many turns is known to one unit in its last place, whatever computes it.
     turns = 0.0 if position is None else torch.finfo(torch.float64).eps * float(position.max())
     for name, one, other in zip("qkvr", out[1:], expected, strict=True):
         rows = given["active"]
@@ -123,7 +123,7 @@ def test_rows_do_not_depend_on_each_other() -> None:
 
 @needs_triton
 def test_operators_are_sound() -> None:
-    """What they say of themselves to a compiler: shapes, and what they write to."""
+    """Their descriptions for a compiler: shapes, and the tensors that they write to."""
     from sma_modules.ops.ema_step import launch as ema_step
     from sma_modules.ops.gau_output import launch as output
     from sma_modules.ops.gau_projections import launch as projections

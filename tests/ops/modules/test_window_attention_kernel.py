@@ -313,7 +313,7 @@ def test_dropout_differs_from_call_to_call_and_spares_no_head() -> None:
 
 
 class Guarded:
-    """New tensors lie inside larger ones, whose margins nobody may write to."""
+    """New tensors lie inside larger ones, whose margins must not be written to."""
 
     def __init__(self) -> None:
         self.buffers: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Coefficients, what every chunk leaves behind, and what the next ones find."""
+"""Coefficients, the sums at the end of every chunk, and the states at the beginning of the next."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def chunk_sums(
     LENGTHS: tl.constexpr, GRADIENT: tl.constexpr, DIRECTIONS: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
     N: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """What every chunk leaves behind: ``sum_j q^j u_j``, j tokens before its end (in the order of the scan).
+    """The sum at the end of every chunk: ``sum_j q^j u_j``, j tokens before its end (in the order of the scan).
 
     ``GRADIENT``: of the gradient in place of the input, in the opposite order, with the derivative by q beside it.
     ``skipped``: how many tokens come before those that the lengths count.
@@ -111,7 +111,7 @@ def _chunk_sum(
     REVERSE: tl.constexpr, GRADIENT: tl.constexpr, DIRECTIONS: tl.constexpr, DIM: tl.constexpr, BLOCKS: tl.constexpr,
     N: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """One direction of one chunk. Tokens from which nothing is left at its end are passed over."""
+    """One direction of one chunk. Tokens that contribute nothing at its end are skipped."""
     q = coefficient(table, Q, direction, BLOCKS, DIRECTIONS, N, BLOCK)
     correction = coefficient(table, CORRECTION, direction, BLOCKS, DIRECTIONS, N, BLOCK)
     PARTS: tl.constexpr = TILE // STEP

@@ -68,7 +68,7 @@ def _backward_sweep(
         gone = coefficient(table, LEAVING, direction, BLOCKS, DIRECTIONS, N, BLOCK)
         slope = coefficient(table, LEAVING_SLOPE, direction, BLOCKS, DIRECTIONS, N, BLOCK)
     steps = tiles * PARTS
-    # Only the direct path looks at padding.
+    # Only the direct path reads padding.
     seen = length if direction == 0 else limit
     back = taps if REVERSE else -taps
     local = place_of(0, steps, REVERSE, STEP)

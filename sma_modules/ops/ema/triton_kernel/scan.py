@@ -43,7 +43,7 @@ def _forward_sweep(
         drive = coefficient(table, DRIVE, direction, BLOCKS, DIRECTIONS, N, BLOCK)
         end = s
     steps = tiles * PARTS
-    # Only the direct path looks at padding.
+    # Only the direct path reads padding.
     seen = length if LAST else limit
     back = taps if REVERSE else -taps
     local = place_of(0, steps, REVERSE, STEP)
@@ -108,7 +108,7 @@ def _forward_sweep(
         if direction == 1:
             before = next_before
     if STREAM:
-        # Rows with nothing new keep what they had.
+        # Rows without new tokens keep their state.
         if (tl.maximum(limit - 1, 0) >= begin) & (tl.maximum(limit - 1, 0) < begin + tiles * TILE):
             states = tl.arange(0, N)
             at = hidden_end + (b.to(tl.int64) * DIM + columns)[None, :] * n_state + states[:, None]

@@ -57,7 +57,7 @@ def longest_reach(reach, direction, dim, columns, inside):
 
 @triton.jit
 def anything_leaves(reach, taps, dim, columns, inside, DIRECTIONS: tl.constexpr):
-    """Whether anything is left, in any direction, of a token that leaves the window."""
+    """Whether a token that leaves the window still contributes, in any direction."""
     longest = longest_reach(reach, 0, dim, columns, inside)
     if DIRECTIONS == 2:
         longest = tl.maximum(longest, longest_reach(reach, 1, dim, columns, inside))

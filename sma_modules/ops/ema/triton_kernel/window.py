@@ -1,4 +1,4 @@
-"""What a chunk of a truncated stream leaves behind: its last inputs, and their sum."""
+"""The state after a chunk of a truncated stream: its last inputs, and their sum."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def window_end(
     LENGTHS: tl.constexpr, CARRIED: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
     AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """The states after the chunks of ``window_sums``; where a row took nothing, those it had."""
+    """The states after the chunks of ``window_sums``; rows without new tokens keep theirs."""
     b = tl.program_id(0).to(tl.int64)
     size = blocks * (N * BLOCK)
     place = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)

@@ -1,4 +1,4 @@
-"""Window attention on a GPU, in the manner of flash attention; the README derives what is not plain to see."""
+"""Window attention on a GPU, in the manner of flash attention; the README derives the less obvious parts."""
 
 from sma_modules.ops.window_attention.triton_kernel.backward import (
     add_kernel,

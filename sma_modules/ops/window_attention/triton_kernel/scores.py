@@ -30,7 +30,7 @@ FAR = tl.constexpr(1 << 30)
 INFINITY_BITS = tl.constexpr(0x7F800000)
 
 PTX = tl.constexpr(not INTERPRETING and torch.version.hip is None)
-"""Whether the assembler of NVIDIA's GPUs is understood."""
+"""Whether inline assembly for NVIDIA's GPUs can be used."""
 
 UNSPECIALISED = ["n_queries", "n_keys", "batch", "window", "chunk", "entries"]
 
