@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch.nn.modules import module as torch_module
 
 from tests.shapes import check_annotated_shapes
 
@@ -33,6 +34,12 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
+GLOBAL_HOOKS = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
 OPTIONAL = {"scatter": ("torch_scatter", "SMA_REQUIRE_SCATTER"), "lm_eval": ("lm_eval", "SMA_REQUIRE_LM_EVAL")}
 """By marker: the package that a test needs, and the variable that makes its absence a failure."""
 
@@ -57,6 +64,17 @@ def _seeded() -> Iterator[None]:
     yield
     torch.set_default_dtype(dtype)
     torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(autouse=True)
+def _no_global_hooks_left() -> Iterator[None]:
+    """A test that leaves a global module hook behind fails: while there is one, no part of any model is plain."""
+    before = [len(hooks) for hooks in GLOBAL_HOOKS]
+    yield
+    left = [len(hooks) for hooks in GLOBAL_HOOKS]
+    for hooks in GLOBAL_HOOKS:
+        hooks.clear()
+    assert left == before, f"global module hooks: {before} before the test, {left} after it"
 
 
 @pytest.fixture
