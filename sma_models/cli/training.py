@@ -41,6 +41,8 @@ def train(
         _continued(resume, name, recipe_name, overrides, runs) if resume else _new(recipe_name, name, overrides, runs)
     )
     run, recipe, task = opened
+    for note in task.notes if task else ():
+        notes().print(note, soft_wrap=True)
     notes().print(f"run {run.path}", soft_wrap=True)
     outcome = run_training(run, recipe, task=task, console=notes())
     if outcome.signal is not None:
@@ -148,6 +150,8 @@ def data(
     check_fit(recipe.model, task)
     if folder is not None:
         out().print(f"in {folder}", soft_wrap=True)
+    for note in task.notes:
+        out().print(note, soft_wrap=True)
     table = Table("split", "windows" if task.kind == "lm" else "samples", "bytes" if task.text else "")
     for split, samples in task.splits.items():
         size = len(samples)
