@@ -157,6 +157,8 @@ class Converter:
             if isinstance(value, bool) == (annotation is bool):
                 if finite and annotation is float and not math.isfinite(value):
                     raise SpecError(f"{show(path)}: expected a finite number, got {value!r}")
+                if annotation is int and not -(2**63) <= value < 2**63:
+                    raise SpecError(f"{show(path)}: expected an integer of 64 bits, got {value!r}")
                 return annotation(value)
         elif annotation not in _SCALARS and isinstance(annotation, type) and isinstance(value, annotation):
             return value

@@ -18,6 +18,7 @@ from rich.console import Console
 from sma import __version__
 from sma.errors import CheckpointError, ConfigError
 from sma.interfaces import Model
+from sma.spec.sizes import blueprint
 from sma.weights import save
 from sma_models.training.callbacks import ProgressBar, Recorder, StopRequest
 from sma_models.training.checkpoint import Checkpoint, read_checkpoint
@@ -57,7 +58,12 @@ def open_task(recipe: Recipe) -> Task:
 
 
 def build_model(recipe: Recipe) -> Model:
-    """The untrained model of a recipe; the weights follow from the seed."""
+    """The untrained model of a recipe; the weights follow from the seed.
+
+    Raises:
+        SizeError: the machine has not enough memory for it.
+    """
+    blueprint(recipe.model)
     with torch.random.fork_rng(devices=[]):
         seed_everything(recipe.train.seed, -1)
         model: Model = recipe.model.build()

@@ -270,6 +270,15 @@ def test_blanks_around_the_equals_sign() -> None:
     )
 
 
+def test_integers_have_64_bits() -> None:
+    assert load({"type": "net", "d_model": 2**63 - 1}) == Net.Config(d_model=2**63 - 1)
+    for value in (2**63, -(2**63) - 1, 2**70):
+        with pytest.raises(SpecError, match=rf"^steps\[1\]: expected an integer of 64 bits, got {value}$"):
+            load({"type": "net", "steps": [1, value]})
+        with pytest.raises(SpecError, match="d_model: expected an integer of 64 bits"):
+            load({"type": "net"}, f"d_model={value}")
+
+
 def test_overriding_a_type_starts_afresh() -> None:
     base = {"type": "net", "layers": [{"either": {"type": "gau", "window": 4}}]}
     assert load(base, "layers[0].either.type=ema").layers[0].either == Ema.Config()  # type: ignore[attr-defined]
