@@ -46,7 +46,11 @@ def write_tensors(
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        temporary.unlink(missing_ok=True)
+        temporary.touch()  # with the mode that the umask gives; safetensors makes files of mode 0600
+        mode = temporary.stat().st_mode
         save_file(_apart(tensors), str(temporary), metadata)
+        temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(target)

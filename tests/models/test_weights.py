@@ -247,6 +247,18 @@ def test_a_spec_that_asks_for_more_is_refused(
     assert sorted(path.name for path in saved.parent.iterdir()) == ["model.safetensors"]
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_the_umask_decides_who_may_read_weights(model: Model, tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        sma.save(model, tmp_path / "model.safetensors")
+        sma.save(model, tmp_path / "model.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == mode
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
 @pytest.mark.parametrize("layers", [10**9, 10**5, 900])
 def test_weights_are_compared_before_a_model_of_another_depth_is_built(
     saved: Path, monkeypatch: pytest.MonkeyPatch, layers: int
