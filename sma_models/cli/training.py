@@ -78,6 +78,7 @@ def _new(
 def _continued(
     resume: str, name: str | None, recipe_name: str | None, overrides: list[str], runs: Path
 ) -> tuple[Run, Recipe, Task | None]:
+    from sma_models.training.journal import check_checkpoint
     from sma_models.training.run import check_same
 
     if name is not None:
@@ -89,7 +90,9 @@ def _continued(
             )
     run = find_run(resume, runs)
     check_same(run, recipe_name)
-    return run, run.recipe(*overrides), None
+    recipe = run.recipe(*overrides)
+    check_checkpoint(run, recipe.train.checkpoint_every)
+    return run, recipe, None
 
 
 def evaluate(
