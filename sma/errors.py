@@ -13,6 +13,10 @@ class SpecError(ConfigError):
     """A spec (YAML, mapping or OmegaConf node) cannot be turned into a configuration."""
 
 
+class SizeError(ConfigError):
+    """A configuration asks for more memory than the machine has, or for sizes beyond 64 bits."""
+
+
 class PluginError(SMAError):
     """A plugin cannot be found, imported or registered."""
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from sma.errors import CheckpointError, ConfigError, SpecError
+from sma.errors import CheckpointError, ConfigError, SizeError, SpecError
 from sma.interfaces import Model
 
 if TYPE_CHECKING:
@@ -46,7 +46,11 @@ def write_tensors(
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        temporary.unlink(missing_ok=True)
+        temporary.touch()  # with the mode that the umask gives; safetensors makes files of mode 0600
+        mode = temporary.stat().st_mode
         save_file(_apart(tensors), str(temporary), metadata)
+        temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(target)
@@ -94,12 +98,19 @@ def load(path: str | PathLike[str]) -> Model:
         SpecError: the spec in the file is not valid, or names what is not registered here.
     """
     from sma.spec import loads
+    from sma.spec.sizes import blueprint
 
     tensors, metadata = read_tensors(path)
     if SPEC_KEY not in metadata:
         raise CheckpointError(f"{path}: holds no spec; build the model and use load_into")
     try:
-        model: Model = loads(metadata[SPEC_KEY], name=str(path), kind="model").build()
+        config = loads(metadata[SPEC_KEY], name=str(path), kind="model")
+        sketch = blueprint(config, most_tensors=len(tensors))
+        if sketch is not None:  # before there is memory for weights that do not fit
+            check_keys(sketch, tensors, str(path))
+        model: Model = config.build()
+    except SizeError as error:
+        raise CheckpointError(f"{path}: its spec cannot be built here ({error})") from error
     except ConfigError as error:
         raise SpecError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     except (RuntimeError, MemoryError, OverflowError) as error:  # sizes beyond the memory of this machine

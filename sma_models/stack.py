@@ -16,7 +16,11 @@ from sma.interfaces import Block, BlockOutput, Model, Norm
 from sma.padding import Alignment, valid_of
 from sma.routing import Routing
 from sma.runtime.checkpointing import checkpoint
+from sma.spec.sizes import check_repeated
 from sma.state import State
+
+_MANY_LAYERS = 1000
+"""More layers are built only after a check that there is memory for them."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -81,7 +85,11 @@ class Stack(nn.Module):
         self.d_model = config.d_model
         self.causal = causal
         self.checkpoint = config.checkpoint
-        pattern = [config.blocks[i % len(config.blocks)] for i in range(config.n_layers)]
+        if config.n_layers > _MANY_LAYERS:
+            with torch.device("meta"):
+                once = [block.build(d_model=config.d_model, causal=causal) for block in config.blocks]
+            check_repeated(once, config.n_layers // len(once), "n_layers")
+        pattern = (config.blocks[i % len(config.blocks)] for i in range(config.n_layers))
         self.layers = nn.ModuleList(block.build(d_model=config.d_model, causal=causal) for block in pattern)
         self.final_norm = config.final_norm.build(d_model=config.d_model) if config.final_norm else None
         self.dropout = Dropout(config.dropout)

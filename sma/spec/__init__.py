@@ -29,10 +29,13 @@ from __future__ import annotations
 import inspect
 from typing import Any, TypeVar
 
+from torch import nn
+
 from sma.configurable import BaseConfig
 from sma.errors import ConfigError, SpecError
 from sma.plugins import registry
 from sma.spec.dumping import unload
+from sma.spec.sizes import blueprint
 from sma.spec.sources import Document, Reader
 from sma.spec.text import render
 from sma.spec.tree import override, resolve
@@ -111,6 +114,7 @@ def build(source: Any, *overrides: str, kind: str | None = None, **context: Any)
     Raises:
         SpecError: the spec is not valid.
         ConfigError: the context does not fit, or the class refuses it.
+        SizeError: the machine has not enough memory for it; nothing was allocated.
     """
     config = load(source, *overrides, kind=kind)
     plugin = plugin_of(type(config))
@@ -121,6 +125,8 @@ def build(source: Any, *overrides: str, kind: str | None = None, **context: Any)
     except TypeError as error:
         hint = "; changes of the spec are written as strings, as in 'n_layers=6'" if plugin.kind == "model" else ""
         raise ConfigError(f"{registry().name_of(plugin) or plugin.__name__} ({plugin.kind}): {error}{hint}") from error
+    if issubclass(plugin, nn.Module):
+        blueprint(config, **context)
     return config.build(**context)
 
 

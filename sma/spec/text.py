@@ -20,6 +20,7 @@ MAX_VALUES: Final = 20_000
 MAX_DEPTH: Final = 64
 
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+_YAML: Final = ("[", "{", "'", '"', "!")  # a tag is read in order to be refused
 _SCALARS: Final = (
     ("null", re.compile(r"(~|null|Null|NULL|)"), ["~", "n", "N", ""]),
     ("bool", re.compile(r"(true|True|TRUE|false|False|FALSE)"), list("tTfF")),
@@ -32,12 +33,13 @@ _SCALARS: Final = (
 )
 
 
-def parse(text: str, name: str) -> Any:
+def parse(text: str, name: str, *, whole: bool = False) -> Any:
     """Plain values (dict, list, str, int, float, bool, None) of one YAML document; None when it is empty.
 
     Args:
         text: the document.
         name: what errors call it (a file name, ``override 'a=1'``).
+        whole: whether the value must reach to the end of the text: no comment follows it.
 
     Raises:
         SpecError: the text is not YAML, or breaks one of the bounds; names ``name`` and the line.
@@ -45,13 +47,84 @@ def parse(text: str, name: str) -> Any:
     if len(text) > MAX_BYTES:
         raise SpecError(f"{name}: a spec has at most {MAX_BYTES} bytes, got {len(text)}")
     try:
-        return _Reader(text, name).document()
+        reader = _Reader(text, name)
+        value = reader.document()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise SpecError(f"{name}{where}: not valid YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise SpecError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
+    if whole and (rest := text[reader.end :].strip()):
+        raise SpecError(f"{name}: nothing may follow the closing bracket or quote, got {rest!r}; quote all of it")
+    return value
+
+
+class Written:
+    """What an override says without quotes, where that may be no string: a number, a truth value or null.
+
+    The field decides: one that holds strings takes the text (``data.root=2024`` names the folder 2024).
+
+    Attributes:
+        text: as it was written.
+        value: what it stands for in YAML.
+    """
+
+    def __init__(self, text: str, value: Any) -> None:
+        self.text = text
+        self.value = value
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+def parse_value(text: str, name: str) -> Any:
+    """The value of an override, which came through a shell.
+
+    Text that begins with a bracket or a quote is YAML. Anything else is taken as it is: a ``#``, a colon or an
+    asterisk in it has no meaning.
+
+    Args:
+        text: behind the equals sign.
+        name: what errors call it.
+
+    Returns:
+        Plain values, or a :class:`Written` where the field decides whether a string is meant.
+
+    Raises:
+        SpecError: as for :func:`parse`; or something follows the closing bracket or quote.
+    """
+    if text.lstrip().startswith(_YAML):
+        return parse(text, name, whole=True)
+    if len(text) > MAX_BYTES:
+        raise SpecError(f"{name}: a value has at most {MAX_BYTES} bytes, got {len(text)}")
+    if yaml.reader.Reader.NON_PRINTABLE.search(text):
+        raise SpecError(f"{name}: a value holds no control characters; write it in double quotes, with escapes")
+    value = read_scalar(text.strip(), name)
+    return text if isinstance(value, str) else Written(text, value)
+
+
+def read_scalar(text: str, name: str) -> Any:
+    """A scalar without quotes.
+
+    Raises:
+        SpecError: an integer is too long.
+    """
+    kind = next((kind for kind, pattern, _ in _SCALARS if pattern.fullmatch(text)), "str")
+    if kind == "null":
+        return None
+    if kind == "bool":
+        return text.lower() == "true"
+    if kind == "float":
+        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    if kind == "int":
+        if len(text) > 40:
+            raise SpecError(f"{name}: an integer of {len(text)} digits is too long")
+        return int(text)
+    return text
 
 
 def render(tree: Any) -> str:
@@ -64,9 +137,17 @@ class _Reader:
 
     def __init__(self, text: str, name: str) -> None:
         self.name = name
-        self.events: Iterator[Any] = iter(yaml.parse(text, Loader=yaml.SafeLoader))
+        self.events = self.read(text)
         self.anchors: dict[str, tuple[Any, int] | None] = {}
         self.count = 0
+        self.end = 0
+
+    def read(self, text: str) -> Iterator[Any]:
+        """The events of the text; ``end`` follows the last one that is part of a value."""
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.NodeEvent | yaml.CollectionEndEvent) and event.end_mark is not None:
+                self.end = event.end_mark.index
+            yield event
 
     def document(self) -> Any:
         value: Any = None
@@ -139,18 +220,7 @@ class _Reader:
         text: str = event.value
         if not event.implicit[0]:  # quoted or block style
             return text
-        kind = next((kind for kind, pattern, _ in _SCALARS if pattern.fullmatch(text)), "str")
-        if kind == "null":
-            return None
-        if kind == "bool":
-            return text.lower() == "true"
-        if kind == "float":
-            return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-        if kind == "int":
-            if len(text) > 40:
-                raise self.error(event, f"an integer of {len(text)} digits is too long")
-            return int(text)
-        return text
+        return read_scalar(text, f"{self.name}, line {event.start_mark.line + 1}")
 
 
 class _Dumper(yaml.SafeDumper):

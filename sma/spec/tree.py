@@ -14,7 +14,7 @@ from enum import Enum
 from typing import Any, Final
 
 from sma.errors import SpecError
-from sma.spec.text import MAX_BYTES, MAX_DEPTH, MAX_VALUES, parse
+from sma.spec.text import MAX_BYTES, MAX_DEPTH, MAX_VALUES, Written, parse_value
 
 Path = tuple[str | int, ...]
 
@@ -71,6 +71,15 @@ def normalise(value: Any, budget: Budget, path: Path = ()) -> Any:
     return value
 
 
+def plain(value: Any) -> Any:
+    """The tree with every :class:`~sma.spec.text.Written` replaced by the value that it stands for."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return value.value if isinstance(value, Written) else value
+
+
 def is_leaf_object(value: Any) -> bool:
     """True for a value that is already in its typed form."""
     return isinstance(value, Enum) or (is_dataclass(value) and not isinstance(value, type))
@@ -100,7 +109,8 @@ def override(tree: Any, assignment: str, open_up: Callable[[Any], Any]) -> Any:
 
     Args:
         tree: a normalised tree.
-        assignment: ``n_layers=6``, ``blocks[0].norm=rmsnorm``, ``blocks.0.norm.eps=1e-6``; the value is YAML.
+        assignment: ``n_layers=6``, ``blocks[0].norm=rmsnorm``, ``blocks.0.norm.eps=1e-6``; the value as
+            :func:`~sma.spec.text.parse_value` reads it.
         open_up: turns a shorthand (the name of a class or a spec) into the mapping that it stands for.
 
     Returns:
@@ -109,14 +119,17 @@ def override(tree: Any, assignment: str, open_up: Callable[[Any], Any]) -> Any:
     Raises:
         SpecError: not of the form, or an index beyond its list.
     """
-    key, equals, text = assignment.partition("=")
-    key = key.strip()
+    written, equals, text = assignment.partition("=")
+    key = written.strip()
     if not equals or not _REFERENCE.fullmatch(key) or key.startswith("."):
         raise SpecError(
             f"override {assignment!r}: must be of the form key=value, as in 'n_layers=6' or 'blocks[0].norm.eps=1e-6'"
         )
-    value = normalise(parse(text, f"override {assignment!r}"), Budget())
-    return _set(tree, split(key), value, open_up, (), assignment)
+    if written != written.rstrip():  # "key = value": the blank belongs to the equals sign, not to the value
+        text = text.lstrip()
+    value = normalise(parse_value(text, f"override {assignment!r}"), Budget())
+    steps = split(key)
+    return _set(tree, steps, plain(value) if steps[-1] in ("type", "extends") else value, open_up, (), assignment)
 
 
 def _set(node: Any, steps: Path, value: Any, open_up: Callable[[Any], Any], path: Path, assignment: str) -> Any:
@@ -133,7 +146,7 @@ def _set(node: Any, steps: Path, value: Any, open_up: Callable[[Any], Any], path
         node[step] = _set(node[step], rest, value, open_up, (*path, step), assignment)
         return node
     if not isinstance(node, dict):
-        node = open_up(node)
+        node = open_up(plain(node))
     if isinstance(step, int):
         raise SpecError(f"override {assignment!r}: {show(path)} is no list")
     if step == "type" and not rest and path and node.get("type") not in (None, value):

@@ -15,7 +15,8 @@ from sma.configurable import BaseConfig
 from sma.errors import PluginError, SpecError
 from sma.interfaces import KINDS, Plugin
 from sma.plugins.registrations import SPEC, Registry, did_you_mean, either
-from sma.spec.tree import Path, show
+from sma.spec.text import Written
+from sma.spec.tree import Path, plain, show
 
 _SCALARS: tuple[type[Any], ...] = (bool, int, float, str)
 _LISTS: tuple[Any, ...] = (tuple, list, Sequence)
@@ -118,11 +119,13 @@ class Converter:
         Raises:
             SpecError: it is not; names the path, what was expected and what was found.
         """
+        if isinstance(value, Written):
+            value = value.text if _wants_text(annotation, value) else value.value
         origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
         if origin is typing.Annotated:
             return self.convert(arguments[0], value, path, finite)
         if annotation is Any or annotation is object:
-            return value
+            return plain(value)
         if origin in (Union, types.UnionType):
             return self._union(arguments, annotation, value, path, finite)
         if origin is Literal:
@@ -154,6 +157,8 @@ class Converter:
             if isinstance(value, bool) == (annotation is bool):
                 if finite and annotation is float and not math.isfinite(value):
                     raise SpecError(f"{show(path)}: expected a finite number, got {value!r}")
+                if annotation is int and not -(2**63) <= value < 2**63:
+                    raise SpecError(f"{show(path)}: expected an integer of 64 bits, got {value!r}")
                 return annotation(value)
         elif annotation not in _SCALARS and isinstance(annotation, type) and isinstance(value, annotation):
             return value
@@ -318,6 +323,16 @@ class Converter:
                 finite = not fields[key].metadata.get("allow_nonfinite", False)
                 given[key] = self.convert(hints[key], each, (*path, key), finite)
         return given
+
+
+def _wants_text(annotation: Any, written: Written) -> bool:
+    """Whether an override means its text: in a field of strings, unless the field may be null and it says so."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        annotation = typing.get_args(annotation)[0]
+    members = typing.get_args(annotation) or (annotation,)
+    if written.text.strip() and written.value is None and types.NoneType in members:
+        return False
+    return {each for each in members if each is not types.NoneType} == {str}
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -13,7 +13,7 @@ import typer
 
 from sma import __version__
 from sma.errors import SMAError
-from sma_models.cli import convert, demo, export, inspection, installed, serve, training
+from sma_models.cli import build, convert, demo, export, inspection, installed, serve, training
 
 # Typer's own errors about arguments derive from this one, wherever the release keeps it.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -34,6 +34,7 @@ app.command("inspect")(inspection.inspect)
 app.command("serve")(serve.serve)
 app.command("plugins")(installed.plugins)
 app.command("specs")(installed.specs)
+app.command("build")(build.build)
 app.command("convert")(convert.convert)
 app.command("export")(export.export_graphs)
 app.command("export-hf")(export.export_hf)

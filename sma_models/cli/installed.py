@@ -8,7 +8,6 @@ import typer
 from rich.table import Table
 
 import sma
-from sma.interfaces import Model
 from sma_models.cli.common import out
 
 
@@ -66,6 +65,7 @@ def count_parameters(config: sma.BaseConfig) -> int:
     """Parameters of the model that a spec describes, without the memory for them."""
     import torch
 
+    from sma.spec.sizes import Size
+
     with torch.device("meta"):
-        model: Model = config.build()
-    return sum(parameter.numel() for parameter in model.parameters())
+        return Size.of(config.build()).parameters

@@ -41,6 +41,8 @@ def train(
         _continued(resume, name, recipe_name, overrides, runs) if resume else _new(recipe_name, name, overrides, runs)
     )
     run, recipe, task = opened
+    for note in task.notes if task else ():
+        notes().print(note, soft_wrap=True)
     notes().print(f"run {run.path}", soft_wrap=True)
     outcome = run_training(run, recipe, task=task, console=notes())
     if outcome.signal is not None:
@@ -76,6 +78,7 @@ def _new(
 def _continued(
     resume: str, name: str | None, recipe_name: str | None, overrides: list[str], runs: Path
 ) -> tuple[Run, Recipe, Task | None]:
+    from sma_models.training.journal import check_checkpoint
     from sma_models.training.run import check_same
 
     if name is not None:
@@ -87,7 +90,9 @@ def _continued(
             )
     run = find_run(resume, runs)
     check_same(run, recipe_name)
-    return run, run.recipe(*overrides), None
+    recipe = run.recipe(*overrides)
+    check_checkpoint(run, recipe.train.checkpoint_every)
+    return run, recipe, None
 
 
 def evaluate(
@@ -148,6 +153,8 @@ def data(
     check_fit(recipe.model, task)
     if folder is not None:
         out().print(f"in {folder}", soft_wrap=True)
+    for note in task.notes:
+        out().print(note, soft_wrap=True)
     table = Table("split", "windows" if task.kind == "lm" else "samples", "bytes" if task.text else "")
     for split, samples in task.splits.items():
         size = len(samples)

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 
 from sma.errors import CheckpointError
-from sma_models.training.run import write_text
+from sma_models.training.run import Run, write_text
 
 
 class MetricsFile(Logger):
@@ -58,6 +58,40 @@ def read_columns(path: Path) -> list[str]:
         return []
     with open(path, encoding="ascii", newline="") as file:
         return next(csv.reader(file), [])
+
+
+def last_step(path: Path) -> int:
+    """The largest step that the file tells of; 0 where there is none."""
+    if not path.exists():
+        return 0
+    firsts = [line.partition(",")[0] for line in path.read_text(encoding="ascii", errors="replace").splitlines()]
+    return max((int(first) for first in firsts if first.isascii() and first.isdigit()), default=0)
+
+
+def check_checkpoint(run: Run, checkpoint_every: int) -> None:
+    """Refuse to resume a run that had a checkpoint and has lost it: it would begin anew.
+
+    Raises:
+        CheckpointError: it has none, although it went beyond the first one, or the folder of checkpoints is there.
+    """
+    if run.finished or run.checkpoint.exists():
+        return
+    folder, step = run.checkpoint.parent, last_step(run.metrics)
+    emptied = folder.is_dir() and not any(folder.glob(".*.tmp"))  # one that was being written is no loss
+    if step > checkpoint_every or emptied:
+        raise CheckpointError(
+            f"{run.checkpoint}: must be there to resume a run that got to step {step}, got no such file; "
+            f"put it back, or begin anew: sma train {run.path.parent.name} --name NEW"
+        )
+
+
+def set_aside(path: Path) -> None:
+    """Move the file to the first free name ``metrics.N.csv``, so that a run that begins anew erases nothing."""
+    if last_step(path):
+        number = 1
+        while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+            number += 1
+        path.rename(kept)
 
 
 def cut_back(path: Path, step: int) -> None:

@@ -18,13 +18,14 @@ from rich.console import Console
 from sma import __version__
 from sma.errors import CheckpointError, ConfigError
 from sma.interfaces import Model
+from sma.spec.sizes import blueprint
 from sma.weights import save
 from sma_models.training.callbacks import ProgressBar, Recorder, StopRequest
 from sma_models.training.checkpoint import Checkpoint, read_checkpoint
 from sma_models.training.data.base import Task
 from sma_models.training.data.batching import BatchPlan, loader
 from sma_models.training.evaluation import evaluate
-from sma_models.training.journal import MetricsFile, cut_back
+from sma_models.training.journal import MetricsFile, cut_back, set_aside
 from sma_models.training.module import TrainingModule, parameter_count
 from sma_models.training.objective import check_fit
 from sma_models.training.recipe import Recipe, TrainConfig
@@ -57,7 +58,12 @@ def open_task(recipe: Recipe) -> Task:
 
 
 def build_model(recipe: Recipe) -> Model:
-    """The untrained model of a recipe; the weights follow from the seed."""
+    """The untrained model of a recipe; the weights follow from the seed.
+
+    Raises:
+        SizeError: the machine has not enough memory for it.
+    """
+    blueprint(recipe.model)
     with torch.random.fork_rng(devices=[]):
         seed_everything(recipe.train.seed, -1)
         model: Model = recipe.model.build()
@@ -113,9 +119,10 @@ class _Fit:
 def _fit(run: Run, recipe: Recipe, task: Task, model: Model, start: Checkpoint | None, console: Console) -> _Fit:
     plan = recipe.train
     done = start.progress.step if start else 0
+    if start is None:
+        set_aside(run.metrics)
     cut_back(run.metrics, done)
-    for unfinished in run.checkpoint.parent.glob(".*.tmp"):
-        unfinished.unlink()
+    run.remove_unfinished()
     if done == plan.steps:
         assert start is not None
         return _Fit(done, start.progress.seconds)

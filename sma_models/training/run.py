@@ -110,6 +110,13 @@ class Run:
         """Write the results, complete or not at all."""
         write_text(self.summary, json.dumps(content, indent=2) + "\n")
 
+    def remove_unfinished(self) -> None:
+        """Remove what a process that was killed was writing; only while the run is locked."""
+        for folder in (self.path, self.checkpoint.parent):
+            for pattern in (".*.tmp", ".tmp*"):  # ours, and those of safetensors within
+                for file in folder.glob(pattern):
+                    file.unlink()
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from training in this folder; the lock goes with the process, however that ends.

@@ -211,6 +211,74 @@ def test_overrides() -> None:
     assert base["layers"][0] == {"mixer": "ema"}, "the source is left as it was"  # type: ignore[index]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "run #3",
+        "#",
+        "2024",
+        "1e3",
+        "null",
+        "~",
+        "true",
+        "",
+        " ",
+        "run ",
+        "a: b",
+        "*.py",
+        "&a",
+        "- x",
+        "a\nb",
+        "x]",
+        "%",
+    ],
+)
+def test_the_string_of_an_override_is_taken_literally(text: str) -> None:
+    assert load({"type": "net"}, f"name={text}") == Net.Config(name=text)
+    assert load({"type": "net", "anything": "${name}!"}, f"name={text}") == Net.Config(name=text, anything=text + "!")
+    quoted = '"' + text.replace("\n", "\\n") + '"'
+    assert load({"type": "net"}, f"name={quoted}") == Net.Config(name=text)
+
+
+def test_an_override_of_an_optional_string() -> None:
+    @dataclass(frozen=True)
+    class Place:
+        root: str | None = "before"
+        names: tuple[str, ...] = ()
+
+    def root(override: str) -> str | None:
+        return load_as({}, Place, override).root
+
+    assert [root(f"root={each}") for each in ("", "null", "2024", "'null'", "false")] == [
+        *("", None, "2024", "null", "false")
+    ]
+    assert load_as({"names": ["a", "b"]}, Place, "names[1]=07").names == ("a", "07")
+    with pytest.raises(SpecError, match=r"names: expected a list of str, got '\*.py'"):
+        load_as({}, Place, "names=*.py")
+
+
+@pytest.mark.parametrize("text", ["'run' #3", "[a] #b", '{x: 1} "', "[run #3]"])
+def test_nothing_is_cut_off_an_override(text: str) -> None:
+    with pytest.raises(SpecError, match=r"nothing may follow the closing bracket or quote, got|not valid YAML"):
+        load({"type": "net"}, f"anything={text}")
+
+
+def test_blanks_around_the_equals_sign() -> None:
+    assert load({"type": "net"}, "name = x", "d_model = 16") == Net.Config(name="x", d_model=16)
+    assert load({"type": "net"}, "anything=3", "anything={a: 1}", "anything.b=null", "table={}") == Net.Config(
+        anything={"a": 1, "b": None}
+    )
+
+
+def test_integers_have_64_bits() -> None:
+    assert load({"type": "net", "d_model": 2**63 - 1}) == Net.Config(d_model=2**63 - 1)
+    for value in (2**63, -(2**63) - 1, 2**70):
+        with pytest.raises(SpecError, match=rf"^steps\[1\]: expected an integer of 64 bits, got {value}$"):
+            load({"type": "net", "steps": [1, value]})
+        with pytest.raises(SpecError, match="d_model: expected an integer of 64 bits"):
+            load({"type": "net"}, f"d_model={value}")
+
+
 def test_overriding_a_type_starts_afresh() -> None:
     base = {"type": "net", "layers": [{"either": {"type": "gau", "window": 4}}]}
     assert load(base, "layers[0].either.type=ema").layers[0].either == Ema.Config()  # type: ignore[attr-defined]
@@ -336,22 +404,21 @@ def test_references_in_a_spec() -> None:
 
 # round trip
 
+INTEGERS = st.integers(-(2**63), 2**63 - 1)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 TEXTS = st.text(max_size=12).filter(lambda text: text != "???")
 NORMS = st.one_of(st.builds(LayerNorm.Config, eps=FLOATS), st.builds(ScaleNorm.Config))
 GAUS = st.builds(
     Gau.Config,
-    d_qk=st.integers(),
-    window=st.integers(),
+    d_qk=INTEGERS,
+    window=INTEGERS,
     activation=st.sampled_from(["softmax", "relu2"]),
     norm=st.none() | NORMS,
 )
 MODULES = (
-    GAUS
-    | st.builds(WideGau.Config, width=st.integers())
-    | st.builds(Ffn.Config, d_hidden=st.integers(), bias=st.booleans())
+    GAUS | st.builds(WideGau.Config, width=INTEGERS) | st.builds(Ffn.Config, d_hidden=INTEGERS, bias=st.booleans())
 )
-MIXERS = st.builds(Ema.Config, n_state=st.integers(), scale=st.none() | FLOATS)
+MIXERS = st.builds(Ema.Config, n_state=INTEGERS, scale=st.none() | FLOATS)
 ACTIVATES = st.builds(
     Activate, module=MODULES, configurator=st.builds(Gate.Config, rate=st.floats(0, 1)), only_gau=GAUS
 )
@@ -364,15 +431,15 @@ LAYERS = st.builds(
 )
 NETS = st.builds(
     Net.Config,
-    d_model=st.integers(-(10**30), 10**30),
+    d_model=INTEGERS,
     lr=FLOATS,
     limit=st.floats(allow_nan=False),
     name=TEXTS,
     flag=st.booleans(),
     pool=st.sampled_from(["mean", "first", 3]),
     colour=st.sampled_from(Colour),
-    size=st.none() | st.integers(-(10**30), 10**30) | FLOATS,
-    steps=st.lists(st.integers(-(10**30), 10**30), max_size=3).map(tuple),
+    size=st.none() | INTEGERS | FLOATS,
+    steps=st.lists(INTEGERS, max_size=3).map(tuple),
     pair=st.tuples(st.integers(-9, 9), TEXTS),
     several=st.lists(FLOATS, max_size=3),
     table=st.dictionaries(TEXTS, FLOATS, max_size=3),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -244,6 +245,36 @@ def test_a_spec_that_asks_for_more_is_refused(
         sma.load(saved)
     assert str(saved) in str(caught.value)
     assert sorted(path.name for path in saved.parent.iterdir()) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_the_umask_decides_who_may_read_weights(model: Model, tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        sma.save(model, tmp_path / "model.safetensors")
+        sma.save(model, tmp_path / "model.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == mode
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("layers", [10**9, 10**5, 900])
+def test_weights_are_compared_before_a_model_of_another_depth_is_built(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, layers: int
+) -> None:
+    tensors, _ = read_tensors(saved)
+    save_file({"x": next(iter(tensors.values()))}, saved, {SPEC_KEY: f"extends: {NAME}\nn_layers: {layers}"})
+    monkeypatch.setattr("sma.spec.sizes._memory", lambda device: None)  # of a machine of any size
+    monkeypatch.setattr(nn.Linear, "reset_parameters", _only_on_meta)
+    started = time.process_time()
+    with pytest.raises(CheckpointError, match=r"cannot be built here \(parameters: must be at most 1, got more"):
+        sma.load(saved)
+    assert time.process_time() - started < 5
+
+
+def _only_on_meta(linear: nn.Linear) -> None:
+    assert linear.weight.device.type == "meta"
 
 
 def test_a_file_without_a_spec_says_what_to_do(model: Model, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from sma.errors import CheckpointError, ConfigError
+from sma_models.cli import main
 from sma_models.training.checkpoint import read_checkpoint
 from sma_models.training.journal import cut_back
 from sma_models.training.loop import Outcome, train
@@ -84,8 +85,41 @@ def test_every_step_can_be_gone_on_from(tiny: str, tmp_path: Path, run_recipe: R
     run.metrics.write_text(full[: len(full) - 20])
     recipe = run.recipe()
     run.checkpoint.unlink()  # killed before the first checkpoint
+    begun = run.metrics.read_text()
     train(run, recipe)
     assert losses(run) == rows
+    assert (run.path / "metrics.1.csv").read_text() == begun, "what a lost run logged is kept"
+
+
+@pytest.mark.parametrize("whole_folder", [False, True])
+def test_a_run_whose_checkpoint_is_gone_is_not_begun_anew(
+    whole_folder: bool, tiny: str, run_recipe: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = run_recipe(tiny, "train.checkpoint_every=4", "train.steps=10")
+    run.summary.unlink()
+    run.checkpoint.unlink()
+    if whole_folder:
+        run.checkpoint.parent.rmdir()
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    assert main(["train", "--resume", str(run.path)]) == 2
+    said = capsys.readouterr().err
+    assert f"{run.checkpoint}: must be there to resume a run that got to step 10" in said
+    assert f"sma train {run.path.parent.name} --name NEW" in said
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_resumed(tiny: str, run_recipe: Runner) -> None:
+    run, _ = run_recipe(tiny, "train.checkpoint_every=100", "train.steps=6")
+    rows = losses(run)
+    run.summary.unlink()
+    run.checkpoint.rename(run.checkpoint.with_name(f".{run.checkpoint.name}.1.tmp"))  # while it was being written
+    unfinished = [run.checkpoint.parent / ".tmpAb12", run.path / ".tmpCd34", run.path / ".metrics.csv.1.tmp"]
+    for file in unfinished:
+        file.write_bytes(b"of a process that was killed")
+    assert main(["train", "--resume", str(run.path)]) == 0
+    assert losses(run) == rows
+    assert not any(file.exists() for file in unfinished)
+    assert [file.name for file in run.checkpoint.parent.iterdir()] == [run.checkpoint.name]
 
 
 def test_a_run_killed_after_the_last_step_only_writes_its_results(tiny: str, run_recipe: Runner) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from transformers import PreTrainedModel
 
-from sma.errors import ConfigError, ShapeError
+from sma.errors import ConfigError, ShapeError, SizeError
 from sma.interfaces import Model
+from sma.spec.sizes import blueprint
 from sma_models.integrations.hf.configuration import SMAConfig
 from sma_models.integrations.hf.loader import Loadable
 from sma_models.integrations.hf.token_batch import TokenBatch
@@ -171,8 +172,9 @@ def places_of(block: nn.Module) -> list[str]:
 
 def _build(typed: StackConfig) -> Model:
     try:
+        blueprint(typed)
         model: Model = typed.build()
-    except (RuntimeError, MemoryError, OverflowError) as error:  # sizes beyond the memory of this machine
+    except (SizeError, RuntimeError, MemoryError, OverflowError) as error:  # sizes beyond the memory of this machine
         raise ConfigError(f"spec: cannot be built here ({error})") from error
     return model
 

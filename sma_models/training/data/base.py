@@ -13,7 +13,7 @@ from sma.errors import ConfigError, MissingExtraError
 from sma.interfaces import Plugin
 from sma_models.training.data.batches import Collating, Kind
 from sma_models.training.data.labelled import LabelledDataset, PaddedDataset, Splits
-from sma_models.training.data.reading import reject
+from sma_models.training.data.reading import named_place, reject
 from sma_models.training.data.release import Release, cache_folder
 
 
@@ -31,6 +31,7 @@ class Task:
         lanes: ``lanes(split, batch_size)`` gives batches that go on where the batch before stopped, for a language
             model that carries its state through an evaluation; None where every sample stands for itself.
         text: ``text(split)`` gives the bytes of a split of a language model.
+        notes: what the user should know about the files, a line each: how many were passed over, and why.
     """
 
     kind: Kind
@@ -41,6 +42,7 @@ class Task:
     n_classes: int | None = None
     lanes: Callable[[str, int], Any] | None = None
     text: Callable[[str], bytes] | None = None
+    notes: tuple[str, ...] = ()
 
     def split(self, name: str) -> Collating:
         """The samples of a split.
@@ -149,11 +151,14 @@ def locate(release: Release, root: str | None = None) -> Path:
     """The folder of a release: ``root``, without touching the network, or the one downloaded into the cache.
 
     Raises:
+        ConfigError: ``root`` is the empty string.
         DataError: there is no ``root``, or the download fails.
         MissingExtraError: a download is needed, and the extra ``train`` is not installed.
     """
-    if root:
-        place = Path(root).expanduser()
+    if root is not None:
+        if not root:
+            raise ConfigError(f"root: must be the folder of the {release.name} data, or null to download them, got ''")
+        place = named_place(root)
         if not place.exists():
             reject(place, f"must be the folder of the {release.name} data", "nothing there")
         return place

@@ -250,6 +250,7 @@ class ByteData(Data):
             vocab_size=VOCAB_SIZE,
             lanes=lanes if self.config.carry_state else None,
             text=partial(_text, parts),
+            notes=streams.notes,
         )
 
 

@@ -345,7 +345,7 @@ class ListOpsData(PaddedData):
 
     def prepare(self) -> Path:
         c = self.config
-        if c.root:
+        if c.root is not None:
             return super().prepare()
         sizes = {"train": c.train, "validation": c.validation, "test": c.test}
         shape = "-".join(

@@ -21,6 +21,11 @@ def reject(path: Pathlike, rule: str, value: Any) -> NoReturn:
     raise DataError(f"{os.fspath(path)}: {rule}, got {text if len(text) <= 120 else text[:120] + '...'}")
 
 
+def named_place(name: Pathlike) -> Path:
+    """The path that a name means: as it is where it exists, else with ``~`` standing for the folder of a user."""
+    return Path(name) if os.path.lexists(name) else Path(os.path.expanduser(name))
+
+
 def read_bytes(path: Pathlike, allow_empty: bool = False) -> bytes:
     """The whole content of a file.
 

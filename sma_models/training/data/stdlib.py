@@ -56,6 +56,10 @@ class StdlibData(ByteData):
         root: str | None = None
         fractions: tuple[float, float] = (0.05, 0.05)
 
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self.require(self.root != "", "root", "must be a folder, or null")
+
     config: Config
 
     def streams(self) -> StreamSplits:

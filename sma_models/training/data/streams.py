@@ -94,11 +94,12 @@ class ByteStream:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSplits:
-    """The three parts of a language-modelling task, as streams."""
+    """The three parts of a language-modelling task, as streams; ``notes`` say what was passed over on the way."""
 
     train: ByteStream
     validation: ByteStream
     test: ByteStream
+    notes: tuple[str, ...] = ()
 
 
 def split_bytes(stream: ByteStream, fractions: tuple[float, float]) -> StreamSplits:
