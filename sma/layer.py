@@ -131,8 +131,10 @@ class SparseMixture(nn.Module):
             if not isinstance(module, nn.Module):
                 raise ConfigError(f"{type(self).__name__}: a module must be an nn.Module, got {module!r}")
         self.causal = causal
+        if layouts is not None and len(layouts) != len(modules):
+            raise ConfigError(f"{type(self).__name__}: layouts must hold {len(modules)}, one a module, got {layouts!r}")
         self.layouts: list[Layout] = [
-            stated or infer_layout(module)
+            infer_layout(module) if stated is None else stated
             for module, stated in zip(modules, layouts or [None] * len(modules), strict=True)
         ]
         for module, layout in zip(modules, self.layouts, strict=True):

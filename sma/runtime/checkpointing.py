@@ -82,11 +82,11 @@ def _inside(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
         DEPTH.value -= 1
 
 
-class _Decisions(TorchDispatchMode):
+class _Decisions(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keeps the decisions that are taken inside."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kept: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -96,11 +96,11 @@ class _Decisions(TorchDispatchMode):
         return out
 
 
-class _SameDecisions(TorchDispatchMode):
+class _SameDecisions(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Gives the decisions that were kept, in their order, in place of those that are taken inside."""
 
     def __init__(self, kept: list[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._next = iter(kept)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

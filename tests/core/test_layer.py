@@ -20,7 +20,7 @@ from sma.errors import ConfigError, RoutingError, ShapeError, StreamingError
 from sma.interfaces import Configurator
 from sma.layer import ActivatedConfig, MixtureConfig, SparselyActivated, SparseMixture
 from sma.ops import using
-from sma.routing import Routing
+from sma.routing import Packed, Routing
 from tests.core.parts import Losing, Running
 
 
@@ -340,6 +340,13 @@ def test_a_replay_never_activates_padding() -> None:
 # Streaming
 
 
+class Packing(nn.Module):
+    """A user's class of layout "packed" that is no module of this library."""
+
+    def forward(self, x: Tensor, packed: Packed, state: Any) -> Tensor:
+        return x
+
+
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
@@ -350,7 +357,7 @@ def test_a_replay_never_activates_padding() -> None:
             lambda: SparselyActivated(Running.Config(bounded=False).build(d_model=4, causal=True)),
             "Running has no bounded memory",
         ),
-        (lambda: SparselyActivated(nn.Identity(), layout="packed"), "Identity keeps no bounded working memory"),
+        (lambda: SparselyActivated(Packing(), layout="packed"), "Packing keeps no bounded working memory"),
     ],
 )
 def test_what_cannot_stream_says_why(layer: Any, reason: str) -> None:
