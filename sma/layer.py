@@ -108,6 +108,7 @@ class SparseMixture(nn.Module):
     """
 
     _single: ClassVar[bool] = False
+    _makes_parameters = False  # at the next call, from the width of its tokens
     module: nn.Module
     members: nn.ModuleList
 
@@ -130,8 +131,10 @@ class SparseMixture(nn.Module):
             if not isinstance(module, nn.Module):
                 raise ConfigError(f"{type(self).__name__}: a module must be an nn.Module, got {module!r}")
         self.causal = causal
+        if layouts is not None and len(layouts) != len(modules):
+            raise ConfigError(f"{type(self).__name__}: layouts must hold {len(modules)}, one a module, got {layouts!r}")
         self.layouts: list[Layout] = [
-            stated or infer_layout(module)
+            infer_layout(module) if stated is None else stated
             for module, stated in zip(modules, layouts or [None] * len(modules), strict=True)
         ]
         for module, layout in zip(modules, self.layouts, strict=True):
@@ -150,6 +153,7 @@ class SparseMixture(nn.Module):
         self.router = self._make_router() if router and self.configurator.logits_per_module else None
         if self.d_model is not None:
             self._know_width(self.d_model)
+        self._makes_parameters = self.d_model is None or any(map(is_lazy, self.parameters()))
 
     def _check_configurator(self, n_modules: int) -> None:
         configurator = self.configurator
@@ -352,6 +356,10 @@ class SparseMixture(nn.Module):
             source: of the logits, instead of the layer's own router.
             replay: see there.
         """
+        if self._makes_parameters and torch.is_inference_mode_enabled():
+            # What is made in inference mode can never be trained.
+            with torch.inference_mode(False), torch.no_grad():
+                return self.run_members(x.clone(), state, valid=valid, lengths=lengths, source=source, replay=replay)
         self._admit(x, valid, lengths, state)
         if source is None:
             if isinstance(self.router, _LazyRouter):
@@ -385,6 +393,8 @@ class SparseMixture(nn.Module):
         if state is not None:
             taken = scored.valid.sum(1) if scored.padded else x.shape[1]
             after = ActivatedState(state.seen + taken, tuple(states))
+        if self._makes_parameters:
+            self._makes_parameters = False
         return MemberOutputs(tuple(members), x, after, routing, losses)
 
     def _admit(

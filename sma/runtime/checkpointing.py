@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
@@ -81,9 +82,58 @@ def _inside(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
         DEPTH.value -= 1
 
 
+class _Decisions(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps the decisions that are taken inside."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kept: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.sma.decision.default:
+            self.kept.append(out.clone())  # the caller may change what it got
+        return out
+
+
+class _SameDecisions(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Gives the decisions that were kept, in their order, in place of those that are taken inside."""
+
+    def __init__(self, kept: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._next = iter(kept)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.sma.decision.default:
+            return func(*args, **(kwargs or {}))
+        decision = next(self._next, None)
+        if decision is None:
+            raise RuntimeError(
+                "sma.checkpoint: must take as many decisions when it recomputes as before, got one more; "
+                "the function must do the same at every call"
+            )
+        return decision.clone()
+
+
+class _Anew(AbstractContextManager[None]):
+    """A context that is made at every entry: a graph that is kept is recomputed once for each backward pass."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self._make = make
+        self._entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        context = self._make()
+        context.__enter__()
+        self._entered.append(context)
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._entered.pop().__exit__(*error)
+
+
 def _contexts(modules: list[nn.Module]) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    now, again = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
-    return _inside(now), _inside(_copies_of_buffers(modules), again)
+    now = _Decisions()
+    return _inside(now), _Anew(lambda: _inside(_copies_of_buffers(modules), _SameDecisions(now.kept)))
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -96,7 +146,8 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         **kwargs: its keyword arguments.
 
     Returns:
-        What ``function`` returns.
+        What ``function`` returns. Its graph may be used more than once (``retain_graph=True``); each backward pass
+        recomputes it.
 
     Example:
         >>> import torch, sma

@@ -1,7 +1,7 @@
 """Which layout a module takes, how wide its tokens are, and what cannot run correctly on compressed sequences.
 
-A plain ``nn.Module`` is taken to work token by token. Stock sequence modules (attention, recurrent nets, convolutions)
-take the ``padded`` layout.
+A class of the user's own is taken to work token by token, unless it says a layout or contains a stock sequence module
+(attention, a recurrent net, a convolution). PyTorch's modules take the layout that :mod:`sma.wrap.known` lists.
 """
 
 from __future__ import annotations
@@ -10,14 +10,9 @@ from torch import nn
 
 from sma.errors import ConfigError
 from sma.interfaces import Layout, Module
+from sma.runtime.plain import unwrapped
+from sma.wrap.known import LAYOUTS, SEQUENCE_MODULES, check_stock, stock_class, stock_layouts
 
-SEQUENCE_MODULES = (
-    nn.MultiheadAttention,
-    nn.TransformerEncoderLayer,
-    nn.TransformerEncoder,
-    nn.RNNBase,
-    nn.Conv1d,
-)
 WIDTH_ATTRIBUTES = ("d_model", "embed_dim", "in_features", "input_size", "in_channels")
 
 
@@ -25,18 +20,41 @@ def infer_layout(module: nn.Module) -> Layout:
     """The layout that a module takes, from its class or from the stock modules that it contains.
 
     Returns:
-        ``module.layout`` of a :class:`~sma.interfaces.Module` (or of any class that states one), ``padded`` when a
-        stock sequence module is inside or a part of an ``nn.Sequential`` takes sequences, else ``tokens``.
+        ``module.layout`` of a :class:`~sma.interfaces.Module` (or of any class that states one), the layout of a stock
+        module, ``padded`` when a stock sequence module is inside or a part of an ``nn.Sequential`` takes sequences,
+        else ``tokens``.
+
+    Raises:
+        ConfigError: a stock module can be called in more than one layout, or is of a class that is not known; or the
+            stated layout is none.
     """
+    module = unwrapped(module)
     stated = getattr(module, "layout", None)
     if stated is not None:
-        if stated not in ("tokens", "packed", "padded"):
-            raise ConfigError(f"{type(module).__name__}.layout: must be 'tokens', 'packed' or 'padded', got {stated!r}")
+        if stated not in LAYOUTS:
+            raise ConfigError(f"{type(module).__name__}.layout: must be {_CHOICES}, got {stated!r}")
         layout: Layout = stated
         return layout
     if is_chain(module):
         return "padded" if any(infer_layout(child) != "tokens" for child in module.children()) else "tokens"
+    stock = stock_class(module)
+    if stock is not None and not isinstance(module, SEQUENCE_MODULES):
+        return _only_layout(module, stock)
     return "padded" if any(isinstance(part, SEQUENCE_MODULES) for part in module.modules()) else "tokens"
+
+
+_CHOICES = f"{', '.join(map(repr, LAYOUTS[:-1]))} or {LAYOUTS[-1]!r}"
+
+
+def _only_layout(module: nn.Module, stock: type[nn.Module]) -> Layout:
+    possible = stock_layouts(stock)
+    if len(possible) > 1:
+        check_stock(module, stock, possible[0], causal=False)  # for some there is a better reason
+        raise ConfigError(
+            f"nn.{stock.__name__}: must be given a layout, since it may work token by token or not: layout='tokens' "
+            "calls it with (K, D), layout='padded' with sequences; in an nn.Sequential, set .layout on the part"
+        )
+    return possible[0]
 
 
 def is_chain(module: nn.Module) -> bool:
@@ -46,8 +64,9 @@ def is_chain(module: nn.Module) -> bool:
 
 def infer_width(module: nn.Module) -> int | None:
     """The width of the tokens that a module takes, or None when it does not show."""
+    module = unwrapped(module)
     if isinstance(module, nn.TransformerEncoderLayer):
-        return int(module.self_attn.embed_dim)
+        return infer_width(module.self_attn)
     if isinstance(module, nn.TransformerEncoder):
         return infer_width(module.layers[0])
     if isinstance(module, nn.LayerNorm):
@@ -57,14 +76,17 @@ def infer_width(module: nn.Module) -> int | None:
         if isinstance(width, int) and width > 0:
             return width
     if isinstance(module, nn.Sequential):
-        # Activations and dropout show no width and keep it; anything else that shows none could change it.
+        # Most activations and dropout show no width and keep it; anything else that shows none could change it.
         for child in module:
             width = infer_width(child)
             if width is not None:
                 return width
-            if next(child.parameters(), None) is not None:
+            if next(child.parameters(), None) is not None or isinstance(unwrapped(child), _WIDTH_CHANGES):
                 return None
     return None
+
+
+_WIDTH_CHANGES = (nn.GLU, nn.Flatten, nn.Unflatten)
 
 
 def check_supported(module: nn.Module, layout: Layout, causal: bool) -> None:
@@ -76,41 +98,39 @@ def check_supported(module: nn.Module, layout: Layout, causal: bool) -> None:
     Raises:
         ConfigError: with the reason.
     """
+    module = unwrapped(module)
     name = type(module).__name__
+    if layout not in LAYOUTS:
+        raise ConfigError(f"{name}: layout must be {_CHOICES}, got {layout!r}")
     if isinstance(module, Module):
         if causal and not module.causal:
             raise ConfigError(f"{name}: was built with causal=False, it cannot be used in a causal layer")
-    elif layout == "padded" and (is_chain(module) or isinstance(module, SEQUENCE_MODULES)):
-        _check_stock(module, causal)
-    elif layout != "tokens" and causal and getattr(module, "causal", False) is not True:
+        return
+    if is_chain(module) and layout != "packed":
+        for part, child in module.named_children():
+            taken = infer_layout(child)
+            if layout == "tokens" and taken != "tokens":
+                raise ConfigError(
+                    f"{name}: layout must be 'padded', since part {part}, {type(unwrapped(child)).__name__}, takes "
+                    f"{taken!r}; got 'tokens'"
+                )
+            check_supported(child, taken, causal)
+        return
+    stock = stock_class(module)
+    if stock is not None:
+        check_stock(module, stock, layout, causal)
+    elif isinstance(module, SEQUENCE_MODULES) and layout == "padded":
+        # Of a derived class with a forward of its own, which is called like its base.
+        check_stock(module, next(kind for kind in SEQUENCE_MODULES if isinstance(module, kind)), layout, causal)
+    elif type(module).forward is nn.Module.forward and "forward" not in module.__dict__:
+        raise ConfigError(f"{name}: has no forward; wrap a module that can be called")
+    if stock is None or len(stock_layouts(stock)) > 1:
+        _check_claim(module, name, layout, causal)
+
+
+def _check_claim(module: nn.Module, name: str, layout: Layout, causal: bool) -> None:
+    known = isinstance(module, SEQUENCE_MODULES) and layout == "padded"
+    if layout != "tokens" and causal and not known and getattr(module, "causal", False) is not True:
         raise ConfigError(
             f"{name}: cannot be used in a causal layer unless it is causal; if it is, say so: {name}.causal = True"
-        )
-
-
-def _check_stock(module: nn.Module, causal: bool) -> None:
-    if is_chain(module):
-        for child in module.children():
-            check_supported(child, infer_layout(child), causal)
-    elif isinstance(module, nn.Conv1d):
-        _check_convolution(module)
-        if causal and module.kernel_size != (1,):
-            raise ConfigError("nn.Conv1d: a centred convolution sees the future, it cannot be causal")
-    elif isinstance(module, nn.RNNBase) and causal and module.bidirectional:
-        name = type(module).__name__
-        raise ConfigError(f"nn.{name}: a bidirectional recurrent net sees the future, it cannot be causal")
-
-
-def _check_convolution(conv: nn.Conv1d) -> None:
-    if conv.padding_mode != "zeros":
-        raise ConfigError(
-            f"nn.Conv1d.padding_mode: must be 'zeros', other modes would read padding, got {conv.padding_mode!r}"
-        )
-    span = conv.dilation[0] * (conv.kernel_size[0] - 1)
-    both_sides = span if conv.padding == "same" else 0 if conv.padding == "valid" else 2 * int(conv.padding[0])
-    if conv.stride != (1,) or both_sides != span:
-        raise ConfigError(
-            "nn.Conv1d: must keep the length (stride 1, padding 'same'), got "
-            f"stride {conv.stride[0]}, padding {conv.padding!r}, kernel_size {conv.kernel_size[0]}, "
-            f"dilation {conv.dilation[0]}"
         )

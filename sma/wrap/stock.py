@@ -1,14 +1,14 @@
 """How a module is called on the active tokens, whatever its layout.
 
-A plain ``nn.Module`` is taken to work token by token. Stock sequence modules (attention, recurrent nets, convolutions)
-run on the ``padded`` layout: the active tokens of each sequence as one row ``(B', K', D)``, right-padded, rows without
-active tokens left out.
+A plain ``nn.Module`` is taken to work token by token. Stock sequence modules (attention, recurrent nets, convolutions,
+pools) run on the ``padded`` layout: the active tokens of each sequence as one row ``(B', K', D)``, right-padded, rows
+without active tokens left out.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from sma.interfaces import Layout, ModuleOutput
 from sma.routing import Packed
 from sma.runtime.plain import unwrapped, why_called
 from sma.state import State
+from sma.wrap.known import CHANNELS_FIRST, ROW_BY_ROW, stock_class
 from sma.wrap.layouts import infer_layout, is_chain
 
 MASK_ARGUMENTS = ("src_key_padding_mask", "key_padding_mask", "padding_mask")
@@ -59,7 +60,8 @@ def call_module(
 def _as_output(module: nn.Module, result: Any) -> ModuleOutput:
     if isinstance(result, tuple) and 1 <= len(result) <= 3:
         output = ModuleOutput(*result)
-        if isinstance(output.output, Tensor) and (output.state is None or isinstance(output.state, State)):
+        stateful = output.state is None or isinstance(output.state, State)
+        if isinstance(output.output, Tensor) and stateful and isinstance(output.losses, Mapping):
             return output
     raise ShapeError(
         f"{type(module).__name__}: must return a tensor, (tensor, sma.State or None) or a sma.ModuleOutput, "
@@ -122,6 +124,11 @@ def _call_rows(module: nn.Module, x: Tensor, lengths: Tensor, causal: bool, wind
     for kind, call in _CALLS.items():
         if isinstance(inner, kind):
             return call(module, x, lengths, mask)
+    if stock_class(inner) is not None:
+        if isinstance(inner, CHANNELS_FIRST):
+            return _channels_first(module, x, lengths, mask)
+        if isinstance(inner, ROW_BY_ROW):
+            return _row_by_row(module, x, lengths)
     return _custom(module, x, lengths)
 
 
@@ -177,10 +184,22 @@ def _recurrent(module: nn.Module, x: Tensor, lengths: Tensor, mask: _Mask | None
     return out
 
 
-def _convolution(module: nn.Module, x: Tensor, lengths: Tensor, mask: _Mask | None) -> Tensor:
+def _channels_first(module: nn.Module, x: Tensor, lengths: Tensor, mask: _Mask | None) -> Tensor:
     # Zero padding to the right is what the convolution itself would add at the end of each row.
     out: Tensor = module(x.transpose(1, 2))
     return out.transpose(1, 2)
+
+
+def _row_by_row(module: nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
+    """One that would read padding: each row apart, as ``(1, D, L)``."""
+    rows = []
+    for row, length in enumerate(lengths.tolist()):
+        # Norms refuse a single token in training. Twice the same token has the same mean and variance.
+        twice = length == 1 and isinstance(unwrapped(module), (nn.InstanceNorm1d, nn.GroupNorm))
+        tokens = x[row : row + 1, :length].transpose(1, 2)
+        out: Tensor = module(tokens.expand(-1, -1, 2) if twice else tokens)
+        rows.append(out[0, :, :length].t())
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def _custom(module: nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
@@ -206,5 +225,5 @@ _CALLS: dict[type[nn.Module], Callable[[nn.Module, Tensor, Tensor, _Mask | None]
     nn.TransformerEncoderLayer: _encoder,
     nn.TransformerEncoder: _encoder,
     nn.RNNBase: _recurrent,
-    nn.Conv1d: _convolution,
+    nn.Conv1d: _channels_first,
 }

@@ -81,6 +81,7 @@ def test_a_stated_layout_wins() -> None:
         (lambda x: None, "NoneType"),
         (lambda x: [x], "list"),
         (lambda x: (x, x), r"\(Tensor, Tensor\)"),
+        (lambda x: (x, None, x), r"\(Tensor, NoneType, Tensor\)"),
         (lambda x: {"y": x}, "dict"),
     ],
 )

@@ -91,3 +91,61 @@ def test_the_operation_of_decisions(shape: tuple[int, ...]) -> None:
     marked = mark_decision(active)
     assert torch.equal(marked, active)
     assert marked.untyped_storage().data_ptr() != active.untyped_storage().data_ptr() or not active.numel()
+
+
+def test_a_graph_can_be_used_more_than_once() -> None:
+    layer, x = restless(), torch.randn(2, 6, 4, requires_grad=True)
+    out = checkpoint(layer, x)
+    for loss in (Tensor.sum, lambda y: y.square().sum(), lambda y: y.exp().sum()):
+        wanted = torch.autograd.grad(loss(layer(x, replay=out.routing).output), [x, *layer.parameters()])
+        got = torch.autograd.grad(loss(out.output), [x, *layer.parameters()], retain_graph=True)
+        for each, other in zip(got, wanted, strict=True):
+            torch.testing.assert_close(each, other)
+
+
+def test_a_graph_that_is_used_twice_leaves_buffers_alone() -> None:
+    norm = nn.BatchNorm1d(4)
+    layer, x = SparselyActivated(nn.Sequential(nn.Linear(4, 4), norm)), torch.randn(2, 6, 4)
+    out = checkpoint(layer, x)
+    mean = norm.running_mean.clone()
+    out.output.sum().backward(retain_graph=True)
+    out.output.square().sum().backward()
+    assert torch.equal(norm.running_mean, mean)
+    assert norm.num_batches_tracked == 1
+
+
+def test_a_second_derivative_goes_through() -> None:
+    layer, x = restless(), torch.randn(2, 6, 4, requires_grad=True)
+    out = checkpoint(layer, x)
+    (slope,) = torch.autograd.grad(out.output.square().sum(), x, create_graph=True)
+    (got,) = torch.autograd.grad(slope.square().sum(), x)
+    (slope,) = torch.autograd.grad(layer(x, replay=out.routing).output.square().sum(), x, create_graph=True)
+    (wanted,) = torch.autograd.grad(slope.square().sum(), x)
+    torch.testing.assert_close(got, wanted)
+
+
+class Forgetful(nn.Module):
+    """Takes one decision at the first call, and two at every later one."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        for _ in range(min(self.calls, 2)):
+            x = x * mark_decision(x > 0)
+        return x.exp()
+
+
+def test_a_function_that_takes_more_decisions_is_refused() -> None:
+    out = checkpoint(Forgetful(), torch.randn(2, 6, 4, requires_grad=True))
+    with pytest.raises(RuntimeError, match="as many decisions when it recomputes"):
+        out.sum().backward()
+
+
+def test_a_decision_that_the_caller_changes_is_still_the_one_that_counts() -> None:
+    layer, x = restless(), torch.randn(2, 6, 4)
+    out = checkpoint(layer, x)
+    (wanted,) = torch.autograd.grad(out.output.sum(), layer.module[0].weight, retain_graph=True)
+    out.routing.active.logical_not_()
+    (got,) = torch.autograd.grad(out.output.sum(), layer.module[0].weight)
+    assert torch.equal(got, wanted)

@@ -20,7 +20,7 @@ from sma.errors import ConfigError, RoutingError, ShapeError, StreamingError
 from sma.interfaces import Configurator
 from sma.layer import ActivatedConfig, MixtureConfig, SparselyActivated, SparseMixture
 from sma.ops import using
-from sma.routing import Routing
+from sma.routing import Packed, Routing
 from tests.core.parts import Losing, Running
 
 
@@ -132,6 +132,44 @@ def test_a_lazy_layer_is_loaded_before_its_first_call() -> None:
     assert target.configurator.temp.item() == pytest.approx(0.123)
     with pytest.raises(ShapeError):
         target(torch.randn(2, 5, 3))
+
+
+class Masking(nn.Module):
+    """Shows no width, and makes a buffer at its first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(4))
+        self.register_buffer("scale", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            self.scale = torch.full((x.shape[-1],), 2.0)
+        return x @ self.weight * self.scale
+
+
+@pytest.mark.parametrize(
+    ("module", "d_model"),
+    [
+        (Masking(), None),
+        (nn.Sequential(nn.LazyLinear(8), nn.ReLU(True), nn.LazyLinear(4)), None),
+        (nn.Sequential(nn.LazyLinear(8), nn.ReLU(True), nn.LazyLinear(4)), 4),
+    ],
+)
+def test_a_layer_first_called_in_inference_mode_is_trained_later(module: nn.Module, d_model: int | None) -> None:
+    layer = SparselyActivated(copy.deepcopy(module), d_model=d_model)
+    x = torch.randn(2, 5, 4)
+    with torch.inference_mode():
+        given = torch.ones(1) * x  # an inference tensor
+        first = layer(given).output
+    assert torch.equal(given, x)
+    assert not any(each.is_inference() for each in [*layer.parameters(), *layer.buffers()])
+    out = layer(x).output
+    torch.testing.assert_close(out, first)
+    out.sum().backward()
+    assert all(each.grad is not None for each in layer.parameters())
+    with torch.inference_mode():
+        assert layer(x).output.is_inference(), "only the first call leaves inference mode"
 
 
 def test_a_lazy_layer_is_saved_before_its_first_call() -> None:
@@ -302,6 +340,13 @@ def test_a_replay_never_activates_padding() -> None:
 # Streaming
 
 
+class Packing(nn.Module):
+    """A user's class of layout "packed" that is no module of this library."""
+
+    def forward(self, x: Tensor, packed: Packed, state: Any) -> Tensor:
+        return x
+
+
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
@@ -312,7 +357,7 @@ def test_a_replay_never_activates_padding() -> None:
             lambda: SparselyActivated(Running.Config(bounded=False).build(d_model=4, causal=True)),
             "Running has no bounded memory",
         ),
-        (lambda: SparselyActivated(nn.Identity(), layout="packed"), "Identity keeps no bounded working memory"),
+        (lambda: SparselyActivated(Packing(), layout="packed"), "Packing keeps no bounded working memory"),
     ],
 )
 def test_what_cannot_stream_says_why(layer: Any, reason: str) -> None:

@@ -147,6 +147,47 @@ class TestConvolutionDilated(_Convolution):
         return nn.Conv1d(WIDTH, WIDTH, 4, padding="same", dilation=2)
 
 
+class TestConvolutionTransposed(_Convolution):
+    def create(self) -> nn.Module:
+        return nn.ConvTranspose1d(WIDTH, WIDTH, 3, padding=1)
+
+
+class TestPool(_Convolution):
+    """Of the module's own padding, never of what stands behind a sequence."""
+
+    def create(self) -> nn.Module:
+        return nn.Sequential(nn.Conv1d(WIDTH, WIDTH, 3, padding=1), nn.MaxPool1d(3, 1, 1), nn.AvgPool1d(3, 1, 1))
+
+
+class TestInstanceNorm(_Convolution):
+    def create(self) -> nn.Module:
+        return nn.InstanceNorm1d(WIDTH, affine=True)
+
+    def native(self, module: nn.Module, x: Tensor) -> Tensor:
+        twice = torch.cat([x, x], 1)  # the same statistics; a single token is refused in training
+        return super().native(module, twice)[:, : x.shape[1]]
+
+
+class TestGroupNormOfSequences(TestInstanceNorm):
+    layout = "padded"
+
+    def create(self) -> nn.Module:
+        return nn.GroupNorm(2, WIDTH)
+
+
+class TestGroupNormOfTokens(StockSuite):
+    layout = "tokens"
+    causal = True
+    streams = True
+
+    def create(self) -> nn.Module:
+        return nn.GroupNorm(2, WIDTH)
+
+    def native(self, module: nn.Module, x: Tensor) -> Tensor:
+        y: Tensor = module(x[0])[None]
+        return y
+
+
 class TestChainOfConvolutions(StockSuite):
     """A chain whose parts take sequences and tokens by turns; the batch norm counts real tokens only."""
 
