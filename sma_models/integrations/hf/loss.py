@@ -20,11 +20,11 @@ class Targets(NamedTuple):
 
     Attributes:
         labels: ``(B, L)``, -100 where a column predicts nothing.
-        count: scalar, the labels as the Trainer counts them for ``num_items_in_batch``.
+        n_labels: scalar, the labels as the Trainer counts them for ``num_items_in_batch``.
     """
 
     labels: Tensor
-    count: Tensor
+    n_labels: Tensor
 
     @staticmethod
     def of(labels: Tensor, logits: Tensor, valid: Tensor | None, shifted: Tensor | None) -> Targets:

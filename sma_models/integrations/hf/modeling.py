@@ -187,10 +187,10 @@ class SMAForCausalLM(SMAPreTrainedModel, GenerationMixin):
         if valid is not None:  # without padding the loss shifts the labels itself
             options = options | {
                 "shift_labels": targets.labels,
-                "num_items_in_batch": targets.count if num_items is None else num_items,
+                "num_items_in_batch": targets.n_labels if num_items is None else num_items,
             }
         loss: Tensor = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **options)
-        return with_auxiliary(loss, auxiliary, targets.count, num_items)
+        return with_auxiliary(loss, auxiliary, targets.n_labels, num_items)
 
     def _steps(self, cache: Any, tokens: TokenBatch) -> TypeGuard[SMACache]:
         """Whether this call can be one step of decoding."""
