@@ -18,6 +18,7 @@ from sma.padding import valid_of
 from sma.routing import Packed, Routing
 from sma.runtime.checkpointing import DEPTH, mark_decision
 from sma.runtime.plain import call_router, is_plain
+from sma.transforms import refuse_vmap, transformed
 
 Weights = tuple[Tensor, Tensor]
 """Weight ``(M * logits_per_module, D)`` and bias of a router."""
@@ -143,6 +144,8 @@ def _check_finite(name: str, values: Tensor, valid: Tensor | None) -> None:
     # Only on the CPU: elsewhere this would synchronise with the device.
     if values.device.type != "cpu" or torch.compiler.is_compiling():
         return
+    if transformed():
+        refuse_vmap(name, values)
     real = values.detach() if valid is None else values.detach()[valid]
     # A sum is quicker, and is finite only if all of its terms are; where it is not, it may have overflowed.
     if not isfinite(float(real.sum())) and not bool(real.isfinite().all()):

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sma.transforms import transformed
+
 _LANES = 1 << 16
 
 
@@ -80,7 +82,7 @@ def _factors(x: Tensor, p: float) -> Tensor | None:
     dropout is the faster one.
     """
     dropped = round(p * _LANES)
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or not 0 < dropped < _LANES:
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not 0 < dropped < _LANES or transformed():
         return None
     lanes = _words(-(-x.numel() // 4)).view(torch.int16)[: x.numel()].view(x.shape)
     # As numbers, 0 and 1: PyTorch's selections by Booleans take ten times as long as a product.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sma.errors import BackendError
+from sma.transforms import transformed
 
 
 class _Forced(threading.local):
@@ -166,10 +167,17 @@ class Op:
         """
         kept = None if torch.compiler.is_compiling() else self._kept.get((_forced.name, signature))
         run = (self.chosen(signature) if kept is None else kept).run
+        if transformed():
+            run = self._differentiable(signature).run
         if torch.is_autocast_enabled(signature.device.type):
             with torch.autocast(signature.device.type, enabled=False):
                 return run(*args)
         return run(*args)
+
+    def _differentiable(self, signature: Signature) -> Backend:
+        """The backend under ``torch.func`` and in forward mode, which cannot look into a kernel."""
+        chosen = self.chosen(signature)
+        return self._backends.get("eager", chosen) if chosen.name == "triton" and _forced.name is None else chosen
 
     def choose(self, *args: Any) -> Backend:
         """The backend that would run these arguments.

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sma.transforms import transformed
+
 _PIXELS = 32
 """Tokens are filled up to a multiple of it, so that few shapes occur."""
 _LARGEST = 128
@@ -49,6 +51,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or x.device.type != "cpu"
         or x.numel() * weight.shape[0] < _SMALLEST
         or not _pays(x, weight)
+        or transformed()
     ):
         return F.linear(x, weight, bias)
     out: Tensor = _Convolution.apply(x.reshape(-1, x.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]

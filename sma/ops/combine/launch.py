@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sma.ops.combine.triton_kernel import PARTS, ZEROS, backward_kernel, forward_kernel, rows_backward_kernel
 from sma.ops.combine.types import Finish, Terms, leading
 from sma.ops.kernel import cdiv, draw_seed, kernel
 from sma.ops.packed import Packed
 from sma.ops.row_norm.launch import shares, sizes, stride, totals
+from sma.transforms import once_differentiable
 
 
 def _dropped(dropout: float) -> tuple[int, float]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sma.ops.packed import Packed
+from sma.transforms import transformed
 
 
 def compress(x: Tensor, packed: Packed) -> Tensor:
@@ -43,6 +44,7 @@ class _Through(torch.autograd.Function):
 
 def compress_through(x: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
     """See :func:`sma.ops.compress.compress_through`; the gradient is added in place on a CPU, without a capacity."""
-    if x.device.type != "cpu" or packed.overflow is not None or torch.compiler.is_compiling():
+    by_hand = x.device.type == "cpu" and packed.overflow is None and not torch.compiler.is_compiling()
+    if not by_hand or transformed():
         return compress(x, packed), x
     return _Through.apply(x, packed.index)  # type: ignore[no-any-return,no-untyped-call]

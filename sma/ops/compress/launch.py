@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sma.ops.compress.triton_kernel import add_kernel, take_kernel
 from sma.ops.kernel import cdiv, kernel, next_power_of_2
 from sma.ops.packed import Packed
+from sma.transforms import once_differentiable
 
 ELEMENTS = 4096
 """Numbers that a program moves at a time."""

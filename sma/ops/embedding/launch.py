@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sma.ops.embedding.triton_kernel import backward_kernel, forward_kernel
 from sma.ops.kernel import cdiv, kernel, next_power_of_2
+from sma.transforms import once_differentiable
 
 ELEMENTS, WARPS, BACKWARD_WARPS = 4096, 4, 8
 BLOCK_V, BLOCK_T, BLOCK_D = 128, 64, 64

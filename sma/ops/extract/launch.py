@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sma.ops.compress.launch import flat, take
 from sma.ops.packed import Packed
+from sma.transforms import once_differentiable
 
 
 class _Extract(torch.autograd.Function):

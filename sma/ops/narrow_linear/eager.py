@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sma.transforms import transformed
+
 
 def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """A matrix product in float32 at least; padding is set to zero in front of it, where NaN would spread."""
     wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     plain = valid is None and x.dtype == weight.dtype == wide
-    if plain and x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if plain and x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed():
         return _Through.apply(x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
     inner = x if valid is None else x.masked_fill(~valid[..., None], 0)
     out = F.linear(inner.to(wide), weight.to(wide), bias.to(wide))

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sma.ops.kernel import cdiv, kernel, next_power_of_2
 from sma.ops.narrow_linear.triton_kernel import backward_kernel, forward_kernel
 from sma.ops.row_norm.launch import total as sum_of
+from sma.transforms import once_differentiable
 
 BLOCK_D = 128
 BLOCK_T = 8

@@ -11,6 +11,7 @@ from sma.ops.backend import Op, lazy
 from sma.ops.kernel import why_not_interpreted, why_not_triton
 from sma.ops.pack import eager, reference
 from sma.ops.pack.types import PackedRows, Signature
+from sma.transforms import refuse_vmap, transformed
 
 
 def pack(
@@ -33,6 +34,7 @@ def pack(
             (:class:`~sma.ops.router.Routed`).
 
     Raises:
+        BackendError: the mask is mapped over by ``torch.vmap``.
         ShapeError: ``mask`` is no bool matrix, ``position`` does not fit it, or the capacity is below 1.
 
     Example:
@@ -40,6 +42,8 @@ def pack(
         >>> rows.tokens.tolist(), rows.cu_seqlens.tolist(), rows.row.tolist()
         ([1, 2, 3], [0, 1, 3], [-1, 0, 1, 2])
     """
+    if transformed():
+        refuse_vmap("pack", mask)
     rows: PackedRows = OP.run(_signature(mask, position, capacity, counts), mask, position, capacity, counts)
     return rows
 

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sma.ops.column_sums.launch import column_sums
 from sma.ops.compress.launch import add_, take
@@ -15,6 +14,7 @@ from sma.ops.pack.launch import LEAST_COUNTED, count_block
 from sma.ops.packed import Packed
 from sma.ops.router.triton_kernel import backward_kernel, forward_kernel
 from sma.ops.router.types import Compressor, Gate, Routed
+from sma.transforms import once_differentiable
 
 FORWARD_T, FORWARD_D = LEAST_COUNTED, 128
 WARPS = 4

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sma.ops.kernel import cdiv, kernel, next_power_of_2
 from sma.ops.row_norm.triton_kernel import backward_kernel, forward_kernel
 from sma.ops.row_norm.types import RowNorm
+from sma.transforms import once_differentiable
 
 ELEMENTS = 2048
 """Numbers of a block of tokens, with WARPS warps."""

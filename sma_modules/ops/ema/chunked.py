@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sma.ops.backend import without_autocast
+from sma.transforms import once_differentiable
 
 CHUNK = 32
 """Tokens of a chunk: more make the products larger, fewer make more steps from chunk to chunk."""

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from sma.transforms import transformed
 
 DIRECT = 1 << 21
 """Tokens times taps up to which an exported graph takes products and sums: runtimes differ in their transforms."""
@@ -23,7 +24,7 @@ def convolve(x: Tensor, ahead: Tensor, behind: Tensor | None = None) -> Tensor:
         behind: ``(D, K)`` kernel on the present and the future.
 
     Returns:
-        ``(B, L, D)``. Differentiable once.
+        ``(B, L, D)``.
     """
     length, taps = x.shape[1], ahead.shape[1]
     if torch.compiler.is_exporting() and length * taps <= DIRECT:
@@ -35,6 +36,8 @@ def convolve(x: Tensor, ahead: Tensor, behind: Tensor | None = None) -> Tensor:
     else:
         middle = ahead.new_zeros(ahead.shape[0], size - 2 * taps + 1)
         circular = torch.cat([ahead[:, :1] + behind[:, :1], ahead[:, 1:], middle, behind[:, 1:].flip(1)], dim=1)
+    if transformed():
+        return _plain(x, circular)
     y: Tensor = _CircularConvolution.apply(x, circular)  # type: ignore[no-untyped-call]
     return y
 
@@ -79,10 +82,13 @@ class _CircularConvolution(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, kernel = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (grad,), (x, kernel) = grads, ctx.saved_tensors
         need_x, need_kernel = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # for a second derivative
+            wanted = [each for each, needed in ((x, need_x), (kernel, need_kernel)) if needed]
+            found = iter(torch.autograd.grad(_plain(x, kernel), wanted, grad, create_graph=True))
+            return next(found) if need_x else None, next(found) if need_kernel else None
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
         grad_kernel = torch.empty_like(kernel) if need_kernel else None
         for block in _blocks(x, kernel):
@@ -94,6 +100,12 @@ class _CircularConvolution(torch.autograd.Function):
                 spectrum.mul_(torch.fft.rfft(kernel[block]).conj_physical_())
                 grad_x[..., block] = _signal(spectrum, x, kernel)
         return grad_x, grad_kernel
+
+
+def _plain(x: Tensor, kernel: Tensor) -> Tensor:
+    """The same by operations that PyTorch differentiates, as often as is asked for."""
+    spectrum = torch.fft.rfft(x.transpose(1, 2), n=kernel.shape[1]) * torch.fft.rfft(kernel)
+    return _signal(spectrum, x, kernel)
 
 
 def _blocks(x: Tensor, kernel: Tensor) -> list[slice]:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sma.dropout import dropout, dropout_
+from sma.transforms import transformed
 from sma_modules.ops.ema.chunked import chunked
 from sma_modules.ops.ema.convolution import convolve
 from sma_modules.ops.ema.decay import Decay, coefficients, kernel
@@ -51,7 +52,7 @@ def _whole(x: Tensor, inner: Tensor, decay: Decay, omega: Tensor, options: EMAOp
     length, dim = x.shape[1:]
     taps = length if options.truncation is None else min(length, options.truncation)
     on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()  # the steps would be unrolled
-    if on_cpu and taps == length and not options.bidirectional:
+    if on_cpu and taps == length and not options.bidirectional and not transformed():
         y = chunked(inner, decay.log_q, decay.read * decay.drive, omega if inner is x else None)
         return y if inner is x else torch.addcmul(y, omega, x)
     kernels = torch.split(kernel(decay, taps), dim)  # of one direction, or of both

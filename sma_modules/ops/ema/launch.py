@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sma.ops.kernel import draw_seed
+from sma.transforms import once_differentiable
 from sma_modules.ops.ema.operators import after_window, ema_backward, ema_forward
 from sma_modules.ops.ema.state import EMAState
 from sma_modules.ops.ema.types import EMAOptions, EMAParameters, EMAStream

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from sma.transforms import once_differentiable
 from sma_modules.ops.expert_matmul import grouped, launch
 from sma_modules.ops.feed_forward.launch import activate_backward, hidden_values
 

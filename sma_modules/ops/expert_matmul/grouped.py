@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from sma.transforms import once_differentiable
 
 ALIGNMENT = 8
 """bfloat16 values in 16 bytes."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sma.ops.kernel import INTERPRETING, cdiv, kernel, next_power_of_2
+from sma.transforms import once_differentiable
 from sma_modules.ops.expert_matmul.grouped import running_ends
 from sma_modules.ops.expert_matmul.triton_kernel import gradient_kernel, product_kernel
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sma.transforms import transformed
 from sma_modules.ops.expert_order.types import ExpertOrder
 
 
@@ -23,15 +24,20 @@ def order_by_expert(choice: Tensor, n_experts: int) -> ExpertOrder:
 def dispatch(x: Tensor, order: ExpertOrder) -> Tensor:
     """A gather of rows."""
     sources = order.order // order.top_k
-    rows: Tensor = _Gather.apply(x, sources, order.inverse, order.top_k)  # type: ignore[no-untyped-call]
-    return rows
+    return _gather(x, sources, order.inverse, order.top_k)
 
 
 def combine(rows: Tensor, weight: Tensor, order: ExpertOrder) -> Tensor:
     """A gather of rows and a sum."""
-    entries: Tensor = _Gather.apply(rows, order.inverse, order.order, 1)  # type: ignore[no-untyped-call]
-    entries = entries.reshape(*weight.shape, rows.shape[1])
+    entries = _gather(rows, order.inverse, order.order, 1).reshape(*weight.shape, rows.shape[1])
     return (entries * weight[..., None].to(rows.dtype)).sum(1)
+
+
+def _gather(x: Tensor, index: Tensor, back: Tensor, copies: int) -> Tensor:
+    if transformed():
+        return x.index_select(0, index)
+    rows: Tensor = _Gather.apply(x, index, back, copies)  # type: ignore[no-untyped-call]
+    return rows
 
 
 class _Gather(torch.autograd.Function):

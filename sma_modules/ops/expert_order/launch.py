@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sma.ops.kernel import cdiv, kernel, next_power_of_2
+from sma.transforms import once_differentiable
 from sma_modules.ops.expert_order.triton_kernel import (
     combine_backward_kernel,
     count_kernel,

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sma.ops.column_sums.launch import column_sums
 from sma.ops.kernel import cdiv, kernel
+from sma.transforms import once_differentiable
 from sma_modules.ops.feed_forward.triton_kernel import activate_backward_kernel, activate_kernel
 from sma_modules.ops.feed_forward.types import Network
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sma.transforms import transformed
 from sma_modules.ops.gau_inputs.types import Affine
 from sma_modules.ops.rotary import rotary
 
@@ -17,7 +18,7 @@ def gau_inputs(mx: Tensor, affine: Affine) -> tuple[Tensor, Tensor, Tensor, Tens
     z = affine.gamma.shape[1]
     h = (mx.shape[1] - z) // 2
     sizes = (z, h, h)
-    if mx.device.type == "cpu" and not torch.compiler.is_compiling():
+    if mx.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed():
         shared, r, v = _SiluParts.apply(mx, sizes)  # type: ignore[no-untyped-call]
     else:
         shared, r, v = F.silu(mx).split_with_sizes(sizes, dim=-1)
@@ -37,8 +38,9 @@ class _SiluParts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (mx,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for a second derivative
-            return torch.ops.aten.silu_backward(torch.cat(grads, -1), mx), None
+        if torch.is_grad_enabled():  # for a second derivative, which PyTorch's own operation of this has not
+            share = torch.sigmoid(mx)
+            return torch.cat(grads, -1) * share * (1 + mx * (1 - share)), None
         out = torch.empty_like(mx)
         for grad, part, own in zip(grads, *(each.split_with_sizes(ctx.sizes, -1) for each in (mx, out)), strict=True):
             torch.ops.aten.silu_backward.grad_input(grad, part, grad_input=own)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sma.ops.kernel import kernel
+from sma.transforms import once_differentiable
 from sma_modules.ops.gau_inputs import triton_kernel as kernels
 from sma_modules.ops.gau_inputs.types import Affine
 

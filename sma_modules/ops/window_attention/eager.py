@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from sma.dropout import dropout
 from sma.ops.backend import concrete
 from sma_modules.ops.window_attention.masks import biases, visible_count
-from sma_modules.ops.window_attention.products import Pick, Scores, Values, place
+from sma_modules.ops.window_attention.products import pick, place, scores, values
 from sma_modules.ops.window_attention.tiling import Tiling, tile
 from sma_modules.ops.window_attention.types import LAPLACE_DEVIATION, LAPLACE_MEAN, Inputs, Layout, Rule
 
@@ -73,19 +73,18 @@ def _attend(
     n_rows = tiling.key_rows(heads)
     blocks = place(q.reshape(-1, width), q_rows, n * block).view(n, block, width)
     keys = place(k.reshape(-1, width), k_rows, n_rows)
-    values = place(v.reshape(-1, v.shape[2]), k_rows, n_rows)
+    spread = place(v.reshape(-1, v.shape[2]), k_rows, n_rows)
     if heads > 1:
         bias = bias.repeat(heads, 1, 1) if bias.dim() == 3 else bias
         mask = None if mask is None else mask.repeat(heads, 1, 1)
-    weights: Tensor = Scores.apply(bias, blocks, keys, scale, tiling.span, tiling.stride)  # type: ignore[no-untyped-call]
+    weights = scores(bias, blocks, keys, scale, tiling.span, tiling.stride)
     if mask is not None:
         # In place: adding a constant needs neither operand for its gradient, and scores are the largest tensor here.
         weights = weights.add_(mask)
     weights = _activate(weights, rule)
     weights = dropout(weights, rule.dropout) if rule.dropout else weights
-    out: Tensor = Values.apply(weights.to(v.dtype), values, tiling.stride)  # type: ignore[no-untyped-call]
-    picked: Tensor = Pick.apply(out.view(n * block, -1), q_rows)  # type: ignore[no-untyped-call]
-    return picked.view(*q.shape[:2], -1)
+    out = values(weights.to(v.dtype), spread, tiling.stride)
+    return pick(out.view(n * block, -1), q_rows).view(*q.shape[:2], -1)
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tensor:
@@ -104,8 +103,7 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule) -> Tens
         mask = torch.zeros_like(empty, dtype=q.dtype).masked_fill_(empty, torch.finfo(q.dtype).min / 2)[:, None, None]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rule.dropout, is_causal=rule.causal)
     out = out.transpose(1, 2).reshape(tiling.n_blocks * tiling.block, -1)
-    picked: Tensor = Pick.apply(out, tiling.q_rows)  # type: ignore[no-untyped-call]
-    return picked.view(n_queries, heads, -1)
+    return pick(out, tiling.q_rows).view(n_queries, heads, -1)
 
 
 def _without_keys(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None) -> Tensor:

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sma.ops.kernel import INTERPRETING, draw_seed, kernel
+from sma.transforms import once_differentiable
 from sma_modules.ops.window_attention import blocks
 from sma_modules.ops.window_attention import triton_kernel as kernels
 from sma_modules.ops.window_attention.types import Inputs, Layout, Rule

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sma.transforms import transformed
 from sma_modules.ops.window_attention.tiling import overlap_add, spans
 
 
-class Pick(torch.autograd.Function):
+class _Pick(torch.autograd.Function):
     """``x[rows]`` for rows that are all different; autograd alone would add up the gradient, much slower."""
 
     @staticmethod
@@ -25,7 +26,7 @@ class Pick(torch.autograd.Function):
         return place(grads[0], rows, ctx.n_rows), None
 
 
-class Scores(torch.autograd.Function):
+class _Scores(torch.autograd.Function):
     """``bias + scale * blocks @ keys^T``, ``(n, block, span)``; the keys are overlapping spans of a buffer."""
 
     @staticmethod
@@ -46,7 +47,7 @@ class Scores(torch.autograd.Function):
         return grad_bias, grad_blocks, overlap_add(grad, blocks, buffer.shape[0], stride), None, None, None
 
 
-class Values(torch.autograd.Function):
+class _Values(torch.autograd.Function):
     """``weights @ values``, ``(n, block, h)``; the values are overlapping spans of a buffer."""
 
     @staticmethod
@@ -58,8 +59,8 @@ class Values(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         weights, buffer = ctx.saved_tensors
-        values = spans(buffer, weights.shape[0], weights.shape[2], ctx.stride)
-        grad_weights = torch.bmm(grads[0], values.transpose(1, 2))
+        taken = spans(buffer, weights.shape[0], weights.shape[2], ctx.stride)
+        grad_weights = torch.bmm(grads[0], taken.transpose(1, 2))
         return grad_weights, overlap_add(weights, grads[0], buffer.shape[0], ctx.stride), None
 
 
@@ -98,8 +99,35 @@ def fixed_point_sums(x: Tensor, index: Tensor, entries: int) -> Tensor:
     return torch.where(largest.isfinite(), sums / scale, torch.nan).to(x.dtype)
 
 
+def pick(x: Tensor, rows: Tensor) -> Tensor:
+    """``x[rows]`` for rows that are all different."""
+    if transformed():
+        return x.index_select(0, rows)
+    out: Tensor = _Pick.apply(x, rows)  # type: ignore[no-untyped-call]
+    return out
+
+
+def scores(bias: Tensor, blocks: Tensor, buffer: Tensor, scale: float, span: int, stride: int) -> Tensor:
+    """``bias + scale * blocks @ keys^T``, ``(n, block, span)``; the keys are overlapping spans of a buffer."""
+    if transformed():
+        keys = spans(buffer, blocks.shape[0], span, stride)
+        return bias + scale * torch.bmm(blocks, keys.transpose(1, 2))
+    out: Tensor = _Scores.apply(bias, blocks, buffer, scale, span, stride)  # type: ignore[no-untyped-call]
+    return out
+
+
+def values(weights: Tensor, buffer: Tensor, stride: int) -> Tensor:
+    """``weights @ values``, ``(n, block, h)``; the values are overlapping spans of a buffer."""
+    if transformed():
+        return torch.bmm(weights, spans(buffer, weights.shape[0], weights.shape[2], stride))
+    out: Tensor = _Values.apply(weights, buffer, stride)  # type: ignore[no-untyped-call]
+    return out
+
+
 def lookup(table: Tensor, index: Tensor) -> Tensor:
     """``table[index]`` for ``table (E,)`` and an index of any shape."""
+    if transformed():
+        return table.index_select(0, index.reshape(-1)).view(index.shape)
     flat: Tensor = _Lookup.apply(table, index.reshape(-1))  # type: ignore[no-untyped-call]
     return flat.view(index.shape)
 
