@@ -25,6 +25,7 @@ class Attention(LocalAttention):
     :class:`~sma_modules.modules.local_attention.LocalAttention`.
 
     Example:
+        >>> import torch
         >>> attention = Attention.Config(n_heads=2).build(d_model=16, causal=True)
         >>> packed = Packed.from_mask(torch.tensor([[True, False, True]]))
         >>> attention(torch.randn(2, 16), packed).output.shape
