@@ -51,7 +51,7 @@ class Scored(NamedTuple):
     tokens: Tensor | None = None
 
 
-class Source(NamedTuple):
+class LogitSource(NamedTuple):
     """Where the logits of a layer come from: one of the three, or nothing for a configurator that needs none.
 
     Attributes:
@@ -69,7 +69,7 @@ def score_tokens(
     name: str,
     configurator: Configurator,
     x: Tensor,
-    source: Source,
+    source: LogitSource,
     valid: Tensor | None = None,
     lengths: Tensor | None = None,
     seen: Tensor | None = None,

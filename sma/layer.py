@@ -18,7 +18,7 @@ from sma.activated import Activated, ActivatedState
 from sma.configurable import BaseConfig
 from sma.configurators.budget import RateController, RateLoss
 from sma.configurators.tempered_softmax import TemperedSoftmax
-from sma.decision import Source, route_tokens, score_tokens
+from sma.decision import LogitSource, route_tokens, score_tokens
 from sma.errors import ConfigError, ShapeError, StreamingError
 from sma.interfaces import Configurator, Layout, Module
 from sma.ops.combine import combine
@@ -326,7 +326,7 @@ class SparseMixture(nn.Module):
             StreamingError: a state was passed and the layer cannot stream, or the state is of another batch.
             RoutingError: ``replay`` does not fit the input.
         """
-        source = None if logits is None else Source(logits=logits)
+        source = None if logits is None else LogitSource(logits=logits)
         out = self.run_members(x, state, valid=valid, lengths=lengths, source=source, replay=replay)
         total: Tensor | None = None
         for output, packed, weight in out.members:
@@ -341,7 +341,7 @@ class SparseMixture(nn.Module):
         *,
         valid: Tensor | None = None,
         lengths: Tensor | None = None,
-        source: Source | None = None,
+        source: LogitSource | None = None,
         replay: Routing | None = None,
     ) -> MemberOutputs:
         """The same up to the modules' outputs, for a block that does the rest by :func:`~sma.ops.combine.combine`.
@@ -364,7 +364,7 @@ class SparseMixture(nn.Module):
         if source is None:
             if isinstance(self.router, _LazyRouter):
                 self.router(x[:0])
-            source = Source(self.router)
+            source = LogitSource(self.router)
         seen = None if state is None else state.seen
         scored = score_tokens(type(self).__name__, self.configurator, x, source, valid, lengths, seen)
         capacity = self.capacity if replay is None and (state is None or self.capacity_streams) else None

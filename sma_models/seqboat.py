@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sma.activated import Activated, ActivatedState
-from sma.decision import Source, Weights
+from sma.decision import LogitSource, Weights
 from sma.decode.choice import activated_stepper, mixer_stepper
 from sma.decode.mixture import MixtureStepper
 from sma.interfaces import Block, BlockOutput, Mixer, Norm, activated_by
@@ -112,12 +112,14 @@ class SeqBoat(Block):
         """What follows ``m``, in few passes over memory."""
         if is_plain(self.skip_proj):
             router, (weight, bias) = self.projections()
-            out = self.activate.run_members(m, state, lengths=lengths, source=Source(weights=router), replay=replay)
+            out = self.activate.run_members(
+                m, state, lengths=lengths, source=LogitSource(weights=router), replay=replay
+            )
             # A kernel sums the gradient of the bias on the way; elsewhere the product adds it for nothing.
             skip, skip_bias = linear(out.x, weight, None if m.is_cuda else bias), bias if m.is_cuda else None
         else:
             logits, skip = self.projected(m)
-            out = self.activate.run_members(m, state, lengths=lengths, source=Source(logits=logits), replay=replay)
+            out = self.activate.run_members(m, state, lengths=lengths, source=LogitSource(logits=logits), replay=replay)
             skip_bias = None
         norm = self.norm.row_norm() if not self.prenorm and is_plain(self.norm, Norm) else None
         (member,) = out.members

@@ -13,7 +13,7 @@ from sma.runtime.plain import call_router, is_plain
 from sma_modules.modules.ffn import ACTIVATIONS, FFN, Activation, compute_dtype
 from sma_modules.ops.expert_matmul import activated_expert_matmul, expert_matmul
 from sma_modules.ops.expert_order import ExpertOrder, combine, dispatch, order_by_expert
-from sma_modules.ops.expert_routing import ExpertChoice, choose_experts
+from sma_modules.ops.expert_routing import ChosenExperts, choose_experts
 
 
 class MoE(Module):
@@ -135,7 +135,7 @@ class MoE(Module):
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(dtype), self.router.weight.to(dtype))
 
-    def _losses(self, choice: ExpertChoice, counts: Tensor) -> dict[str, Tensor]:
+    def _losses(self, choice: ChosenExperts, counts: Tensor) -> dict[str, Tensor]:
         share = counts.to(choice.probability.dtype) / max(choice.expert.numel(), 1)
         balance = self.config.n_experts * (share * choice.probability).sum()
         return {

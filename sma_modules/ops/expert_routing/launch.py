@@ -10,7 +10,7 @@ from torch import Tensor
 from sma.ops.kernel import cdiv, kernel, next_power_of_2
 from sma.transforms import once_differentiable
 from sma_modules.ops.expert_routing.triton_kernel import choose_backward_kernel, choose_kernel
-from sma_modules.ops.expert_routing.types import ExpertChoice
+from sma_modules.ops.expert_routing.types import ChosenExperts
 
 # What may be tuned: tokens x experts of a program, and its warps.
 CELLS = 1024
@@ -35,7 +35,7 @@ def _fake_choose(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor,
 
 @kernel("expert_routing", fake=_fake_choose)
 def choose(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four fields of ``ExpertChoice``.
+    """The four fields of ``ChosenExperts``.
 
     No two of them are views of one tensor: of such results of an autograd function the compiler (PyTorch 2.11) keeps
     the tensor, which has no gradient, and cuts the views out of that.
@@ -90,6 +90,6 @@ class _ChooseExperts(torch.autograd.Function):
         return choose_backward(logits, expert, weight, probability, square, ctx.renormalise), None, None
 
 
-def choose_experts(logits: Tensor, top_k: int, renormalise: bool) -> ExpertChoice:
+def choose_experts(logits: Tensor, top_k: int, renormalise: bool) -> ChosenExperts:
     """See :func:`sma_modules.ops.expert_routing.choose_experts`."""
-    return ExpertChoice(*_ChooseExperts.apply(logits, top_k, renormalise))  # type: ignore[no-untyped-call]
+    return ChosenExperts(*_ChooseExperts.apply(logits, top_k, renormalise))  # type: ignore[no-untyped-call]

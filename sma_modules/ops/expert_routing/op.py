@@ -10,12 +10,12 @@ from sma.errors import ShapeError
 from sma.ops.backend import Op, lazy
 from sma.ops.kernel import why_not_interpreted, why_not_triton
 from sma_modules.ops.expert_routing import eager, reference
-from sma_modules.ops.expert_routing.types import ExpertChoice, Signature
+from sma_modules.ops.expert_routing.types import ChosenExperts, Signature
 
 MAX_EXPERTS = 1024
 
 
-def choose_experts(logits: Float[Tensor, "tokens experts"], top_k: int, renormalise: bool) -> ExpertChoice:
+def choose_experts(logits: Float[Tensor, "tokens experts"], top_k: int, renormalise: bool) -> ChosenExperts:
     """The ``top_k`` most probable experts under ``p = softmax(logits)``; at ties the first ones.
 
     Args:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sma_modules.ops.expert_routing.types import ExpertChoice
+from sma_modules.ops.expert_routing.types import ChosenExperts
 
 
-def choose_experts(logits: Tensor, top_k: int, renormalise: bool) -> ExpertChoice:
+def choose_experts(logits: Tensor, top_k: int, renormalise: bool) -> ChosenExperts:
     """Sort the experts of each token by probability, the smaller number first among equals."""
     tokens, experts = max(logits.shape[0], 1), logits.shape[1]
     chosen, weights = [], [logits[:0, :top_k]]
@@ -22,4 +22,4 @@ def choose_experts(logits: Tensor, top_k: int, renormalise: bool) -> ExpertChoic
         probability = probability + p / tokens
         square = square + row.exp().sum().log() ** 2 / tokens
     expert = torch.tensor(chosen, dtype=torch.int64, device=logits.device).reshape(-1, top_k)
-    return ExpertChoice(expert, torch.cat(weights), probability, square)
+    return ChosenExperts(expert, torch.cat(weights), probability, square)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class ExpertChoice(NamedTuple):
+class ChosenExperts(NamedTuple):
     """Which experts T tokens go to, and what the losses of a router need.
 
     Attributes:
